@@ -1,0 +1,1 @@
+"""Stable Diffusion checkpoints read, recognised, renamed and written, without torch."""
