@@ -1,0 +1,34 @@
+"""The parity table: every live comparison leaves its figures here, printed at the end of the run."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+_ROWS: list[dict[str, object]] = []
+
+
+@pytest.fixture
+def parity_record(request):
+    """Record one row: ``parity_record("UNet t=999, tiny", max_error=…, cosine=…, bar="…")``."""
+
+    def record(name: str, **figures: object) -> None:
+        _ROWS.append({"test": request.node.nodeid.split("::")[-1], "name": name, **figures})
+
+    return record
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    if not _ROWS:
+        return
+    terminalreporter.section("parity with the reference implementations")
+    for row in _ROWS:
+        figures = "  ".join(
+            f"{key} {value:.3g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in row.items()
+            if key not in ("test", "name")
+        )
+        terminalreporter.write_line(f"{row['name']!s:<58} {figures}")
+    if path := os.environ.get("MAPLE_PARITY_JSON"):
+        Path(path).write_text(json.dumps(_ROWS, indent=1, default=float) + "\n")
