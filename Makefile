@@ -1,0 +1,79 @@
+# Two commands set everything up on a fresh machine: `make demo` draws a picture, `make test` runs
+# the tests. Both create .venv with the MLX backend that fits this machine. `make help` lists more.
+
+PYTHON ?= python3
+VENV   ?= .venv
+WEIGHTS = $(or $(MAPLE_TEST_WEIGHTS),../shared/weights)
+BIN     = $(VENV)/bin
+PIP     = $(BIN)/python -m pip --disable-pip-version-check
+
+# Metal comes with plain MLX on a Mac; on Linux CUDA where an NVIDIA driver answers, else the CPU.
+BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
+	elif nvidia-smi -L 2>/dev/null | grep -q GPU; then echo cuda; else echo cpu; fi)
+EXTRA    = $(if $(filter metal,$(BACKEND)),,$(BACKEND))
+comma   := ,
+
+.PHONY: help demo test parity parity-full lint types format check wheel-check docs clean
+
+help:
+	@echo "make demo         set up, convert a checkpoint, draw a picture and print its path"
+	@echo "make test         set up and run the tests (no network, no torch)"
+	@echo "make parity       compare live with torch, diffusers, transformers and k-diffusion"
+	@echo "make parity-full  the same at true Stable Diffusion 1.4 size (12 GB of memory, minutes)"
+	@echo "make lint types   ruff and pyright, as pre-commit and CI run them"
+	@echo "make wheel-check  build the wheel and draw with it in an empty environment"
+
+# One stamp per set of dependencies: made again when pyproject.toml changes.
+$(VENV)/.run: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, %s is %s: set PYTHON=…" \
+	  % (sys.executable, sys.version.split()[0]) if sys.version_info < (3, 10) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --editable ".$(if $(EXTRA),[$(EXTRA)])"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev]"
+	@touch $@
+
+# k-diffusion asks for wandb and torchvision, which its samplers do not use: --no-deps.
+$(VENV)/.parity: $(VENV)/.dev
+	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,parity]"
+	$(PIP) install --quiet --no-deps k-diffusion==0.1.1.post1
+	@touch $@
+
+demo: $(VENV)/.run
+	@test -f "$(WEIGHTS)/emoji-trial/emoji-trial.ckpt" || { \
+	  echo "make demo: no checkpoint at $(WEIGHTS)/emoji-trial/emoji-trial.ckpt; set MAPLE_TEST_WEIGHTS" \
+	       "to the folder of test weights, or draw with a checkpoint of your own:" \
+	       "$(BIN)/maple generate \"a red maple leaf\" -m your-model.safetensors" >&2; exit 3; }
+	$(BIN)/maple convert "$(WEIGHTS)/emoji-trial/emoji-trial.ckpt" out/emoji-trial --overwrite
+	$(BIN)/maple generate "a red maple leaf on a yellow background" -m out/emoji-trial \
+	  --sampler ddim --schedule leading --steps 20 --guidance 5 --seed 7 -W 128 -H 128 -o out/demo.png
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q -m "not parity and not slow"
+
+parity: $(VENV)/.parity
+	$(BIN)/python -m pytest -q tests/parity -m "parity and not slow"
+
+parity-full: $(VENV)/.parity
+	$(BIN)/python -m pytest -q tests/parity -m "parity"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check: lint types test
+
+wheel-check: $(VENV)/.dev
+	PYTHON="$(BIN)/python" BACKEND="$(EXTRA)" WEIGHTS="$(WEIGHTS)" sh .ci/wheel-check
+
+clean:
+	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache
