@@ -1,0 +1,267 @@
+"""How the key tables are written: parts, places, and the rows that they multiply out to.
+
+A *part* is one layer of a block and its name in every published spelling; a *place* is where a block
+of the network sits in every spelling. Place x part = exact keys, in both directions. Nothing here or
+in the tables looks at a value, and no name is ever searched for a substring.
+
+    native     our own: diffusers' names without torch's artefacts, convolutions (O, H, W, I)
+    others     as published, weights as torch stores them: convolutions (O, I, H, W)
+
+A weight's layout only rearranges bytes, so every transform is exactly inverse and works on the bits
+of any dtype.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidCheckpoint, LayoutMismatch
+from ..tensors import TensorInfo
+
+Array = npt.NDArray[Any]
+Shape = tuple[int, ...]
+
+NATIVE = "native"
+SAME = "="  # in a table: spelled as the native name
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How one kind of weight lies in a torch file and in ours.
+
+    Attributes:
+        name: what the tables print.
+        published_shape: native shape to the shape in a torch file.
+        to_native: torch's array to ours; the result may be a view.
+        to_published: the exact inverse.
+    """
+
+    name: str
+    published_shape: Callable[[Shape], Shape]
+    to_native: Callable[[Array], Array]
+    to_published: Callable[[Array], Array]
+
+
+AS_IS = Weights("as is", lambda s: s, lambda a: a, lambda a: a)
+OIHW_TO_OHWI = Weights(
+    "OIHW to OHWI",
+    lambda s: (s[0], s[3], s[1], s[2]),
+    lambda a: a.transpose(0, 2, 3, 1),
+    lambda a: a.transpose(0, 3, 1, 2),
+)
+POINTWISE_TO_LINEAR = Weights(
+    "OI11 to OI",
+    lambda s: (s[0], s[1], 1, 1),
+    lambda a: a.reshape(a.shape[:2]),
+    lambda a: a.reshape((*a.shape, 1, 1)),
+)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """The parameters of one layer: its weight's native shape and layout, and whether it has a bias.
+
+    Shapes are written in the block's own letters ("in", "out", "4c"), which a place resolves.
+    """
+
+    kind: str
+    shape: tuple[str | int, ...]
+    weights: Weights
+    bias: bool = True
+
+
+def norm(width: str) -> Leaf:
+    """Group or layer norm: weight and bias of ``width``."""
+    return Leaf("norm", (width,), AS_IS)
+
+
+def linear(inputs: str, outputs: str, *, bias: bool = True) -> Leaf:
+    """Linear layer, (outputs, inputs) on both sides."""
+    return Leaf("linear", (outputs, inputs), AS_IS, bias)
+
+
+def conv(inputs: str, outputs: str, *, bias: bool = True) -> Leaf:
+    """3x3 convolution."""
+    return Leaf("conv 3x3", (outputs, 3, 3, inputs), OIHW_TO_OHWI, bias)
+
+
+def pointwise(inputs: str, outputs: str, *, bias: bool = True) -> Leaf:
+    """1x1 convolution in the file, linear layer here."""
+    return Leaf("conv 1x1", (outputs, inputs), POINTWISE_TO_LINEAR, bias)
+
+
+def table(rows: str, width: str) -> Leaf:
+    """Embedding table."""
+    return Leaf("embedding", (rows, width), AS_IS, bias=False)
+
+
+@dataclass(frozen=True)
+class AsLinear:
+    """A name under which a spelling keeps a linear layer where the others keep a 1x1 convolution."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """One layer of a block: its native name, its published names, its parameters.
+
+    Attributes:
+        native: name below the block's native place.
+        published: name below the block's place, one per spelling of the table.
+        leaf: the layer's parameters.
+        only_if_differ: two widths; the layer exists only where they differ (a skip's projection).
+    """
+
+    native: str
+    published: tuple[str | AsLinear, ...]
+    leaf: Leaf
+    only_if_differ: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The table of one kind of block."""
+
+    title: str
+    spellings: tuple[str, ...]
+    parts: tuple[Part, ...]
+
+    def name(self, native: str, spelling: str) -> str:
+        """The published name of one part below its place."""
+        for part in self.parts:
+            if part.native == native:
+                return _published(part, self.spellings.index(spelling))[0]
+        raise KeyError(native)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one block sits, in every spelling, and how wide it is there."""
+
+    native: str
+    published: tuple[str, ...]
+    parts: Parts
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter: its native name and shape, its published name and shape, the way between."""
+
+    native: str
+    published: str
+    weights: Weights
+    native_shape: Shape
+
+    @property
+    def published_shape(self) -> Shape:
+        """The shape that the file must hold."""
+        return self.weights.published_shape(self.native_shape)
+
+
+def rows(places: Sequence[Place], spelling: str) -> list[Row]:
+    """Multiply places by parts: every parameter of a network in one spelling, each exactly once."""
+    made = [row for place in places for row in _rows_of(place, spelling)]
+    assert len({row.native for row in made}) == len(made) == len({row.published for row in made})
+    return made
+
+
+def _rows_of(place: Place, spelling: str) -> Iterator[Row]:
+    for part in place.parts.parts:
+        if part.only_if_differ is not None:
+            one, other = part.only_if_differ
+            if place.widths[one] == place.widths[other]:
+                continue
+        shape = tuple(n if isinstance(n, int) else place.widths[n] for n in part.leaf.shape)
+        native = _join(place.native, part.native)
+        if spelling == NATIVE:
+            published, weights = native, AS_IS
+        else:
+            column = place.parts.spellings.index(spelling)
+            name, weights = _published(part, column)
+            published = _join(place.published[column], name)
+        yield Row(f"{native}.weight", f"{published}.weight", weights, shape)
+        if part.leaf.bias:
+            yield Row(f"{native}.bias", f"{published}.bias", AS_IS, shape[:1])
+
+
+def _published(part: Part, column: int) -> tuple[str, Weights]:
+    name = part.published[column]
+    if isinstance(name, AsLinear):
+        return name.name, AS_IS
+    return (part.native if name == SAME else name), part.leaf.weights
+
+
+def _join(place: str, name: str) -> str:
+    return f"{place}.{name}" if place and name else place or name
+
+
+class View:
+    """The tensors below one prefix of a file, as the walks that read an architecture see them.
+
+    Attributes:
+        path: the file, for messages.
+        prefix: what was taken off every name.
+        tensors: name without the prefix to what the file says of the tensor.
+    """
+
+    def __init__(
+        self, path: Path, tensors: Mapping[str, TensorInfo], prefix: str = "", under: str = ""
+    ) -> None:
+        self.path = path
+        self.prefix = prefix
+        self.under = under
+        self.tensors = {
+            under + name[len(prefix) :]: info
+            for name, info in tensors.items()
+            if name.startswith(prefix)
+        }
+        self._places: set[str] = set()
+        for name in self.tensors:
+            segments = name.split(".", _DEEPEST)[:_DEEPEST]
+            for end in range(1, len(segments)):
+                self._places.add(".".join(segments[:end]))
+
+    def key(self, name: str) -> str:
+        """The file's own name of a tensor of this view."""
+        return self.prefix + name[len(self.under) :]
+
+    def holds(self, place: str) -> bool:
+        """Whether any tensor lies below ``place``."""
+        return place in self._places
+
+    def count(self, place: str) -> int:
+        """How many of ``place.0``, ``place.1``, … follow one another without a gap."""
+        n = 0
+        while self.holds(f"{place}.{n}"):
+            n += 1
+        return n
+
+    def axis(self, name: str, axis: int, ndim: int) -> int:
+        """One axis of a tensor that the architecture is read from.
+
+        Raises:
+            LayoutMismatch: if the file lacks the tensor.
+            InvalidCheckpoint: if it has another number of axes.
+        """
+        info = self.tensors.get(name)
+        if info is None:
+            raise LayoutMismatch(self.path, missing=[self.key(name)])
+        if len(info.shape) != ndim:
+            raise InvalidCheckpoint(
+                self.path, f"{self.key(name)} has shape {info.shape}, expected {ndim} axes"
+            )
+        return info.shape[axis]
+
+
+_DEEPEST = 10  # no published name is nested deeper; a stranger's may be
+
+
+def contiguous(array: Array) -> Array:
+    """The array in memory order, copied only where it is a view in another order."""
+    return np.ascontiguousarray(array)

@@ -1,0 +1,221 @@
+"""UNet of Stable Diffusion 1.x: native, CompVis and diffusers names.
+
+Source   CompVis/stable-diffusion @21f890f ldm/modules/diffusionmodules/openaimodel.py and
+         ldm/modules/attention.py; diffusers 0.42 models/unets/unet_2d_condition.py.
+Numbers  CompVis counts input_blocks 0 (the first convolution), then every ResNet block (with the
+         transformer that follows it) and every downsampler as one; an upsampler sits in the last
+         output block of its level, at index 1 where the level has no transformers, else at 2.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .parts import SAME, Part, Parts, Place, View, conv, linear, norm, pointwise
+
+SPELLINGS = ("compvis", "diffusers")
+
+ROOT = Parts(
+    "network",
+    SPELLINGS,
+    (
+        #    native                     CompVis              diffusers
+        Part("time_embedding.linear_1", ("time_embed.0", SAME), linear("base", "time")),
+        Part("time_embedding.linear_2", ("time_embed.2", SAME), linear("time", "time")),
+        Part("conv_in", ("input_blocks.0.0", SAME), conv("in", "base")),
+        Part("conv_norm_out", ("out.0", SAME), norm("base")),
+        Part("conv_out", ("out.2", SAME), conv("base", "out")),
+    ),
+)
+RESNET = Parts(
+    "ResNet block",
+    SPELLINGS,
+    (
+        Part("norm1", ("in_layers.0", SAME), norm("in")),
+        Part("conv1", ("in_layers.2", SAME), conv("in", "out")),
+        Part("time_emb_proj", ("emb_layers.1", SAME), linear("time", "out")),
+        Part("norm2", ("out_layers.0", SAME), norm("out")),
+        Part("conv2", ("out_layers.3", SAME), conv("out", "out")),
+        Part("conv_shortcut", ("skip_connection", SAME), pointwise("in", "out"), ("in", "out")),
+    ),
+)
+TRANSFORMER = Parts(
+    "transformer",
+    SPELLINGS,
+    (
+        Part("norm", (SAME, SAME), norm("c")),
+        Part("proj_in", (SAME, SAME), pointwise("c", "c")),
+        Part("proj_out", (SAME, SAME), pointwise("c", "c")),
+    ),
+)
+TRANSFORMER_BLOCK = Parts(
+    "transformer block",
+    SPELLINGS,
+    (
+        Part("norm1", (SAME, SAME), norm("c")),
+        Part("attn1.to_q", (SAME, SAME), linear("c", "c", bias=False)),
+        Part("attn1.to_k", (SAME, SAME), linear("c", "c", bias=False)),
+        Part("attn1.to_v", (SAME, SAME), linear("c", "c", bias=False)),
+        Part("attn1.to_out", ("attn1.to_out.0", "attn1.to_out.0"), linear("c", "c")),
+        Part("norm2", (SAME, SAME), norm("c")),
+        Part("attn2.to_q", (SAME, SAME), linear("c", "c", bias=False)),
+        Part("attn2.to_k", (SAME, SAME), linear("context", "c", bias=False)),
+        Part("attn2.to_v", (SAME, SAME), linear("context", "c", bias=False)),
+        Part("attn2.to_out", ("attn2.to_out.0", "attn2.to_out.0"), linear("c", "c")),
+        Part("norm3", (SAME, SAME), norm("c")),
+        # GEGLU: the first 4c outputs are the value, the last 4c its gate, in every spelling.
+        Part("ff.proj_in", ("ff.net.0.proj", "ff.net.0.proj"), linear("c", "8c")),
+        Part("ff.proj_out", ("ff.net.2", "ff.net.2"), linear("4c", "c")),
+    ),
+)
+DOWNSAMPLER = Parts("downsampler", SPELLINGS, (Part("conv", ("op", SAME), conv("c", "c")),))
+UPSAMPLER = Parts("upsampler", SPELLINGS, (Part("conv", (SAME, SAME), conv("c", "c")),))
+
+TABLES = (ROOT, RESNET, TRANSFORMER, TRANSFORMER_BLOCK, DOWNSAMPLER, UPSAMPLER)
+PUBLISHED_CONFIG = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (320, 640, 1280, 1280),
+    "layers_per_block": 2,
+    "transformer_layers": (1, 1, 1, 0),
+    "mid_transformer_layers": 1,
+    "cross_attention_dim": 768,
+}
+
+
+def places(config: Mapping[str, Any]) -> list[Place]:
+    """Every block of the network in the order in which data passes it."""
+    widths: Sequence[int] = config["block_out_channels"]
+    depths: Sequence[int] = config["transformer_layers"]
+    layers: int = config["layers_per_block"]
+    time = 4 * widths[0]
+    found = [
+        Place(
+            "",
+            ("", ""),
+            ROOT,
+            {
+                "in": config["in_channels"],
+                "out": config["out_channels"],
+                "base": widths[0],
+                "time": time,
+            },
+        )
+    ]
+
+    def resnet(native: str, compvis: str, inputs: int, outputs: int) -> None:
+        dims = {"in": inputs, "out": outputs, "time": time}
+        found.append(Place(native, (compvis, native), RESNET, dims))
+
+    def transformer(native: str, compvis: str, width: int, depth: int) -> None:
+        dims = {"c": width, "4c": 4 * width, "8c": 8 * width}
+        dims["context"] = config["cross_attention_dim"]
+        found.append(Place(native, (compvis, native), TRANSFORMER, dims))
+        for k in range(depth):
+            block = f".transformer_blocks.{k}"
+            names = (compvis + block, native + block)
+            found.append(Place(native + block, names, TRANSFORMER_BLOCK, dims))
+
+    skips = [widths[0]]
+    width, index, last = widths[0], 1, len(widths) - 1
+    for i, out in enumerate(widths):
+        for j in range(layers):
+            resnet(f"down_blocks.{i}.resnets.{j}", f"input_blocks.{index}.0", width, out)
+            if depths[i]:
+                native = f"down_blocks.{i}.attentions.{j}"
+                transformer(native, f"input_blocks.{index}.1", out, depths[i])
+            width, index = out, index + 1
+            skips.append(width)
+        if i < last:
+            native = f"down_blocks.{i}.downsamplers.0"
+            names = (f"input_blocks.{index}.0", native)
+            found.append(Place(native, names, DOWNSAMPLER, {"c": width}))
+            skips.append(width)
+            index += 1
+
+    resnet("mid_block.resnets.0", "middle_block.0", width, width)
+    transformer(
+        "mid_block.attentions.0", "middle_block.1", width, config["mid_transformer_layers"]
+    )
+    resnet("mid_block.resnets.1", "middle_block.2", width, width)
+
+    index = 0
+    for i, (out, depth) in enumerate(zip(reversed(widths), reversed(depths), strict=True)):
+        for j in range(layers + 1):
+            native, compvis = f"up_blocks.{i}", f"output_blocks.{index}"
+            resnet(f"{native}.resnets.{j}", f"{compvis}.0", width + skips.pop(), out)
+            if depth:
+                transformer(f"{native}.attentions.{j}", f"{compvis}.1", out, depth)
+            if j == layers and i < last:
+                names = (f"{compvis}.{2 if depth else 1}", f"{native}.upsamplers.0")
+                found.append(Place(names[1], names, UPSAMPLER, {"c": out}))
+            width, index = out, index + 1
+    return found
+
+
+@dataclass(frozen=True)
+class Level:
+    """One resolution of the downward path: the names of its blocks in the file's spelling."""
+
+    resnets: list[str]
+    transformers: list[str]
+
+
+def walk(view: View, spelling: str) -> list[Level]:
+    """The levels of the downward path, coarse facts only, in the order of the file's numbers."""
+    return {"compvis": _walk_compvis, "diffusers": _walk_diffusers}[spelling](view)
+
+
+def _walk_compvis(view: View) -> list[Level]:
+    levels = [Level([], [])]
+    for n in range(1, view.count("input_blocks")):
+        block = f"input_blocks.{n}"
+        if view.holds(f"{block}.0.op"):
+            levels.append(Level([], []))
+            continue
+        levels[-1].resnets.append(f"{block}.0")
+        if view.holds(f"{block}.1"):
+            levels[-1].transformers.append(f"{block}.1")
+    return levels
+
+
+def _walk_diffusers(view: View) -> list[Level]:
+    levels: list[Level] = []
+    for i in range(view.count("down_blocks")):
+        block = f"down_blocks.{i}"
+        resnets = [f"{block}.resnets.{j}" for j in range(view.count(f"{block}.resnets"))]
+        attentions = view.count(f"{block}.attentions")
+        levels.append(Level(resnets, [f"{block}.attentions.{j}" for j in range(attentions)]))
+    return levels
+
+
+def middle(spelling: str) -> str:
+    """The name of the middle transformer."""
+    return {"compvis": "middle_block.1", "diffusers": "mid_block.attentions.0"}[spelling]
+
+
+def infer(view: View, spelling: str) -> dict[str, Any]:
+    """Read the architecture from names and shapes; the number of heads is not in them."""
+    levels = walk(view, spelling)
+    bias = RESNET.name("conv1", spelling) + ".bias"
+    to_k = TRANSFORMER_BLOCK.name("attn2.to_k", spelling) + ".weight"
+    root = {part: ROOT.name(part, spelling) for part in ("conv_in", "conv_out")}
+    first = next((t for level in levels for t in level.transformers), middle(spelling))
+    return {
+        "in_channels": view.axis(f"{root['conv_in']}.weight", 1, 4),
+        "out_channels": view.axis(f"{root['conv_out']}.weight", 0, 4),
+        "block_out_channels": [
+            view.axis(f"{(level.resnets or ['?'])[0]}.{bias}", 0, 1) for level in levels
+        ],
+        "layers_per_block": max((len(level.resnets) for level in levels), default=0),
+        "transformer_layers": [
+            max((_depth(view, name) for name in level.transformers), default=0) for level in levels
+        ],
+        "mid_transformer_layers": _depth(view, middle(spelling)),
+        "cross_attention_dim": view.axis(f"{first}.transformer_blocks.0.{to_k}", 1, 2),
+    }
+
+
+def _depth(view: View, transformer: str) -> int:
+    # A transformer whose blocks are all gone still counts as one: its keys are then missing.
+    return max(view.count(f"{transformer}.transformer_blocks"), 1)
