@@ -1,1 +1,25 @@
-"""."""
+"""The networks, as the papers draw them: plain modules, published parameter names, channels last.
+
+Nothing here opens a file, prints, draws random numbers in a forward pass or evaluates: a call
+builds a lazy MLX graph and returns. What makes the networks fast lies elsewhere.
+
+Read in this order: layers, attention, resnet, then unet, vae, clip and taesd.
+"""
+
+from mlx_maple.models.clip import CLIPTextConfig, CLIPTextEncoder, TextStates
+from mlx_maple.models.taesd import TAESD, TAESDConfig
+from mlx_maple.models.unet import UNet, UNetConfig
+from mlx_maple.models.vae import AutoencoderKL, Moments, VAEConfig
+
+__all__ = [
+    "TAESD",
+    "AutoencoderKL",
+    "CLIPTextConfig",
+    "CLIPTextEncoder",
+    "Moments",
+    "TAESDConfig",
+    "TextStates",
+    "UNet",
+    "UNetConfig",
+    "VAEConfig",
+]

@@ -1,0 +1,292 @@
+"""UNet: the network that looks at noisy latents, a time and a prompt, and tells the noise.
+
+Legend   B batch; h, w latent rows and columns; C channels; T prompt tokens; D their width.
+         Channels last.
+Source   Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.11239); Rombach et
+         al. 2022 (arXiv:2112.10752), section 3.3; CompVis/stable-diffusion @21f890f
+         ldm/modules/diffusionmodules/openaimodel.py, class UNetModel.
+Differs  Blocks are cut as in diffusers 0.42.1 (models/unets/unet_2d_condition.py), and bear its
+         names; 1x1 convolutions are Linear layers. Tolerances: tests/parity/test_unet.py.
+Names    convert/maple_convert/layouts maps published checkpoints onto these.
+"""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_maple.models import checks
+from mlx_maple.models.attention import SpatialTransformer
+from mlx_maple.models.layers import GroupNorm, TimeEmbedding, sinusoids
+from mlx_maple.models.resnet import Downsample, ResnetBlock, Upsample
+
+NORM_EPS = 1e-5  # residual blocks and the last norm; the transformers' own norm has 1e-6
+TIME_EXPANSION = 4  # the time embedding is this many times as wide as the first level
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetConfig:
+    """Architecture facts of one published UNet; the defaults are SD 1.x.
+
+    Attributes:
+        in_channels: 4 latent channels; 8 and 9 where an edit or inpainting model is given more.
+        out_channels: 4.
+        block_out_channels: C at each level, fine to coarse. Each further level halves h and w.
+        layers_per_block: residual blocks a level on the way down; one more on the way up.
+        transformer_layers: depth of the transformers at each level; 0 means none there.
+        num_attention_heads: heads at each level. Published configs call it `attention_head_dim`.
+        cross_attention_dim: D of the prompt's states.
+        mid_transformer_layers: depth of the transformer in the middle.
+        norm_num_groups: groups of every GroupNorm.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    transformer_layers: tuple[int, ...] = (1, 1, 1, 0)
+    num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
+    cross_attention_dim: int = 768
+    mid_transformer_layers: int = 1
+    norm_num_groups: int = 32
+
+    def __post_init__(self) -> None:
+        def check(name: str, low: int, high: int) -> None:
+            checks.integer("UNetConfig", name, getattr(self, name), low, high)
+
+        def check_levels(name: str, low: int, high: int, length: int | None = None) -> None:
+            value = checks.integers("UNetConfig", name, getattr(self, name), low, high, length)
+            object.__setattr__(self, name, value)
+
+        check("in_channels", 1, checks.MAX_WIDTH)
+        check("out_channels", 1, checks.MAX_WIDTH)
+        check("layers_per_block", 1, checks.MAX_LAYERS)
+        check("cross_attention_dim", 1, checks.MAX_WIDTH)
+        check("mid_transformer_layers", 1, checks.MAX_LAYERS)
+        check("norm_num_groups", 1, checks.MAX_WIDTH)
+        check_levels("block_out_channels", 2, checks.MAX_WIDTH)
+        widths = self.block_out_channels
+        check_levels("transformer_layers", 0, checks.MAX_LAYERS, len(widths))
+        check_levels("num_attention_heads", 1, checks.MAX_WIDTH, len(widths))
+        checks.multiples(
+            "UNetConfig", "block_out_channels", widths, self.norm_num_groups, "norm_num_groups"
+        )
+        for width, heads in zip(widths, self.num_attention_heads, strict=True):
+            checks.multiples("UNetConfig", "block_out_channels", [width], heads, "heads there")
+
+
+class DownBlock(nn.Module):
+    """One level on the way down: (B, h, w, C_in) to (B, ~h/2, ~w/2, C), and what it passed.
+
+    Every state is kept for the way up. The last level has no ``downsamplers`` and keeps h and w; a
+    level of depth 0 has no ``attentions``.
+    """
+
+    def __init__(
+        self, config: UNetConfig, level: int, in_channels: int, time_channels: int
+    ) -> None:
+        super().__init__()
+        channels = config.block_out_channels[level]
+        depth = config.transformer_layers[level]
+        self.resnets = [
+            ResnetBlock(
+                in_channels if i == 0 else channels,
+                channels,
+                groups=config.norm_num_groups,
+                eps=NORM_EPS,
+                time_channels=time_channels,
+            )
+            for i in range(config.layers_per_block)
+        ]
+        if depth:
+            self.attentions = [_transformer(config, level, depth) for _ in self.resnets]
+        if level < len(config.block_out_channels) - 1:
+            self.downsamplers = [Downsample(channels, symmetric=True)]
+
+    def __call__(
+        self, x: mx.array, time: mx.array, context: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        passed = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, time)
+            if "attentions" in self:
+                x = self.attentions[i](x, context)
+            passed.append(x)
+        if "downsamplers" in self:
+            x = self.downsamplers[0](x)
+            passed.append(x)
+        return x, passed
+
+
+class MidBlock(nn.Module):
+    """The coarsest level: residual block, transformer, residual block: (B, h, w, C) to the same."""
+
+    def __init__(self, config: UNetConfig, time_channels: int) -> None:
+        super().__init__()
+        channels = config.block_out_channels[-1]
+        self.resnets = [
+            ResnetBlock(
+                channels,
+                channels,
+                groups=config.norm_num_groups,
+                eps=NORM_EPS,
+                time_channels=time_channels,
+            )
+            for _ in range(2)
+        ]
+        self.attentions = [_transformer(config, -1, config.mid_transformer_layers)]
+
+    def __call__(self, x: mx.array, time: mx.array, context: mx.array) -> mx.array:
+        x = self.resnets[0](x, time)
+        x = self.attentions[0](x, context)
+        return self.resnets[1](x, time)
+
+
+class UpBlock(nn.Module):
+    """One level on the way up: (B, h, w, C_in) and kept states to (B, ~2h, ~2w, C).
+
+    Args:
+        config: the whole network's.
+        level: counted from the finest, as on the way down.
+        in_channels: C_in, from the level below.
+        skip_channels: C of each kept state, in the order in which they are taken.
+        time_channels: width of the time embedding.
+    """
+
+    def __init__(
+        self,
+        config: UNetConfig,
+        level: int,
+        in_channels: int,
+        skip_channels: list[int],
+        time_channels: int,
+    ) -> None:
+        super().__init__()
+        channels = config.block_out_channels[level]
+        depth = config.transformer_layers[level]
+        self.resnets = [
+            ResnetBlock(
+                (in_channels if i == 0 else channels) + skip,
+                channels,
+                groups=config.norm_num_groups,
+                eps=NORM_EPS,
+                time_channels=time_channels,
+            )
+            for i, skip in enumerate(skip_channels)
+        ]
+        if depth:
+            self.attentions = [_transformer(config, level, depth) for _ in self.resnets]
+        if level > 0:
+            self.upsamplers = [Upsample(channels)]
+
+    def __call__(
+        self, x: mx.array, skips: list[mx.array], time: mx.array, context: mx.array
+    ) -> mx.array:
+        """Climb a level, taking from the end of ``skips`` what this level needs.
+
+        What is left on top of the stack came from the next finer level and has its size: where
+        halving had rounded an odd size up, doubling is cut to it.
+        """
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(mx.concatenate([x, skips.pop()], axis=-1), time)
+            if "attentions" in self:
+                x = self.attentions[i](x, context)
+        if "upsamplers" in self:
+            _, rows, columns, _ = skips[-1].shape
+            x = self.upsamplers[0](x, (rows, columns))
+        return x
+
+
+class UNet(nn.Module):
+    """Predicts the noise (or velocity) in latents: (B, h, w, C_in) to (B, h, w, C_out)."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        widths = config.block_out_channels
+        time_channels = TIME_EXPANSION * widths[0]
+        self.conv_in = nn.Conv2d(config.in_channels, widths[0], kernel_size=3, padding=1)
+        self.time_embedding = TimeEmbedding(widths[0], time_channels)
+
+        channels = widths[0]
+        kept = [channels]  # C of every state that the way down leaves for the way up
+        self.down_blocks = []
+        for level, width in enumerate(widths):
+            block = DownBlock(config, level, channels, time_channels)
+            self.down_blocks.append(block)
+            kept += [width] * (len(block.resnets) + ("downsamplers" in block))
+            channels = width
+
+        self.mid_block = MidBlock(config, time_channels)
+
+        self.up_blocks = []
+        for level in reversed(range(len(widths))):
+            taken = [kept.pop() for _ in range(config.layers_per_block + 1)]
+            self.up_blocks.append(UpBlock(config, level, channels, taken, time_channels))
+            channels = widths[level]
+
+        self.conv_norm_out = GroupNorm(config.norm_num_groups, widths[0], NORM_EPS)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
+
+    def __call__(
+        self, latents: mx.array, timesteps: mx.array | float, context: mx.array
+    ) -> mx.array:
+        """Predict lazily; nothing runs until the caller evaluates.
+
+        Args:
+            latents: (B, h, w, in_channels), scaled to the sampler's unit variance. Any h and w.
+            timesteps: (B,), or one for the whole batch: 0 to 999, fractions allowed. Under
+                `mx.compile` pass an array, or each new number is traced again.
+            context: (B, T, cross_attention_dim), the text encoder's states; any T.
+
+        Returns:
+            (B, h, w, out_channels), in the weights' dtype.
+
+        Raises:
+            ValueError: if an argument has another shape (an NCHW array?).
+        """
+        self._check(latents, context)
+        dtype = self.conv_in.weight.dtype
+        context = context.astype(dtype)
+        places = mx.array(timesteps).reshape(-1)
+        if places.size not in (1, latents.shape[0]):
+            batch = latents.shape[0]
+            raise ValueError(f"[UNet] expected 1 or {batch} timesteps, got {places.size}.")
+        time = self.time_embedding(
+            sinusoids(places, self.config.block_out_channels[0]).astype(dtype)
+        )
+
+        x = self.conv_in(latents.astype(dtype))
+        skips = [x]
+        for block in self.down_blocks:
+            x, passed = block(x, time, context)
+            skips += passed
+        x = self.mid_block(x, time, context)
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
+        return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+    def _times(self, timesteps: mx.array | float, latents: mx.array) -> mx.array:
+        """``timesteps`` as (B,) or (1,)."""
+        times = timesteps if isinstance(timesteps, mx.array) else mx.array(timesteps)
+        if times.ndim > 1 or times.size not in (1, latents.shape[0]):
+            expected, found = f"() or ({latents.shape[0]},)", tuple(times.shape)
+            raise ValueError(f"[UNet] expected timesteps {expected}, got {found}.")
+        return times.reshape(-1)
+
+    def _check(self, latents: mx.array, context: mx.array) -> None:
+        checks.channels_last("UNet", "latents", latents, self.config.in_channels)
+        batch, width = latents.shape[0], self.config.cross_attention_dim
+        if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
+            expected = f"({batch}, T, {width})"
+            raise ValueError(f"[UNet] expected context {expected}, got {tuple(context.shape)}.")
+
+
+def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:
+    return SpatialTransformer(
+        config.block_out_channels[level],
+        config.num_attention_heads[level],
+        config.cross_attention_dim,
+        depth,
+        config.norm_num_groups,
+    )
