@@ -86,8 +86,6 @@ def infer(view: View, spelling: str) -> dict[str, Any]:
         "hidden_size": view.axis(f"{prefix}embeddings.token_embedding.weight", 1, 2),
         "intermediate_size": view.axis(f"{prefix}encoder.layers.0.mlp.fc1.weight", 0, 2),
         "num_hidden_layers": view.count(f"{prefix}encoder.layers"),
-        "max_position_embeddings": view.axis(
-            f"{prefix}embeddings.position_embedding.weight", 0, 2
-        ),
+        "max_position_embeddings": view.axis(f"{prefix}embeddings.position_embedding.weight", 0, 2),
         "projection_dim": view.axis("text_projection.weight", 0, 2) if projected else None,
     }

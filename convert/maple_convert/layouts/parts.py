@@ -1,8 +1,8 @@
 """How the key tables are written: parts, places, and the rows that they multiply out to.
 
-A *part* is one layer of a block and its name in every published spelling; a *place* is where a block
-of the network sits in every spelling. Place x part = exact keys, in both directions. Nothing here or
-in the tables looks at a value, and no name is ever searched for a substring.
+A *part* is one layer of a block and its name in every published spelling; a *place* is where a
+block of the network sits in every spelling. Place x part = exact keys, in both directions. Nothing
+here or in the tables looks at a value, and no name is ever searched for a substring.
 
     native     our own: diffusers' names without torch's artefacts, convolutions (O, H, W, I)
     others     as published, weights as torch stores them: convolutions (O, I, H, W)
@@ -101,7 +101,7 @@ def table(rows: str, width: str) -> Leaf:
 
 @dataclass(frozen=True)
 class AsLinear:
-    """A name under which a spelling keeps a linear layer where the others keep a 1x1 convolution."""
+    """The name in a spelling that keeps a linear layer where others keep a 1x1 convolution."""
 
     name: str
 
@@ -207,15 +207,23 @@ class View:
     Attributes:
         path: the file, for messages.
         prefix: what was taken off every name.
+        under: what the tables put before the names that the file leaves out.
+        folder: the component's folder in front of names shown to people, as "unet/".
         tensors: name without the prefix to what the file says of the tensor.
     """
 
     def __init__(
-        self, path: Path, tensors: Mapping[str, TensorInfo], prefix: str = "", under: str = ""
+        self,
+        path: Path,
+        tensors: Mapping[str, TensorInfo],
+        prefix: str = "",
+        under: str = "",
+        folder: str = "",
     ) -> None:
         self.path = path
         self.prefix = prefix
         self.under = under
+        self.folder = folder
         self.tensors = {
             under + name[len(prefix) :]: info
             for name, info in tensors.items()
@@ -230,6 +238,10 @@ class View:
     def key(self, name: str) -> str:
         """The file's own name of a tensor of this view."""
         return self.prefix + name[len(self.under) :]
+
+    def shown(self, name: str) -> str:
+        """The same for people, with its folder."""
+        return self.folder + self.key(name)
 
     def holds(self, place: str) -> bool:
         """Whether any tensor lies below ``place``."""

@@ -134,9 +134,7 @@ def places(config: Mapping[str, Any]) -> list[Place]:
             index += 1
 
     resnet("mid_block.resnets.0", "middle_block.0", width, width)
-    transformer(
-        "mid_block.attentions.0", "middle_block.1", width, config["mid_transformer_layers"]
-    )
+    transformer("mid_block.attentions.0", "middle_block.1", width, config["mid_transformer_layers"])
     resnet("mid_block.resnets.1", "middle_block.2", width, width)
 
     index = 0

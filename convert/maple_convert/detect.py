@@ -1,0 +1,527 @@
+"""What a file is, from evidence: facts read from names and shapes, then a table of families.
+
+Exactly one family must fit. Nothing is decided by the order of the table, nothing by what is left
+over, and nothing by a width alone: a narrow model trained on SD 1.x's architecture has a context of
+128 where the published one has 768, and is still told from SD 2 and SDXL by its convolutional
+projections, its missing label embedding and its Hugging Face text encoder.
+
+Every fact keeps the line that says where it was read; these lines are the evidence that
+``maple inspect`` prints.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from .layouts import LAYOUTS, View, files, unet
+from .tensors import TensorInfo
+
+# ---------------------------------------------------------------------------------------------
+# Facts
+
+
+@dataclass(frozen=True)
+class UNetFacts:
+    """What tells one family's UNet from another's.
+
+    Attributes:
+        channels: what the first convolution takes.
+        context: width of the text states that cross-attention takes.
+        projections: "convolution" or "linear", before and after each transformer.
+        label: "none", "vector" (size or image conditioning) or "classes".
+        levels: number of resolutions.
+        first_attends: whether the finest level has transformers.
+        middle_attends: whether the middle block has one.
+    """
+
+    channels: int
+    context: int
+    projections: str
+    label: str
+    levels: int
+    first_attends: bool
+    middle_attends: bool
+
+
+@dataclass
+class Facts:
+    """All that a file or folder shows of its kind.
+
+    Attributes:
+        path: the file or folder.
+        lines: where each fact was read, for people.
+        components: the components found.
+        unet: facts of the UNet, where there is one.
+        text: the kinds of text encoder found: "CLIP", "OpenCLIP", "BERT", "XLM-RoBERTa".
+        others: things found that are no part of a plain Stable Diffusion model, by name.
+    """
+
+    path: Path
+    lines: list[str] = field(default_factory=list[str])
+    components: list[str] = field(default_factory=list[str])
+    unet: UNetFacts | None = None
+    text: set[str] = field(default_factory=set[str])
+    others: list[str] = field(default_factory=list[str])
+
+    def describe(self) -> str:
+        """The facts in one sentence, for the message that no family fits."""
+        parts: list[str] = []
+        if (u := self.unet) is not None:
+            parts.append(
+                f"a UNet of {u.levels} levels that takes {u.channels} channels and a context of "
+                f"{u.context}, {u.projections} projections, label embedding: {u.label}, "
+                f"{'with' if u.middle_attends else 'without'} middle attention"
+            )
+        parts += [f"a text encoder of kind {kind}" for kind in sorted(self.text)]
+        parts += [name for name in self.components if name not in ("unet", "text_encoder")]
+        return "; ".join(parts + self.others)
+
+
+def read_unet(facts: Facts, view: View, spelling: str) -> None:
+    """Add what a UNet shows."""
+    levels = unet.walk(view, spelling)
+    first = next((name for level in levels for name in level.transformers), unet.middle(spelling))
+    conv_in = unet.ROOT.name("conv_in", spelling) + ".weight"
+    proj_in = f"{first}.{unet.TRANSFORMER.name('proj_in', spelling)}.weight"
+    to_k = f"{first}.transformer_blocks.0.{unet.TRANSFORMER_BLOCK.name('attn2.to_k', spelling)}"
+    channels = view.axis(conv_in, 1, 4)
+    context = view.axis(f"{to_k}.weight", 1, 2)
+    axes = len(view.tensors[proj_in].shape) if proj_in in view.tensors else 0
+    if axes not in (2, 4):
+        view.axis(proj_in, 0, 4)  # raises: missing, or no layout of any family
+    projections = "convolution" if axes == 4 else "linear"
+    label, label_line = "none", "no label or size embedding"
+    for name, kind in (
+        ("label_emb.0", "vector"),
+        ("add_embedding", "vector"),
+        ("label_emb", "classes"),
+        ("class_embedding", "classes"),
+    ):
+        if view.holds(name):
+            label, label_line = kind, f"{view.shown(name)} embeds a {kind}"
+            break
+    facts.unet = UNetFacts(
+        channels=channels,
+        context=context,
+        projections=projections,
+        label=label,
+        levels=len(levels),
+        first_attends=bool(levels and levels[0].transformers),
+        middle_attends=view.holds(f"{unet.middle(spelling)}.transformer_blocks"),
+    )
+    use = _CHANNELS.get(channels, "of unknown use")
+    whose = _CONTEXTS.get(context, "a narrow model's context")
+    facts.lines += [
+        f"{view.shown(conv_in)} takes {channels} channels: {use}",
+        f"{view.shown(proj_in)} has {axes} axes: {projections} projections",
+        f"{view.shown(to_k)}.weight is {context} wide: {whose}",
+        label_line,
+    ]
+
+
+_CHANNELS = {
+    4: "latents only",
+    5: "latents and depth",
+    7: "latents and a small picture (x4 upscaler)",
+    8: "latents and an image's latents (InstructPix2Pix)",
+    9: "latents, mask and masked latents (inpainting)",
+}
+_CONTEXTS = {
+    768: "SD 1.x's context",
+    1024: "SD 2.x's context",
+    1280: "the context of SDXL's refiner or of LDM text2img",
+    2048: "SDXL's context",
+}
+
+# Text encoders other than the tables', and everything else that people keep in such files. Each is
+# there when a tensor lies below one of its places, or its name ends or begins as given.
+_TEXT_PLACES = {
+    "OpenCLIP": (
+        "cond_stage_model.model",
+        "conditioner.embedders.0.model",
+        "conditioner.embedders.1.model",
+    ),
+    "CLIP": ("conditioner.embedders.0.transformer",),
+    "BERT": ("cond_stage_model.transformer.token_emb", "cond_stage_model.transformer.attn_layers"),
+    "XLM-RoBERTa": ("cond_stage_model.roberta",),
+}
+
+# In a diffusers folder OpenCLIP has CLIP's names; its published widths are none of CLIP ViT-L's.
+_OPEN_CLIP_WIDTHS = {1024: "OpenCLIP", 1280: "OpenCLIP"}
+
+
+@dataclass(frozen=True)
+class Other:
+    """Something that is no plain Stable Diffusion model, known by its names."""
+
+    name: str
+    places: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    begins: tuple[str, ...] = ()
+
+    def evidence(self, view: View) -> str | None:
+        """The name that shows it, or None."""
+        for place in self.places:
+            if view.holds(place):
+                return place
+        if self.ends or self.begins:
+            for name in view.tensors:
+                if name.endswith(self.ends or ("\0",)) or name.startswith(self.begins or ("\0",)):
+                    return name
+        return None
+
+
+OTHERS = (
+    Other(
+        "a LoRA, which changes a model and is none itself",
+        ends=(
+            ".lora_down.weight",
+            ".lora_up.weight",
+            ".lora_A.weight",
+            ".lora_B.weight",
+            "_lora.down.weight",
+            "_lora.up.weight",
+            ".lora.down.weight",
+            ".lora.up.weight",
+            ".lokr_w1",
+            ".lokr_w2",
+            ".hada_w1_a",
+            ":up",
+            ":down",
+        ),
+        begins=("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_"),
+    ),
+    Other(
+        "a textual inversion, which adds a word to a model and is none itself",
+        places=("string_to_param", "embedding_manager"),
+        begins=("emb_params", "<"),
+        ends=("string_to_param",),
+    ),
+    Other(
+        "a ControlNet, which steers a model and is none itself",
+        places=("control_model", "controlnet_cond_embedding", "input_hint_block", "zero_convs"),
+    ),
+    Other("a T2I adapter", places=("adapter.body", "body.0.block1", "adapter.conv_in")),
+    Other("an IP-Adapter", places=("image_proj", "ip_adapter")),
+    Other(
+        "a video model or motion module",
+        ends=("time_stack.0.in_layers.0.weight",),
+        places=("model.diffusion_model.input_blocks.1.1.time_stack", "motion_modules"),
+    ),
+    Other(
+        "a whole CLIP, with its image encoder", places=("vision_model", "visual", "vision_tower")
+    ),
+    Other("Stable Diffusion 3", places=("model.diffusion_model.joint_blocks", "joint_blocks")),
+    Other(
+        "Flux",
+        places=("model.diffusion_model.double_blocks", "double_blocks", "single_blocks"),
+    ),
+    Other(
+        "a diffusion transformer (no UNet)",
+        places=("transformer_blocks.0", "model.diffusion_model.transformer_blocks"),
+    ),
+    Other(
+        "an autoencoder with a codebook (VQ)",
+        places=("quantize.embedding", "first_stage_model.quantize.embedding"),
+    ),
+    Other("an LCM UNet (guidance embedding)", places=("time_embedding.cond_proj",)),
+)
+
+# ---------------------------------------------------------------------------------------------
+# Families
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model: what its facts must be, and whether this version can use it.
+
+    Attributes:
+        name: short name, as in the maple folder's config.
+        title: name for people.
+        channels: input channels of the UNet.
+        projections: see ``UNetFacts``.
+        label: see ``UNetFacts``.
+        text: the text encoders that its files may hold; a file without one fits too.
+        levels: number of resolutions, where that tells families apart.
+        first_attends: whether the finest level has transformers, where that tells.
+        middle_attends: whether the middle block attends.
+        refusal: why this version cannot use it; empty where it can.
+    """
+
+    name: str
+    title: str
+    channels: int
+    projections: str
+    label: str = "none"
+    text: frozenset[str] = frozenset()
+    levels: int | None = None
+    first_attends: bool | None = None
+    middle_attends: bool = True
+    refusal: str = ""
+
+    def fits(self, facts: Facts) -> bool:
+        """Whether every fact is this family's."""
+        u = facts.unet
+        return (
+            u is not None
+            and not facts.others
+            and u.channels == self.channels
+            and u.projections == self.projections
+            and u.label == self.label
+            and u.middle_attends == self.middle_attends
+            and self.levels in (None, u.levels)
+            and self.first_attends in (None, u.first_attends)
+            and facts.text <= self.text
+        )
+
+
+_CLIP = frozenset({"CLIP"})
+_OPEN = frozenset({"OpenCLIP", "CLIP"})
+_NOT_YET = "a family that this version cannot use yet"
+
+FAMILIES = (
+    Family("sd1", "Stable Diffusion 1.x", 4, "convolution", text=_CLIP),
+    Family(
+        "sd1-inpainting",
+        "Stable Diffusion 1.x inpainting (9 input channels)",
+        9,
+        "convolution",
+        text=_CLIP,
+        refusal="the pipeline takes no mask channels yet; use a plain model, which can inpaint too",
+    ),
+    Family(
+        "sd1-pix2pix",
+        "InstructPix2Pix on SD 1.x (8 input channels)",
+        8,
+        "convolution",
+        text=_CLIP,
+        refusal="the pipeline cannot edit by instruction yet",
+    ),
+    Family(
+        "sd1-distilled",
+        "a distilled SD 1.x without middle block (BK-SDM, tiny-sd)",
+        4,
+        "convolution",
+        text=_CLIP,
+        middle_attends=False,
+        refusal=_NOT_YET,
+    ),
+    Family("sd2", "Stable Diffusion 2.x", 4, "linear", text=_OPEN, refusal=_NOT_YET),
+    Family(
+        "sd2-inpainting",
+        "Stable Diffusion 2.x inpainting",
+        9,
+        "linear",
+        text=_OPEN,
+        refusal=_NOT_YET,
+    ),
+    Family("sd2-depth", "Stable Diffusion 2.x depth", 5, "linear", text=_OPEN, refusal=_NOT_YET),
+    Family(
+        "sd2-unclip",
+        "Stable Diffusion 2.x unCLIP",
+        4,
+        "linear",
+        label="vector",
+        text=_OPEN,
+        levels=4,
+        first_attends=True,
+        refusal=_NOT_YET,
+    ),
+    Family(
+        "x4-upscaler",
+        "Stable Diffusion x4 upscaler",
+        7,
+        "linear",
+        label="classes",
+        text=_OPEN,
+        refusal=_NOT_YET,
+    ),
+    Family(
+        "sdxl",
+        "Stable Diffusion XL",
+        4,
+        "linear",
+        label="vector",
+        text=_OPEN,
+        levels=3,
+        refusal=_NOT_YET,
+    ),
+    Family(
+        "sdxl-refiner",
+        "Stable Diffusion XL refiner",
+        4,
+        "linear",
+        label="vector",
+        text=_OPEN,
+        levels=4,
+        first_attends=False,
+        refusal=_NOT_YET,
+    ),
+    Family(
+        "sdxl-inpainting",
+        "Stable Diffusion XL inpainting",
+        9,
+        "linear",
+        label="vector",
+        text=_OPEN,
+        levels=3,
+        refusal=_NOT_YET,
+    ),
+    Family(
+        "sdxl-pix2pix",
+        "InstructPix2Pix on SDXL",
+        8,
+        "linear",
+        label="vector",
+        text=_OPEN,
+        levels=3,
+        refusal=_NOT_YET,
+    ),
+    Family(
+        "sdxl-distilled",
+        "a distilled SDXL without middle attention (SSD-1B, Vega)",
+        4,
+        "linear",
+        label="vector",
+        text=_OPEN,
+        levels=3,
+        middle_attends=False,
+        refusal=_NOT_YET,
+    ),
+)
+
+
+def identify(facts: Facts) -> tuple[str, str]:
+    """The one family that fits, as (name, title).
+
+    A file without a UNet is of its component's own name, unless its text encoder stands where
+    only SD 1.x has it.
+
+    Raises:
+        UnsupportedCheckpoint: no family fits, or one that this version cannot use.
+    """
+    path = facts.path
+    if facts.others:
+        raise UnsupportedCheckpoint(path, f"this is {' and '.join(facts.others)}")
+    if facts.unet is None:
+        if facts.text - _CLIP:
+            kinds = " and ".join(sorted(facts.text))
+            raise UnsupportedCheckpoint(path, f"a text encoder of kind {kinds}: {_NOT_YET}")
+        if len(facts.components) == 1:
+            (name,) = facts.components
+            return name, f"{LAYOUTS[name].title} alone"
+        if set(facts.components) == {"text_encoder", "vae"}:
+            return "sd1", "Stable Diffusion 1.x without its UNet"
+        raise UnsupportedCheckpoint(path, f"no UNet, but {facts.describe()}")
+    fitting = [family for family in FAMILIES if family.fits(facts)]
+    if not fitting:
+        raise UnsupportedCheckpoint(path, f"no known family fits: {facts.describe()}")
+    if len(fitting) > 1:
+        names = " and ".join(family.title for family in fitting)
+        raise UnsupportedCheckpoint(path, f"fits more than one family: {names}")
+    (family,) = fitting
+    if family.refusal:
+        raise UnsupportedCheckpoint(path, f"this is {family.title}: {family.refusal}")
+    return family.name, family.title
+
+
+# ---------------------------------------------------------------------------------------------
+# One file
+
+
+@dataclass(frozen=True)
+class Section:
+    """One component found in one file: its name, its spelling, its tensors."""
+
+    component: str
+    spelling: str
+    view: View
+
+
+def find_sections(path: Path, tensors: Mapping[str, TensorInfo], folder: str = "") -> list[Section]:
+    """The components of one file, each in one spelling below one prefix.
+
+    Args:
+        path: the file.
+        tensors: what it holds.
+        folder: its folder within a model's, in front of names shown to people.
+
+    Raises:
+        UnsupportedCheckpoint: if a component is there twice, or in two spellings.
+    """
+    views = {prefix: View(path, tensors, prefix, folder=folder) for prefix in files.PREFIXES}
+    found = files.find(views)
+    sections: dict[str, Section] = {}
+    for where, prefix in found:
+        if where.component in sections:
+            first = sections[where.component]
+            raise UnsupportedCheckpoint(
+                path,
+                f"holds two of {where.component}: {_spelt(first.spelling, first.view.prefix)} and "
+                f"{_spelt(where.spelling, prefix)}",
+            )
+        view = View(path, tensors, prefix, where.under) if where.under else views[prefix]
+        sections[where.component] = Section(where.component, where.spelling, view)
+    return list(sections.values())
+
+
+def _spelt(spelling: str, prefix: str) -> str:
+    return f"{spelling} names below {prefix!r}" if prefix else f"{spelling} names without a prefix"
+
+
+def gather(
+    path: Path, sections: Sequence[Section], tensors: Mapping[str, TensorInfo] | None = None
+) -> Facts:
+    """The facts of a file's or folder's components.
+
+    Args:
+        path: the file or folder.
+        sections: the components found in it.
+        tensors: everything that a single file holds; None for a folder.
+    """
+    facts = Facts(path)
+    # What is no plain model is named before anything of a model is asked of it.
+    wholes = [s.view for s in sections] if tensors is None else [View(path, tensors)]
+    for whole in wholes:
+        for other in OTHERS:
+            if (name := other.evidence(whole)) is not None:
+                facts.others.append(f"{other.name} ({one_line(name, 80)})")
+        for kind, places in _TEXT_PLACES.items():
+            for place in filter(whole.holds, places):
+                facts.text.add(kind)
+                facts.lines.append(f"{whole.shown(place)} holds a text encoder of kind {kind}")
+    if facts.others:
+        return facts
+    for section in sections:
+        view = section.view
+        where = (view.folder + view.prefix).rstrip("./") or "the file"
+        facts.components.append(section.component)
+        if section.component == "unet":
+            facts.lines.append(f"{where} holds the UNet in {section.spelling} names")
+            read_unet(facts, view, section.spelling)
+        elif section.component == "text_encoder":
+            width = LAYOUTS["text_encoder"].infer(view, section.spelling)["hidden_size"]
+            kind = _OPEN_CLIP_WIDTHS.get(width, "CLIP")
+            facts.text.add(kind)
+            facts.lines.append(
+                f"{where} holds a text encoder in Hugging Face's CLIP names, {width} wide: {kind}"
+            )
+        else:
+            title = LAYOUTS[section.component.split()[0]].title
+            facts.lines.append(f"{where} holds the {title} in {section.spelling} names")
+    return facts
+
+
+def refuse_unknown(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Say what a file holds in which no component was found."""
+    if not tensors:
+        raise InvalidCheckpoint(path, "holds no tensors")
+    facts = gather(path, [], tensors)
+    if facts.others or facts.text:
+        identify(facts)
+    names = [one_line(name, 60) for name in list(tensors)[:3]]
+    shown = ", ".join(names + ["…"] * (len(tensors) > len(names)))
+    raise UnsupportedCheckpoint(
+        path, f"no Stable Diffusion component in its {len(tensors)} tensors ({shown})"
+    )

@@ -1,0 +1,489 @@
+"""The config.json files of a diffusers folder: read against the tensors, and written.
+
+The tensors have said the architecture already; a config may only agree. What it adds is what
+tensors cannot say: the number of heads, the activation of the text encoder, the scaling factor, the
+noise schedule. Every other key must be known: it must hold the one value that is built here, or be
+on the list of those without effect on the result. An unknown key that is set is an error, because
+it may well change what the network computes.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+
+Config = Mapping[str, Any]
+
+# ---------------------------------------------------------------------------------------------
+# UNet
+
+_UNET_CONSTANTS: Mapping[str, tuple[object, ...]] = {
+    "act_fn": ("silu",),
+    "addition_embed_type": (None,),
+    "attention_type": ("default",),
+    "center_input_sample": (False,),
+    "class_embed_type": (None,),
+    "conv_in_kernel": (3,),
+    "conv_out_kernel": (3,),
+    "cross_attention_norm": (None,),
+    "downsample_padding": (1,),
+    "dual_cross_attention": (False,),
+    "encoder_hid_dim": (None,),
+    "encoder_hid_dim_type": (None,),
+    "flip_sin_to_cos": (True,),
+    "freq_shift": (0,),
+    "mid_block_only_cross_attention": (None, False),
+    "mid_block_scale_factor": (1,),
+    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
+    "norm_eps": (1e-5,),
+    "norm_num_groups": (32,),
+    "num_class_embeds": (None,),
+    "only_cross_attention": (False,),
+    "projection_class_embeddings_input_dim": (None,),
+    "resnet_out_scale_factor": (1.0,),
+    "resnet_skip_time_act": (False,),
+    "resnet_time_scale_shift": ("default",),
+    "reverse_transformer_layers_per_block": (None,),
+    "time_cond_proj_dim": (None,),
+    "time_embedding_act_fn": (None,),
+    "time_embedding_dim": (None,),
+    "time_embedding_type": ("positional",),
+    "timestep_post_act": (None,),
+    "use_linear_projection": (False,),
+}
+_UNET_WITHOUT_EFFECT = frozenset(
+    {
+        "addition_embed_type_num_heads",  # of an embedding that is not there
+        "addition_time_embed_dim",
+        "class_embeddings_concat",
+        "dropout",  # training only
+        "sample_size",  # the size that the model was trained at: read as the default size
+        "upcast_attention",  # where attention is computed in half precision; here it never is
+    }
+)
+
+
+def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
+    """Complete the UNet's architecture ``found`` in the tensors by its config.json."""
+    depths: Sequence[int] = found["transformer_layers"]
+    widths: Sequence[int] = found["block_out_channels"]
+    down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
+    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)]
+    handled = {"attention_head_dim", "num_attention_heads", "transformer_layers_per_block"}
+    agreeing = {
+        **{key: found[key] for key in ("in_channels", "out_channels", "cross_attention_dim")},
+        "block_out_channels": list(widths),
+        "layers_per_block": found["layers_per_block"],
+        "down_block_types": down,
+        "up_block_types": up,
+    }
+    _check(path, config, _UNET_CONSTANTS, _UNET_WITHOUT_EFFECT | handled, agreeing)
+
+    per_block = config.get("transformer_layers_per_block", 1)
+    stated = per_block if isinstance(per_block, list) else [per_block] * len(depths)
+    stated = cast("list[object]", stated)
+    if len(stated) != len(depths) or any(
+        depth and not _same(says, depth) for says, depth in zip(stated, depths, strict=True)
+    ):
+        _disagree(path, "transformer_layers_per_block", per_block, list(depths))
+
+    # ``attention_head_dim`` has always meant the number of heads, and cannot be renamed any more.
+    key = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
+    heads = config.get(key, 8)
+    heads = cast("list[object]", heads if isinstance(heads, list) else [heads] * len(widths))
+    if len(heads) != len(widths) or not all(
+        isinstance(n, int) and not isinstance(n, bool) and 0 < n <= width and width % n == 0
+        for n, width in zip(heads, widths, strict=True)
+    ):
+        reason = f"{key} is {_shown(config.get(key))}, which does not divide widths {list(widths)}"
+        raise InvalidCheckpoint(path, reason)
+    return {**found, "num_attention_heads": heads, "norm_num_groups": 32}
+
+
+def write_unet(config: Config, size: int) -> dict[str, Any]:
+    """The config.json of a UNet for diffusers; ``size`` is the native size in latents."""
+    depths: Sequence[int] = config["transformer_layers"]
+    heads: Sequence[int] = config["num_attention_heads"]
+    return {
+        "_class_name": "UNet2DConditionModel",
+        **{key: values[0] for key, values in _UNET_CONSTANTS.items()},
+        "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
+        "block_out_channels": list(config["block_out_channels"]),
+        "cross_attention_dim": config["cross_attention_dim"],
+        "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depths],
+        "in_channels": config["in_channels"],
+        "layers_per_block": config["layers_per_block"],
+        "out_channels": config["out_channels"],
+        "sample_size": size,
+        "transformer_layers_per_block": (
+            max(depths) if len(set(depths) - {0}) == 1 else [max(n, 1) for n in depths]
+        ),
+        "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in reversed(depths)],
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Autoencoders
+
+SD1_SCALING_FACTOR = 0.18215  # configs from before 2023 do not state it
+
+_VAE_CONSTANTS: Mapping[str, tuple[object, ...]] = {
+    "act_fn": ("silu",),
+    "latents_mean": (None,),
+    "latents_std": (None,),
+    "mid_block_add_attention": (True,),
+    "norm_num_groups": (32,),
+    "shift_factor": (None, 0),
+    "use_post_quant_conv": (True,),
+    "use_quant_conv": (True,),
+}
+_VAE_WITHOUT_EFFECT = frozenset({"force_upcast", "sample_size"})
+
+
+def vae(path: Path, config: Config, found: Config) -> dict[str, Any]:
+    """Complete the autoencoder's architecture by its config.json."""
+    levels = len(found["block_out_channels"])
+    agreeing = {
+        **{key: found[key] for key in ("in_channels", "out_channels", "latent_channels")},
+        "block_out_channels": list(found["block_out_channels"]),
+        "layers_per_block": found["layers_per_block"],
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+    _check(path, config, _VAE_CONSTANTS, _VAE_WITHOUT_EFFECT | {"scaling_factor"}, agreeing)
+    factor = config.get("scaling_factor", SD1_SCALING_FACTOR)
+    return {**found, "norm_num_groups": 32, "scaling_factor": _positive(path, factor)}
+
+
+def write_vae(config: Config, size: int) -> dict[str, Any]:
+    """The config.json of an autoencoder for diffusers; ``size`` is the native size in pixels."""
+    levels = len(config["block_out_channels"])
+    return {
+        "_class_name": "AutoencoderKL",
+        **{key: values[0] for key, values in _VAE_CONSTANTS.items()},
+        "block_out_channels": list(config["block_out_channels"]),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "in_channels": config["in_channels"],
+        "latent_channels": config["latent_channels"],
+        "layers_per_block": config["layers_per_block"],
+        "out_channels": config["out_channels"],
+        "sample_size": size,
+        "scaling_factor": config["scaling_factor"],
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+    }
+
+
+_TAESD_CONSTANTS: Mapping[str, tuple[object, ...]] = {
+    "act_fn": ("relu",),
+    "in_channels": (3,),
+    "latent_magnitude": (3,),
+    "latent_shift": (0.5,),
+    "num_decoder_blocks": ([3, 3, 3, 1],),
+    "num_encoder_blocks": ([1, 3, 3, 3],),
+    "out_channels": (3,),
+    "scaling_factor": (1.0,),
+    "shift_factor": (0.0, None),
+    "upsample_fn": ("nearest",),
+    "upsampling_scaling_factor": (2,),
+}
+
+
+def taesd(path: Path, config: Config, found: Config) -> dict[str, Any]:
+    """Complete TAESD's architecture by its config.json."""
+    widths = [found["width"]] * 4
+    agreeing = {
+        "latent_channels": found["latent_channels"],
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "block_out_channels": widths,
+    }
+    _check(path, config, _TAESD_CONSTANTS, frozenset({"force_upcast"}), agreeing)
+    return dict(found)
+
+
+def write_taesd(config: Config) -> dict[str, Any]:
+    """The config.json of an AutoencoderTiny for diffusers."""
+    widths = [config["width"]] * 4
+    return {
+        "_class_name": "AutoencoderTiny",
+        **{key: values[0] for key, values in _TAESD_CONSTANTS.items()},
+        "encoder_block_out_channels": widths,
+        "decoder_block_out_channels": widths,
+        "latent_channels": config["latent_channels"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Text encoder
+
+HEAD_WIDTH = 64  # of every published CLIP text encoder: a bare file's heads are width / 64
+FULL_VOCABULARY = 49408
+
+_TEXT_CONSTANTS: Mapping[str, tuple[object, ...]] = {
+    "layer_norm_eps": (1e-5,),
+    "model_type": ("clip_text_model",),
+}
+_TEXT_WITHOUT_EFFECT = frozenset(
+    {
+        "architectures",
+        "attention_dropout",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "dropout",
+        "dtype",
+        "gradient_checkpointing",
+        "id2label",
+        "initializer_factor",
+        "initializer_range",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",  # the tokenizer says it
+        "problem_type",
+        "projection_dim",  # stated with and without a projection: the tensors say
+        "return_dict",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+        "_attn_implementation_autoset",
+    }
+)
+
+
+def text_encoder(path: Path, config: Config, found: Config) -> dict[str, Any]:
+    """Complete the text encoder's architecture by its config.json."""
+    agreeing = {
+        key: found[key]
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "max_position_embeddings",
+        )
+    }
+    handled = {"num_attention_heads", "hidden_act", "eos_token_id"}
+    _check(path, config, _TEXT_CONSTANTS, _TEXT_WITHOUT_EFFECT | handled, agreeing)
+    width: int = found["hidden_size"]
+    heads = config.get("num_attention_heads", 8)
+    if not _integer(heads) or not 0 < heads <= width or width % heads:
+        reason = f"num_attention_heads is {_shown(heads)}, which does not divide {width}"
+        raise InvalidCheckpoint(path, reason)
+    act = config.get("hidden_act", "quick_gelu")
+    if act not in ("quick_gelu", "gelu"):
+        raise UnsupportedCheckpoint(path, f"hidden_act {_shown(act)}: known are quick_gelu, gelu")
+    return {
+        **found,
+        "num_attention_heads": heads,
+        "hidden_act": act,
+        "eos_token_id": eos_token(path, config.get("eos_token_id"), found["vocab_size"]),
+    }
+
+
+def eos_token(path: Path, stated: object, vocabulary: int) -> int:
+    """The id of the end of a text.
+
+    Configs on the hub say 2, which was never true and is kept by transformers for old behaviour.
+    CLIP's own is 49407, also where textual inversion added rows after it; a pruned vocabulary
+    keeps it last.
+    """
+    if stated is None or _same(stated, 2):
+        return min(vocabulary, FULL_VOCABULARY) - 1
+    if not _integer(stated) or not 0 <= stated < vocabulary:
+        reason = f"eos_token_id is {_shown(stated)} in a vocabulary of {vocabulary}"
+        raise InvalidCheckpoint(path, reason)
+    return stated
+
+
+def write_text_encoder(config: Config) -> dict[str, Any]:
+    """The config.json of a CLIPTextModel for transformers."""
+    projection = config["projection_dim"]
+    eos = config["eos_token_id"]
+    return {
+        "architectures": ["CLIPTextModel" if projection is None else "CLIPTextModelWithProjection"],
+        **{key: values[0] for key, values in _TEXT_CONSTANTS.items()},
+        "attention_dropout": 0.0,
+        "bos_token_id": eos - 1,  # CLIP's two special tokens are neighbours
+        "eos_token_id": eos,
+        "hidden_act": config["hidden_act"],
+        "hidden_size": config["hidden_size"],
+        "intermediate_size": config["intermediate_size"],
+        "max_position_embeddings": config["max_position_embeddings"],
+        "num_attention_heads": config["num_attention_heads"],
+        "num_hidden_layers": config["num_hidden_layers"],
+        "pad_token_id": eos,
+        "projection_dim": config["hidden_size"] if projection is None else projection,
+        "vocab_size": config["vocab_size"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Noise schedule
+
+SD1_SCHEDULER: Mapping[str, Any] = {
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "num_train_timesteps": 1000,
+    "rescale_zero_terminal_snr": False,
+}
+_BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear"} | {
+    "squaredcos_cap_v2": "cosine"
+}
+_HINTS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "clip_sample")
+PREDICTIONS = ("epsilon", "v_prediction")
+_MOST_TIMESTEPS = 100_000
+
+
+def alphas_cumprod(scheduler: Config) -> npt.NDArray[np.float64] | None:
+    """The noise schedule of linear or scaled linear betas; None for the others."""
+    low, high = float(scheduler["beta_start"]), float(scheduler["beta_end"])
+    steps = int(scheduler["num_train_timesteps"])
+    if scheduler["rescale_zero_terminal_snr"]:
+        return None
+    if scheduler["beta_schedule"] == "scaled_linear":
+        return np.cumprod(1 - np.linspace(low**0.5, high**0.5, steps) ** 2)
+    if scheduler["beta_schedule"] == "linear":
+        return np.cumprod(1 - np.linspace(low, high, steps))
+    return None
+
+
+def trained_alphas(path: Path, config: Config) -> npt.NDArray[np.float64] | None:
+    """The noise schedule of a config that lists its betas, or None."""
+    betas = config.get("trained_betas")
+    if betas is None:
+        return None
+    listed = cast("list[object]", betas) if isinstance(betas, list) else []
+    if not 1 <= len(listed) <= _MOST_TIMESTEPS or not all(
+        isinstance(beta, int | float) and not isinstance(beta, bool) and 0 <= beta <= 1
+        for beta in listed
+    ):
+        raise InvalidCheckpoint(path, f"trained_betas is {_shown(betas)}")
+    return np.cumprod(1 - np.asarray(cast("list[float]", listed), np.float64))
+
+
+def scheduler(path: Path, config: Config) -> tuple[dict[str, Any], str]:
+    """The noise schedule and the prediction type of a scheduler_config.json.
+
+    Which sampler a folder names does not bind anyone; only what the model was trained with and the
+    hints of how its sampler places the steps are kept.
+    """
+    found = dict(SD1_SCHEDULER)
+    # A scheduler's own defaults where its config is silent are the class's: linear, 0.0001, 0.02.
+    kind = config.get("beta_schedule", "linear")
+    if not isinstance(kind, str) or kind not in _BETA_SCHEDULES:
+        known = ", ".join(_BETA_SCHEDULES)
+        raise UnsupportedCheckpoint(path, f"beta_schedule {_shown(kind)}: known are {known}")
+    found["beta_schedule"] = _BETA_SCHEDULES[kind]
+    for key, default in (("beta_start", 0.0001), ("beta_end", 0.02)):
+        found[key] = _positive(path, config.get(key, default), key, below=1.0)
+    steps = config.get("num_train_timesteps", 1000)
+    if not _integer(steps) or not 0 < steps <= _MOST_TIMESTEPS:
+        raise InvalidCheckpoint(path, f"num_train_timesteps is {_shown(steps)}")
+    found["num_train_timesteps"] = steps
+    found["rescale_zero_terminal_snr"] = _flag(path, config, "rescale_betas_zero_snr")
+    for key in _HINTS:
+        if isinstance(value := config.get(key), str | int):
+            found[key] = one_line(value, 40) if isinstance(value, str) else value
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in PREDICTIONS:
+        raise UnsupportedCheckpoint(
+            path, f"prediction_type {_shown(prediction)}: known are epsilon, v_prediction"
+        )
+    return found, prediction
+
+
+def write_scheduler(scheduler: Config, prediction: str) -> dict[str, Any]:
+    """The scheduler_config.json of a folder: DDIM, as it samples SD 1.x."""
+    kinds = {ours: theirs for theirs, ours in _BETA_SCHEDULES.items()}
+    return {
+        "_class_name": "DDIMScheduler",
+        "beta_end": scheduler["beta_end"],
+        "beta_schedule": kinds[scheduler["beta_schedule"]],
+        "beta_start": scheduler["beta_start"],
+        "clip_sample": scheduler.get("clip_sample", False),
+        "num_train_timesteps": scheduler["num_train_timesteps"],
+        "prediction_type": prediction,
+        "rescale_betas_zero_snr": scheduler["rescale_zero_terminal_snr"],
+        "set_alpha_to_one": scheduler.get("set_alpha_to_one", False),
+        "steps_offset": scheduler.get("steps_offset", 1),
+        "timestep_spacing": scheduler.get("timestep_spacing", "leading"),
+        "trained_betas": None,
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Checks
+
+
+def _check(
+    path: Path,
+    config: Config,
+    constants: Mapping[str, tuple[object, ...]],
+    without_effect: frozenset[str],
+    agreeing: Config,
+) -> None:
+    for key, value in config.items():
+        if key in agreeing:
+            if not _same(value, agreeing[key]):
+                _disagree(path, key, value, agreeing[key])
+        elif key in constants:
+            if not any(_same(value, good) for good in constants[key]):
+                expected = " or ".join(_shown(good) for good in constants[key])
+                raise UnsupportedCheckpoint(
+                    path, f"{key} is {_shown(value)}; only {expected} is built here"
+                )
+        elif key.startswith("_") or key in without_effect or value is None:
+            continue
+        else:
+            raise UnsupportedCheckpoint(
+                path, f"unknown setting {one_line(key, 60)!r} is {_shown(value)}"
+            )
+
+
+def _disagree(path: Path, key: str, says: object, tensors: object) -> None:
+    raise InvalidCheckpoint(
+        path, f"{key} is {_shown(says)}, but the tensors make it {_shown(tensors)}"
+    )
+
+
+def _same(one: object, other: object) -> bool:
+    """Equal in value and kind: 1 is 1.0, but true is not 1."""
+    if isinstance(one, bool) or isinstance(other, bool):
+        return one is other
+    if isinstance(one, list) and isinstance(other, list):
+        ours, theirs = cast("list[object]", one), cast("list[object]", other)
+        return len(ours) == len(theirs) and all(map(_same, ours, theirs))
+    return one == other
+
+
+def _integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _positive(path: Path, value: object, key: str = "scaling_factor", below: float = 1e6) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        number = float(value) if abs(value) < 1e30 else math.inf
+        if 0 < number < below:
+            return number
+    raise InvalidCheckpoint(path, f"{key} is {_shown(value)}, expected a number in 0 to {below:g}")
+
+
+def _flag(path: Path, config: Config, key: str) -> bool:
+    value = config.get(key, False)
+    if not isinstance(value, bool):
+        raise InvalidCheckpoint(path, f"{key} is {_shown(value)}, expected true or false")
+    return value
+
+
+def _shown(value: object) -> str:
+    try:
+        return one_line(repr(value), 80)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return "a giant number"

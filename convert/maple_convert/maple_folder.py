@@ -1,0 +1,302 @@
+"""The maple folder: its config.json, read strictly and written. docs/format.md is the law.
+
+The folder is ours, but the reader trusts it no more than any other: a config.json may have been
+edited, cut short or made to hurt.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from .layouts import LAYOUTS
+from .layouts.diffusers_config import PREDICTIONS
+
+FORMAT = "mlx-maple"
+FORMAT_VERSION = 1
+CONFIG_NAME = "config.json"
+TOKENIZER_FILES = {"vocab": "tokenizer/vocab.json", "merges": "tokenizer/merges.txt"}
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+@dataclass(frozen=True)
+class Count:
+    """An integer setting and its bounds; ``many`` for a list of them, one per level."""
+
+    low: int = 1
+    high: int = 1 << 16
+    many: bool = False
+    optional: bool = False
+
+
+# Every setting of every component. The bounds are far above any published model and low enough
+# that a lying file cannot make the tables run for long.
+_LEVELS = 8
+SETTINGS: Mapping[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
+    "text_encoder": {
+        "vocab_size": Count(high=1 << 22),
+        "hidden_size": Count(),
+        "intermediate_size": Count(high=1 << 18),
+        "num_hidden_layers": Count(high=128),
+        "num_attention_heads": Count(high=1024),
+        "max_position_embeddings": Count(),
+        "hidden_act": ("quick_gelu", "gelu"),
+        "projection_dim": Count(optional=True),
+        "eos_token_id": Count(0, 1 << 22),
+    },
+    "unet": {
+        "in_channels": Count(high=64),
+        "out_channels": Count(high=64),
+        "block_out_channels": Count(many=True),
+        "layers_per_block": Count(high=8),
+        "transformer_layers": Count(0, 16, many=True),
+        "num_attention_heads": Count(high=1024, many=True),
+        "cross_attention_dim": Count(),
+        "mid_transformer_layers": Count(high=16),
+        "norm_num_groups": Count(32, 32),
+    },
+    "vae": {
+        "in_channels": Count(high=64),
+        "out_channels": Count(high=64),
+        "latent_channels": Count(high=64),
+        "block_out_channels": Count(many=True),
+        "layers_per_block": Count(high=8),
+        "norm_num_groups": Count(32, 32),
+        "scaling_factor": float,
+    },
+    "taesd": {"latent_channels": Count(high=64), "width": Count()},
+}
+_KEYS = frozenset(
+    {
+        "format",
+        "format_version",
+        "family",
+        "components",
+        "prediction",
+        "scheduler",
+        "defaults",
+        "latent_rgb_factors",
+        "tokenizer",
+        "alphas_cumprod",
+        "source",
+        "converter",
+        "dtype",
+        "quantization",
+    }
+)
+_SCHEDULER: Mapping[str, Count | tuple[object, ...] | type[float]] = {
+    "beta_schedule": ("scaled_linear", "linear", "cosine"),
+    "beta_start": float,
+    "beta_end": float,
+    "num_train_timesteps": Count(high=100_000),
+    "rescale_zero_terminal_snr": (True, False),
+}
+_SCHEDULER_HINTS: Mapping[str, Count | tuple[object, ...]] = {
+    "timestep_spacing": ("leading", "linspace", "trailing"),
+    "steps_offset": Count(0, 1000),
+    "set_alpha_to_one": (True, False),
+    "clip_sample": (True, False),
+}
+_DEFAULTS: Mapping[str, Count | type[float] | type[str]] = {
+    "width": Count(8, 8192),
+    "height": Count(8, 8192),
+    "steps": Count(1, 1000),
+    "guidance_scale": float,
+    "sampler": str,
+    "schedule": str,
+}
+
+
+def is_maple(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json is a maple folder's, of any version."""
+    return config.get("format") == FORMAT
+
+
+def check_config(path: Path, config: Mapping[str, Any]) -> None:
+    """Check a whole config.json against the format.
+
+    Raises:
+        UnsupportedCheckpoint: another format version, or quantised.
+        InvalidCheckpoint: anything that the format does not allow, named.
+    """
+    if not is_maple(config):
+        raise InvalidCheckpoint(path, f"format is not {FORMAT!r}")
+    version = config.get("format_version")
+    if version != FORMAT_VERSION or isinstance(version, bool):
+        raise UnsupportedCheckpoint(
+            path, f"format_version {_shown(version)}; this version reads {FORMAT_VERSION}"
+        )
+    if missing := sorted(_KEYS - {"alphas_cumprod"} - set(config)):
+        raise InvalidCheckpoint(path, f"lacks {', '.join(missing)}")
+    if unknown := sorted(set(config) - _KEYS):
+        raise InvalidCheckpoint(path, f"unknown key {one_line(unknown[0], 60)!r}")
+    if config["quantization"] is not None:
+        raise UnsupportedCheckpoint(path, "quantised folders are not read by this version")
+    if config["prediction"] not in PREDICTIONS:
+        raise InvalidCheckpoint(path, f"prediction is {_shown(config['prediction'])}")
+    if not isinstance(config["family"], str) or not config["family"].isprintable():
+        raise InvalidCheckpoint(path, f"family is {_shown(config['family'])}")
+    components = _table(path, "components", config["components"])
+    if not components:
+        raise InvalidCheckpoint(path, "components is empty")
+    for name, settings in components.items():
+        if name not in LAYOUTS:
+            raise InvalidCheckpoint(path, f"unknown component {one_line(name, 60)!r}")
+        check_component(path, name, _table(path, f"components.{name}", settings))
+    check_use(path, config["scheduler"], config["defaults"], config["latent_rgb_factors"])
+    if config["tokenizer"] not in (None, "tokenizer/"):
+        raise InvalidCheckpoint(path, f"tokenizer is {_shown(config['tokenizer'])}")
+    if config.get("alphas_cumprod") is not None:
+        check_alphas(path, _numbers(path, "alphas_cumprod", config["alphas_cumprod"]))
+
+
+def check_component(path: Path, name: str, settings: Mapping[str, Any]) -> None:
+    """Check one component's settings: all there, none more, in bounds, and fit for one another."""
+    _check_table(path, f"components.{name}", settings, SETTINGS[name])
+    if name == "unet":
+        per_level = ("block_out_channels", "transformer_layers", "num_attention_heads")
+        if len({len(settings[key]) for key in per_level}) != 1:
+            raise InvalidCheckpoint(path, f"unet: {', '.join(per_level)} differ in length")
+    if name in ("unet", "vae") and (
+        odd := [n for n in settings["block_out_channels"] if n % settings["norm_num_groups"]]
+    ):
+        groups = settings["norm_num_groups"]
+        raise InvalidCheckpoint(path, f"{name}: width {odd[0]} is no multiple of {groups}")
+    heads: list[tuple[int, int]] = []
+    if name == "unet":
+        widths = settings["block_out_channels"]
+        heads = list(zip(widths, settings["num_attention_heads"], strict=True))
+    if name == "text_encoder":
+        heads = [(settings["hidden_size"], settings["num_attention_heads"])]
+        if settings["eos_token_id"] >= settings["vocab_size"]:
+            raise InvalidCheckpoint(path, "text_encoder: eos_token_id lies outside the vocabulary")
+    for width, n in heads:
+        if width % n:
+            raise InvalidCheckpoint(path, f"{name}: width {width} does not divide into {n} heads")
+
+
+def known_settings(table: str) -> list[str]:
+    """The settings of ``scheduler`` or ``defaults``."""
+    return [*_SCHEDULER, *_SCHEDULER_HINTS] if table == "scheduler" else [*_DEFAULTS]
+
+
+def check_use(
+    path: Path, scheduler: Mapping[str, Any], defaults: Mapping[str, Any], factors: object
+) -> None:
+    """Check how a model is to be used: noise schedule, defaults and preview factors."""
+    _check_table(path, "scheduler", scheduler, _SCHEDULER, _SCHEDULER_HINTS)
+    _check_table(path, "defaults", defaults, _DEFAULTS)
+    check_factors(path, factors)
+
+
+def check_factors(path: Path, factors: object) -> None:
+    """Check preview factors: None, or four rows of weights and one of biases, each for RGB."""
+    if factors is None:
+        return
+    rows = cast("list[object]", factors) if isinstance(factors, list) else []
+    if len(rows) != 5 or any(len(_numbers(path, "latent_rgb_factors", row)) != 3 for row in rows):
+        raise InvalidCheckpoint(path, "latent_rgb_factors is not 5 rows of 3 numbers")
+
+
+def check_alphas(path: Path, alphas: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Check a stored noise schedule: falling, within 0 to 1.
+
+    Raises:
+        InvalidCheckpoint: if it is none.
+    """
+    values = np.asarray(alphas, np.float64)
+    if (
+        values.ndim != 1
+        or not 1 <= values.size <= 100_000
+        or not np.isfinite(values).all()
+        or values.min() < 0
+        or values.max() > 1
+        or (np.diff(values) > 0).any()
+    ):
+        raise InvalidCheckpoint(path, "alphas_cumprod is no noise schedule, falling from 1 to 0")
+    return values
+
+
+def _check_table(
+    path: Path,
+    name: str,
+    value: object,
+    required: Mapping[str, object],
+    optional: Mapping[str, object] | None = None,
+) -> None:
+    found = _table(path, name, value)
+    known = {**required, **(optional or {})}
+    if missing := [key for key in required if key not in found]:
+        raise InvalidCheckpoint(path, f"{name} lacks {missing[0]}")
+    for key, setting in found.items():
+        if key not in known:
+            raise InvalidCheckpoint(path, f"{name}: unknown key {one_line(key, 60)!r}")
+        if not _allowed(setting, known[key]):
+            raise InvalidCheckpoint(path, f"{name}.{key} is {_shown(setting)}")
+
+
+def _allowed(value: object, rule: object) -> bool:
+    if isinstance(rule, Count):
+        if rule.many:
+            items = cast("list[object]", value) if isinstance(value, list | tuple) else []
+            one = Count(rule.low, rule.high)
+            return 1 <= len(items) <= _LEVELS and all(_allowed(item, one) for item in items)
+        if value is None:
+            return rule.optional
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        return whole and rule.low <= cast(int, value) <= rule.high
+    if rule is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and 0 <= cast(float, value) < 1e6
+    if rule is str:
+        return isinstance(value, str) and value.isprintable() and len(value) < 64
+    return any(value is good or (value == good and isinstance(good, str)) for good in _tuple(rule))
+
+
+def _tuple(rule: object) -> tuple[object, ...]:
+    assert isinstance(rule, tuple)
+    return cast("tuple[object, ...]", rule)
+
+
+def _table(path: Path, name: str, value: object) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise InvalidCheckpoint(path, f"{name} is {_shown(value)}, expected an object")
+    return cast("Mapping[str, Any]", value)
+
+
+def _numbers(path: Path, name: str, value: object) -> list[float]:
+    items = cast("list[object]", value) if isinstance(value, list) else None
+    if items is None or not all(
+        isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(float(x))
+        for x in items
+    ):
+        raise InvalidCheckpoint(path, f"{name} is not a list of numbers")
+    return cast("list[float]", items)
+
+
+def _shown(value: object) -> str:
+    try:
+        return one_line(repr(value), 80)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return "a giant number"
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "DTYPES",
+    "FORMAT",
+    "FORMAT_VERSION",
+    "SETTINGS",
+    "TOKENIZER_FILES",
+    "check_alphas",
+    "check_component",
+    "check_config",
+    "check_use",
+    "is_maple",
+    "known_settings",
+]

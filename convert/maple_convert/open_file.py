@@ -1,0 +1,233 @@
+"""One file as a model: sections found, family identified, every key planned.
+
+What a bare file cannot say is settled by the rules of its family and said in the notes.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import detect, maple_folder
+from .detect import Section
+from .errors import InvalidCheckpoint, UnsupportedCheckpoint
+from .layouts import LAYOUTS, View, diffusers_config, files
+from .readers import open_checkpoint
+from .source import Component, Slot, SourceModel, in_file_order, match
+from .tensors import Checkpoint, Tensor
+
+SD1_HEADS = 8  # at every level of every SD 1.x UNet
+
+
+def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
+    """Open a checkpoint of a whole model or of some of its components."""
+    checkpoint = stack.enter_context(open_checkpoint(path))
+    tensors = checkpoint.tensors
+    sections = detect.find_sections(path, tensors)
+    if not sections:
+        detect.refuse_unknown(path, tensors)
+    halves = [section for section in sections if section.component in TAESD_HALVES]
+    facts = detect.gather(path, sections, tensors)
+    if halves and not facts.others and len(sections) == 1:
+        return _open_taesd_pair(checkpoint, halves[0], stack)
+    family, title = detect.identify(facts)
+    configs: dict[str, dict[str, Any]] = {}
+    for section in sections:
+        found = LAYOUTS[section.component].infer(section.view, section.spelling)
+        configs[section.component] = complete(section.component, found)
+    has_ema = files.holds_ema(tensors)
+    if ema and not (has_ema and "unet" in configs):
+        raise UnsupportedCheckpoint(path, "holds no EMA copy of the UNet (model_ema.*)")
+    components, dropped = _plan(checkpoint, sections, configs, ema)
+    model = SourceModel(
+        path=path,
+        container=checkpoint.container,
+        family=family,
+        title=title,
+        layout=_layout(sections),
+        evidence=facts.lines,
+        components=components,
+        notes=list(checkpoint.notes),
+        has_ema=has_ema,
+        uses_ema=ema,
+        dropped=dropped,
+        files=[path],
+    )
+    _read_schedule(model, checkpoint)
+    _note_rules(model)
+    return model
+
+
+def complete(component: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """Complete an architecture by the rules of SD 1.x, where no config lies beside the tensors."""
+    rules: dict[str, Any] = {}
+    if component == "unet":
+        heads = [SD1_HEADS] * len(found["block_out_channels"])
+        rules = {"num_attention_heads": heads, "norm_num_groups": 32}
+    elif component == "vae":
+        factor = diffusers_config.SD1_SCALING_FACTOR
+        rules = {"norm_num_groups": 32, "scaling_factor": factor}
+    elif component == "text_encoder":
+        rules = {
+            "num_attention_heads": max(found["hidden_size"] // diffusers_config.HEAD_WIDTH, 1),
+            "hidden_act": "quick_gelu",
+            "eos_token_id": diffusers_config.eos_token(Path(), None, found["vocab_size"]),
+        }
+    return {**found, **rules}
+
+
+def _layout(sections: Sequence[Section]) -> str:
+    """CompVis where any name is; a text encoder is spelt alike in both."""
+    compvis = any(
+        section.spelling in ("compvis", "upstream", "upstream_from_0")
+        or section.view.prefix.startswith(("model.", "first_stage_model.", "cond_stage_model."))
+        for section in sections
+    )
+    return "compvis" if compvis else "diffusers"
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    sections: Sequence[Section],
+    configs: Mapping[str, dict[str, Any]],
+    ema: bool,
+) -> tuple[dict[str, Component], dict[str, str]]:
+    """Match the rows of all sections against all keys of the file, both ways."""
+    path, tensors = checkpoint.path, checkpoint.tensors
+    replaced: dict[str, str] = {}
+    plans: dict[str, list[Slot]] = {}
+    for section in sections:
+        name, config = section.component, configs[section.component]
+        # Before the rows are made: how many they are follows from these settings.
+        maple_folder.check_component(path, name, config)
+        plans[name] = []
+        for row in LAYOUTS[name].rows(config, section.spelling):
+            key = section.view.key(row.published)
+            if ema and name == "unet":
+                replaced[key] = "replaced by its EMA copy"
+                key = files.ema_name(row)
+            plans[name].append(Slot(row, checkpoint, key))
+    dropped = match(path, tensors, [slot for slots in plans.values() for slot in slots], replaced)
+    components: dict[str, Component] = {}
+    for section in sections:
+        name, prefix = section.component, section.view.prefix
+        mine = {key: why for key, why in dropped.items() if prefix and key.startswith(prefix)}
+        slots = in_file_order(plans[name], tensors)
+        components[name] = Component(name, configs[name], slots, mine)
+    return components, dropped
+
+
+# ---------------------------------------------------------------------------------------------
+# Noise schedule and prediction
+
+
+def _read_schedule(model: SourceModel, checkpoint: Checkpoint) -> None:
+    """Take the stored noise schedule and the marks that some fine-tunes leave."""
+    tensors = checkpoint.tensors
+    if "unet" not in model.components:
+        return
+    if files.V_PREDICTION_MARK in tensors:
+        model.prediction = "v_prediction"
+        model.evidence.append(f"{files.V_PREDICTION_MARK}: the UNet predicts v")
+    if files.ZERO_SNR_MARK in tensors:
+        model.scheduler["rescale_zero_terminal_snr"] = True
+        model.evidence.append(f"{files.ZERO_SNR_MARK}: noise schedule of zero terminal SNR")
+    if files.ALPHAS not in tensors:
+        return
+    info = tensors[files.ALPHAS]
+    if info.dtype not in ("float16", "bfloat16", "float32", "float64") or len(info.shape) != 1:
+        raise InvalidCheckpoint(
+            checkpoint.path, f"{files.ALPHAS} is {info.dtype} of shape {info.shape}"
+        )
+    stored = checkpoint.read(files.ALPHAS)
+    exact = stored.astype("float32").array if stored.dtype == "bfloat16" else stored.array
+    maple_folder.check_alphas(checkpoint.path, exact)
+    usual = diffusers_config.alphas_cumprod(
+        {**diffusers_config.SD1_SCHEDULER, "num_train_timesteps": exact.size}
+    )
+    assert usual is not None
+    if stored.dtype in ("float16", "bfloat16"):
+        rounded = Tensor("float64", usual).astype("float32").astype(stored.dtype)
+        if np.array_equal(rounded.array, stored.array):
+            # Half precision would move the smallest noise levels by a tenth; the betas are exact.
+            model.notes.append(
+                f"{files.ALPHAS} is stored in {stored.dtype}; it is the usual schedule rounded, "
+                "which is rebuilt from its betas"
+            )
+            return
+    model.alphas_cumprod = exact
+    if not np.allclose(exact, usual, rtol=1e-3):
+        model.notes.append(f"{files.ALPHAS} is stored and is not SD 1.x's usual one; it is used")
+
+
+def _note_rules(model: SourceModel) -> None:
+    """Say what the file leaves open and how it was settled."""
+    components = model.components
+    if "unet" in components:
+        model.notes.append(f"the file cannot say the UNet's heads: {SD1_HEADS}, as in SD 1.x")
+    if "text_encoder" in components:
+        heads = components["text_encoder"].config["num_attention_heads"]
+        width = diffusers_config.HEAD_WIDTH
+        model.notes.append(
+            f"the file cannot say the text encoder's heads: {heads}, one for every {width} channels"
+        )
+    if set(components) == {"vae"}:
+        model.notes.append(
+            "an autoencoder alone does not say its scaling factor: 0.18215, as in SD 1.x "
+            "(SDXL's has the same names and 0.13025)"
+        )
+    if (beside := model.path.with_suffix(".yaml")).is_file():
+        model.notes.append(f"{beside.name} beside it is not read")
+
+
+# ---------------------------------------------------------------------------------------------
+# TAESD, published in two files
+
+TAESD_HALVES = {"taesd encoder": "encoder", "taesd decoder": "decoder"}
+
+
+def _open_taesd_pair(checkpoint: Checkpoint, section: Section, stack: ExitStack) -> SourceModel:
+    """Open one half of TAESD and the other half beside it."""
+    path = checkpoint.path
+    half = TAESD_HALVES[section.component]
+    other_half = "decoder" if half == "encoder" else "encoder"
+    stem, found, rest = path.name.rpartition(half)
+    other = path.with_name(stem + other_half + rest)
+    if not found or not other.is_file():
+        wanted = other.name if found else f"a file named …{other_half}…"
+        raise UnsupportedCheckpoint(
+            path, f"this is the {half} of TAESD; its {other_half} ({wanted}) must lie beside it"
+        )
+    second = stack.enter_context(open_checkpoint(other))
+    others = detect.find_sections(other, second.tensors)
+    if [TAESD_HALVES.get(s.component) for s in others] != [other_half]:
+        raise UnsupportedCheckpoint(other, f"this is not the {other_half} of TAESD")
+    pair = {half: (checkpoint, section), other_half: (second, others[0])}
+    shapes = {name: info for _, s in pair.values() for name, info in s.view.tensors.items()}
+    # Each half has its own numbering; the decoder's tells where the architecture is read.
+    config = LAYOUTS["taesd"].infer(View(path, shapes), pair["decoder"][1].spelling)
+    maple_folder.check_component(path, "taesd", config)
+    slots: list[Slot] = []
+    dropped: dict[str, str] = {}
+    for name, (opened, part) in pair.items():
+        mine = [
+            Slot(row, opened, part.view.key(row.published))
+            for row in LAYOUTS["taesd"].rows(config, part.spelling)
+            if row.native.startswith(name)
+        ]
+        dropped |= match(opened.path, opened.tensors, mine)
+        slots += in_file_order(mine, opened.tensors)
+    return SourceModel(
+        path=path,
+        container=checkpoint.container,
+        family="taesd",
+        title="TAESD alone",
+        layout="compvis",
+        evidence=[f"{opened.path.name} holds the {name}" for name, (opened, _) in pair.items()],
+        components={"taesd": Component("taesd", config, slots, dropped)},
+        notes=[f"the {other_half} is read from {other.name}"],
+        dropped=dropped,
+        files=[path, other],
+    )

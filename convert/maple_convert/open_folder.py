@@ -1,0 +1,346 @@
+"""A folder as a model: diffusers (a whole model or one component), or our own.
+
+diffusers   model_index.json names the components; each has a folder with config.json and weights.
+component   config.json and weights at top level, as in a repository of one autoencoder.
+maple       config.json with ``"format": "mlx-maple"``, see maple_folder.py and docs/format.md.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+
+from . import detect, maple_folder
+from .detect import Section
+from .errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint, one_line
+from .layouts import LAYOUTS, NATIVE, diffusers_config
+from .readers import open_checkpoint, read_json
+from .source import Component, Slot, SourceModel, in_file_order, match
+from .tensors import Checkpoint
+
+Config = Mapping[str, Any]
+
+
+class _Kind:
+    """One class of diffusers: which component it is, its weights' stem, how to read its config."""
+
+    def __init__(
+        self, component: str, stem: str, complete: Callable[[Path, Config, Config], dict[str, Any]]
+    ) -> None:
+        self.component = component
+        self.stem = stem
+        self.complete = complete
+
+
+_DIFFUSERS_STEM, _TRANSFORMERS_STEM = "diffusion_pytorch_model", "model"
+KINDS = {
+    "UNet2DConditionModel": _Kind("unet", _DIFFUSERS_STEM, diffusers_config.unet),
+    "AutoencoderKL": _Kind("vae", _DIFFUSERS_STEM, diffusers_config.vae),
+    "AutoencoderTiny": _Kind("taesd", _DIFFUSERS_STEM, diffusers_config.taesd),
+    "CLIPTextModel": _Kind("text_encoder", _TRANSFORMERS_STEM, diffusers_config.text_encoder),
+    "CLIPTextModelWithProjection": _Kind(
+        "text_encoder", _TRANSFORMERS_STEM, diffusers_config.text_encoder
+    ),
+}
+# Parts of a pipeline that hold no weights used here.
+_WITHOUT_WEIGHTS = frozenset(
+    {"safety_checker", "feature_extractor", "image_encoder", "tokenizer", "scheduler"}
+)
+_PLAIN_PIPELINE = "StableDiffusionPipeline"
+_TOKENIZER = {"vocab": "vocab.json", "merges": "merges.txt"}
+
+
+def open_folder(path: Path, stack: ExitStack, variant: str | None, ema: bool) -> SourceModel:
+    """Open a folder of any known kind."""
+    if ema:
+        raise UnsupportedCheckpoint(path, "a folder holds no EMA copy; only .ckpt files do")
+    index, config = path / "model_index.json", path / maple_folder.CONFIG_NAME
+    if index.is_file():
+        return _open_diffusers(path, stack, variant)
+    if not config.is_file():
+        names = ", ".join(sorted(one_line(p.name, 40) for p in path.iterdir())[:4]) or "nothing"
+        raise UnsupportedCheckpoint(
+            path, f"a folder with neither model_index.json nor config.json (it holds {names})"
+        )
+    settings = _read_object(config)
+    if maple_folder.is_maple(settings):
+        if variant is not None:
+            raise UnsupportedCheckpoint(path, "a maple folder has no variants")
+        return _open_maple(path, stack, settings)
+    return _open_component(path, stack, variant, settings)
+
+
+# ---------------------------------------------------------------------------------------------
+# diffusers
+
+
+def _open_diffusers(path: Path, stack: ExitStack, variant: str | None) -> SourceModel:
+    index = _read_object(path / "model_index.json")
+    pipeline = index.get("_class_name")
+    named: dict[str, str] = {}
+    for name, entry in index.items():
+        if name.startswith("_") or name in _WITHOUT_WEIGHTS or not isinstance(entry, list):
+            continue
+        pair = cast("list[object]", entry)
+        if pair == [None, None]:
+            continue
+        if len(pair) != 2 or not isinstance(pair[1], str) or not _plain_name(name):
+            raise InvalidCheckpoint(
+                path / "model_index.json", f"{one_line(name, 40)} is {one_line(repr(entry), 80)}"
+            )
+        named[name] = pair[1]
+    model = _empty(path, "diffusers folder")
+    sections: list[tuple[Section, Checkpoint, Config, Path]] = []
+    unknown: list[str] = []
+    for name, kind in named.items():
+        folder = path / name
+        if kind not in KINDS or KINDS[kind].component != name:
+            unknown.append(f"{name} ({one_line(kind, 40)})")
+            continue
+        if not folder.is_dir():
+            raise InvalidCheckpoint(path, f"model_index.json names {name}, which has no folder")
+        sections.append(_open_part(model, folder, kind, stack, variant))
+    _require_variant(model, variant)
+    facts = detect.gather(path, [part[0] for part in sections])
+    facts.lines.insert(0, f"model_index.json names {one_line(repr(pipeline), 60)}")
+    if unknown:
+        facts.others.append(f"a pipeline with {', '.join(unknown)}")
+    model.family, model.title = detect.identify(facts)
+    model.evidence = facts.lines
+    if pipeline != _PLAIN_PIPELINE:
+        model.notes.append(
+            f"the folder is of {one_line(repr(pipeline), 60)}; it is used as a plain model"
+        )
+    _plan_parts(model, sections)
+    _read_scheduler(model, path / "scheduler" / "scheduler_config.json")
+    _find_tokenizer(model, path / "tokenizer")
+    return model
+
+
+def _open_component(
+    path: Path, stack: ExitStack, variant: str | None, config: Config
+) -> SourceModel:
+    kind = config.get("_class_name")
+    if kind is None and isinstance(names := config.get("architectures"), list) and names:
+        kind = cast("list[object]", names)[0]
+    if not isinstance(kind, str) or kind not in KINDS:
+        raise UnsupportedCheckpoint(
+            path / "config.json",
+            f"is of {one_line(repr(kind), 60)}; known are {', '.join(KINDS)}",
+        )
+    model = _empty(path, "diffusers folder of one component")
+    part = _open_part(model, path, kind, stack, variant)
+    _require_variant(model, variant)
+    facts = detect.gather(path, [part[0]])
+    facts.lines.insert(0, f"config.json names {kind}")
+    model.family, model.title = detect.identify(facts)
+    model.evidence = facts.lines
+    _plan_parts(model, [part])
+    return model
+
+
+def _empty(path: Path, container: str) -> SourceModel:
+    return SourceModel(path, container, "", "", "diffusers", [], {})
+
+
+def _open_part(
+    model: SourceModel, folder: Path, kind: str, stack: ExitStack, variant: str | None
+) -> tuple[Section, Checkpoint, Config, Path]:
+    """Open one component's weights and find its spelling."""
+    known = KINDS[kind]
+    weights = find_weights(folder, known.stem, variant, model.notes)
+    checkpoint = stack.enter_context(open_checkpoint(weights))
+    model.files.append(weights)
+    model.notes += checkpoint.notes
+    settings = _read_object(folder / "config.json")
+    shown = "" if folder == model.path else f"{folder.name}/"
+    sections = detect.find_sections(weights, checkpoint.tensors, shown)
+    if [section.component for section in sections] != [known.component]:
+        found = " and ".join(section.component for section in sections) or "none of that"
+        raise InvalidCheckpoint(weights, f"should hold a {kind} and holds {found}")
+    return sections[0], checkpoint, settings, folder
+
+
+def _plan_parts(model: SourceModel, parts: list[tuple[Section, Checkpoint, Config, Path]]) -> None:
+    """Complete every architecture by its config and match it against its file."""
+    for section, checkpoint, settings, folder in parts:
+        name = section.component
+        found = LAYOUTS[name].infer(section.view, section.spelling)
+        kind = next(kind for kind in KINDS.values() if kind.component == name)
+        config = kind.complete(folder / "config.json", settings, found)
+        maple_folder.check_component(folder / "config.json", name, config)
+        slots = [
+            Slot(row, checkpoint, section.view.key(row.published))
+            for row in LAYOUTS[name].rows(config, section.spelling)
+        ]
+        dropped = match(checkpoint.path, checkpoint.tensors, slots)
+        slots = in_file_order(slots, checkpoint.tensors)
+        model.components[name] = Component(name, config, slots, dropped)
+        model.dropped |= {f"{name}/{key}": why for key, why in dropped.items()}
+        if name == "unet":
+            _native_size(model, settings.get("sample_size"))
+
+
+def _native_size(model: SourceModel, size: object) -> None:
+    """The size that the folder says the model was trained at, in latents."""
+    pair = cast("list[object]", size) if isinstance(size, list) else [size, size]
+    if len(pair) == 2 and all(isinstance(n, int) and 1 <= n <= 1024 for n in pair):
+        height, width = cast("list[int]", pair)
+        model.defaults |= {"width": 8 * width, "height": 8 * height}
+    elif size is not None:
+        raise InvalidCheckpoint(
+            model.path / "unet" / "config.json", f"sample_size is {one_line(repr(size), 60)}"
+        )
+
+
+def find_weights(folder: Path, stem: str, variant: str | None, notes: list[str]) -> Path:
+    """The file with a component's weights: safetensors before pickles, whole before shards.
+
+    Raises:
+        UnsupportedCheckpoint: if there is none, or only variants among which to choose.
+    """
+    pickled = "pytorch_model" if stem == _TRANSFORMERS_STEM else stem
+    forms = [
+        (f"{stem}", ".safetensors"),
+        (f"{stem}.safetensors.index", ".json"),
+        (f"{pickled}", ".bin"),
+        (f"{pickled}.bin.index", ".json"),
+    ]
+
+    def existing(middle: str) -> Path | None:
+        paths = (folder / f"{name}{middle}{suffix}" for name, suffix in forms)
+        return next((path for path in paths if path.is_file()), None)
+
+    if variant is not None:
+        if not _plain_name(variant):
+            raise UnsupportedCheckpoint(folder, f"{one_line(repr(variant), 40)} is no variant name")
+        if (path := existing(f".{variant}")) is not None:
+            return path
+        notes.append(f"{folder.name} has no variant {variant}: its plain files are read")
+    if (path := existing("")) is not None:
+        return path
+    others = _variants(folder, forms)
+    if len(others) == 1 and variant is None and (path := existing(f".{others[0]}")) is not None:
+        notes.append(f"{folder.name} has only the variant {others[0]}: it is read")
+        return path
+    choice = f"; choose a variant: {', '.join(others)}" if others else ""
+    raise UnsupportedCheckpoint(folder, f"holds no {stem}.safetensors or {pickled}.bin{choice}")
+
+
+def _variants(folder: Path, forms: list[tuple[str, str]]) -> list[str]:
+    found: set[str] = set()
+    for path in folder.iterdir():
+        for name, suffix in forms:
+            if path.name.startswith(f"{name}.") and path.name.endswith(suffix):
+                middle = path.name[len(name) + 1 : -len(suffix)]
+                if middle and "." not in middle and middle != "index":
+                    found.add(one_line(middle, 40))
+    return sorted(found)
+
+
+def _require_variant(model: SourceModel, variant: str | None) -> None:
+    if variant is None:
+        return
+    if not any(f".{variant}." in file.name for file in model.files):
+        raise UnsupportedCheckpoint(model.path, f"no component has a variant {variant!r}")
+
+
+def _read_scheduler(model: SourceModel, path: Path) -> None:
+    if not path.is_file():
+        model.notes.append("no scheduler_config.json: SD 1.x's betas and epsilon are assumed")
+        return
+    config = _read_object(path)
+    model.scheduler, model.prediction = diffusers_config.scheduler(path, config)
+    model.alphas_cumprod = diffusers_config.trained_alphas(path, config)
+    model.evidence.append(f"scheduler_config.json says prediction {model.prediction}")
+
+
+def _find_tokenizer(model: SourceModel, folder: Path) -> None:
+    """Take the folder's own vocabulary, if its ids fit the embedding table."""
+    files = {name: folder / file for name, file in _TOKENIZER.items()}
+    there = [path for path in files.values() if path.is_file()]
+    if not there:
+        if folder.is_dir():
+            model.notes.append("tokenizer/ lacks vocab.json and merges.txt: CLIP's own is used")
+        return
+    if len(there) == 1:
+        raise InvalidCheckpoint(folder, f"holds {there[0].name} alone, expected both files")
+    check_vocabulary(model, files["vocab"])
+    model.tokenizer_files = files
+
+
+def check_vocabulary(model: SourceModel, path: Path) -> None:
+    """Refuse a vocabulary with ids for which the embedding table has no row."""
+    text = model.components.get("text_encoder")
+    vocabulary = _read_object(path)
+    rows = None if text is None else text.config["vocab_size"]
+    for word, number in vocabulary.items():
+        if not isinstance(number, int) or number < 0 or (rows is not None and number >= rows):
+            raise InvalidCheckpoint(
+                path,
+                f"{one_line(repr(word), 40)} has id {one_line(repr(number), 40)}, "
+                f"but the text encoder has {rows} rows",
+            )
+
+
+# ---------------------------------------------------------------------------------------------
+# Our own folder
+
+
+def _open_maple(path: Path, stack: ExitStack, config: Config) -> SourceModel:
+    where = path / maple_folder.CONFIG_NAME
+    maple_folder.check_config(where, config)
+    model = SourceModel(
+        path=path,
+        container="maple folder",
+        family=config["family"],
+        title=f"maple folder of {config['family']}",
+        layout="maple",
+        evidence=[f"config.json says format {maple_folder.FORMAT}, family {config['family']}"],
+        components={},
+        prediction=config["prediction"],
+        scheduler=dict(config["scheduler"]),
+        defaults=dict(config["defaults"]),
+        latent_rgb_factors=config["latent_rgb_factors"],
+        source=config["source"],
+    )
+    if config.get("alphas_cumprod") is not None:
+        model.alphas_cumprod = np.asarray(config["alphas_cumprod"], np.float64)
+    for name, settings in config["components"].items():
+        weights = path / f"{name}.safetensors"
+        if not weights.is_file():
+            raise InvalidCheckpoint(path, f"lacks {weights.name}, which config.json names")
+        checkpoint = stack.enter_context(open_checkpoint(weights))
+        rows = LAYOUTS[name].rows(settings, NATIVE)
+        slots = [Slot(row, checkpoint, row.native) for row in rows]
+        match(weights, checkpoint.tensors, slots)
+        slots = in_file_order(slots, checkpoint.tensors)
+        model.components[name] = Component(name, dict(settings), slots)
+        model.files.append(weights)
+    if config["tokenizer"] is not None:
+        files = {name: path / file for name, file in maple_folder.TOKENIZER_FILES.items()}
+        for file in files.values():
+            if not file.is_file():
+                raise InvalidCheckpoint(path, f"lacks {file.name}, which config.json names")
+        check_vocabulary(model, files["vocab"])
+        model.tokenizer_files = files
+    return model
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise UnreadableFile(path, "no such file")
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise InvalidCheckpoint(path, "is not a JSON object")
+    return cast("dict[str, Any]", value)
+
+
+def _plain_name(name: str) -> bool:
+    """Whether a name from a stranger's file names something inside the folder and nothing else."""
+    return name.replace("_", "").replace("-", "").isalnum()

@@ -1,0 +1,260 @@
+"""A model opened for reading: components, each a list of native parameters and where they lie.
+
+Nothing here knows how a file was recognised (detect.py, open_file.py, open_folder.py). Values come
+one tensor at a time, checked to be finite on the way.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import InvalidCheckpoint, LayoutMismatch
+from .layouts import Row, files
+from .layouts.diffusers_config import SD1_SCHEDULER
+from .tensors import FLOATS, STORAGE, Checkpoint, Tensor, TensorInfo
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one native parameter lies."""
+
+    row: Row
+    checkpoint: Checkpoint
+    key: str
+
+    @property
+    def info(self) -> TensorInfo:
+        """Stored dtype and native shape."""
+        return TensorInfo(self.checkpoint.tensors[self.key].dtype, self.row.native_shape)
+
+    def read(self, dtype: str | None = None) -> Tensor:
+        """The parameter in native shape, possibly a view in another memory order.
+
+        Raises:
+            InvalidCheckpoint: if a value is not finite, in the file or in ``dtype``.
+        """
+        stored = self.checkpoint.read(self.key)
+        cast_ = _finite_cast(stored, stored.dtype if dtype is None else dtype)
+        if cast_ is None:
+            raise InvalidCheckpoint(self.checkpoint.path, _not_finite(self.key, stored, dtype))
+        return Tensor(cast_.dtype, self.row.weights.to_native(cast_.array))
+
+
+@dataclass
+class Component:
+    """One network of a model.
+
+    Attributes:
+        name: text_encoder, unet, vae or taesd.
+        config: keyword arguments of the network's config class.
+        slots: every parameter, in the order in which the file holds them.
+        dropped: keys of the file below this component's prefix that are left out, and why.
+    """
+
+    name: str
+    config: dict[str, Any]
+    slots: list[Slot]
+    dropped: dict[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def keys(self) -> dict[str, TensorInfo]:
+        """Native names, with native shapes and stored dtypes."""
+        return {slot.row.native: slot.info for slot in self.slots}
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it holds."""
+        return sum(slot.info.size for slot in self.slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its parameters as stored."""
+        return sum(slot.info.nbytes for slot in self.slots)
+
+    @property
+    def dtypes(self) -> dict[str, int]:
+        """Stored dtype to number of parameters."""
+        counted: dict[str, int] = {}
+        for slot in self.slots:
+            counted[slot.info.dtype] = counted.get(slot.info.dtype, 0) + slot.info.size
+        return counted
+
+    def tensors(self, dtype: str | None = None) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter under its native name, contiguous, one alive at a time.
+
+        Args:
+            dtype: cast to this; None keeps what the file stores.
+
+        Raises:
+            InvalidCheckpoint: at a tensor with values that are not finite.
+        """
+        for slot in self.slots:
+            tensor = slot.read(dtype)
+            yield slot.row.native, Tensor(tensor.dtype, np.ascontiguousarray(tensor.array))
+
+
+@dataclass
+class SourceModel:
+    """A model file or folder opened for reading. A context manager: closing it closes the files.
+
+    Attributes:
+        path: what was opened.
+        container: what it is ("torch zip", "safetensors", "diffusers folder", "maple folder", …).
+        family: "sd1", or the component's name where one component alone cannot say.
+        title: the family in words.
+        layout: "compvis", "diffusers" or "maple".
+        prediction: "epsilon" or "v_prediction".
+        evidence: what was seen that makes it this family, one sentence each.
+        notes: what had to be decided, one sentence each.
+        has_ema: whether the file carries EMA copies of the UNet's weights.
+        uses_ema: whether those are the ones that are read.
+        components: its networks by name.
+        scheduler: the betas it was trained with, and hints of a folder's scheduler.
+        alphas_cumprod: the noise schedule as stored, where a file stores it.
+        defaults: width, height, steps, guidance_scale, sampler, schedule.
+        latent_rgb_factors: linear preview, four rows and the bias to RGB in 0..1, or None.
+        tokenizer_files: "vocab" and "merges" of the folder's own vocabulary, or nothing.
+        dropped: every key that is left out, and why.
+        files: the files that hold the tensors.
+        source: for a maple folder, which file it was made from.
+        stack: closes the files.
+    """
+
+    path: Path
+    container: str
+    family: str
+    title: str
+    layout: str
+    evidence: list[str]
+    components: dict[str, Component]
+    prediction: str = "epsilon"
+    notes: list[str] = field(default_factory=list[str])
+    has_ema: bool = False
+    uses_ema: bool = False
+    scheduler: dict[str, Any] = field(default_factory=lambda: dict(SD1_SCHEDULER))
+    alphas_cumprod: npt.NDArray[np.floating[Any]] | None = None
+    defaults: dict[str, Any] = field(default_factory=dict[str, Any])
+    latent_rgb_factors: list[list[float]] | None = None
+    tokenizer_files: dict[str, Path] = field(default_factory=dict[str, Path])
+    dropped: dict[str, str] = field(default_factory=dict[str, str])
+    files: list[Path] = field(default_factory=list[Path])
+    source: dict[str, Any] | None = None
+    stack: ExitStack = field(default_factory=ExitStack, repr=False)
+
+    def __enter__(self) -> "SourceModel":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the files; the components cannot be read any more."""
+        self.stack.close()
+
+
+# ---------------------------------------------------------------------------------------------
+# Planning: every key once
+
+
+def match(
+    path: Path,
+    tensors: Mapping[str, TensorInfo],
+    slots: Sequence[Slot],
+    dropped: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Check that every slot's key is there with its shape and every other key is known as dropped.
+
+    Args:
+        path: the file, for messages.
+        tensors: everything that it holds.
+        slots: everything that the architecture needs of it.
+        dropped: keys to leave out for a reason that only this file gives.
+
+    Returns:
+        The keys that are left out, with the reason.
+
+    Raises:
+        LayoutMismatch: listing missing, unexpected and misshapen keys.
+        InvalidCheckpoint: if a weight is not of a floating type.
+    """
+    used = {slot.key: slot for slot in slots}
+    missing = [key for key in used if key not in tensors]
+    misshapen = [
+        (key, tensors[key].shape, slot.row.published_shape)
+        for key, slot in used.items()
+        if key in tensors and tensors[key].shape != slot.row.published_shape
+    ]
+    left_out: dict[str, str] = {}
+    unexpected: list[str] = []
+    for key in tensors:
+        if key in used:
+            continue
+        reason = (dropped or {}).get(key) or files.dropped_reason(key)
+        if reason is None:
+            unexpected.append(key)
+        else:
+            left_out[key] = reason
+    if missing or unexpected or misshapen:
+        raise LayoutMismatch(path, missing, unexpected, misshapen)
+    for key in used:
+        if tensors[key].dtype not in FLOATS:
+            raise InvalidCheckpoint(path, f"{key} is {tensors[key].dtype}, not a weight")
+    return left_out
+
+
+def in_file_order(slots: Sequence[Slot], tensors: Mapping[str, TensorInfo]) -> list[Slot]:
+    """The slots as the file holds their tensors, so that reading it runs forward."""
+    order = {key: n for n, key in enumerate(tensors)}
+    return sorted(slots, key=lambda slot: order[slot.key])
+
+
+# ---------------------------------------------------------------------------------------------
+# Values
+
+
+_CHUNK = 1 << 20  # elements: small enough for the caches, large enough that Python costs nothing
+
+# Exponent bits of each floating type: all ones in an infinity or NaN, and in nothing else.
+_BITS: Mapping[str, tuple[Any, int]] = {
+    "float64": (np.uint64, 0x7FF0_0000_0000_0000),
+    "float32": (np.uint32, 0x7F80_0000),
+    "float16": (np.uint16, 0x7C00),
+    "bfloat16": (np.uint16, 0x7F80),
+}
+
+
+def _finite_cast(tensor: Tensor, dtype: str) -> Tensor | None:
+    """Round to ``dtype``, or None if the result holds anything that is not finite.
+
+    Works in pieces that stay in the processor's cache, so that the check costs next to nothing and
+    the working memory is the result.
+    """
+    kind, exponent = _BITS[dtype]
+    flat = tensor.array.reshape(-1)
+    same = dtype == tensor.dtype
+    result = flat if same else np.empty(flat.size, STORAGE[dtype])
+    for start in range(0, flat.size, _CHUNK):
+        piece = slice(start, start + _CHUNK)
+        if not same:
+            result[piece] = Tensor(tensor.dtype, flat[piece]).astype(dtype).array
+        bits = result[piece].view(kind)
+        if ((bits & kind(exponent)) == kind(exponent)).any():
+            return None
+    return Tensor(dtype, result.reshape(tensor.array.shape))
+
+
+def _not_finite(key: str, stored: Tensor, dtype: str | None) -> str:
+    if _finite_cast(stored, stored.dtype) is None:
+        return f"{key} holds values that are NaN or infinite: the file is damaged"
+    return f"{key} holds values too large for {dtype}; use bfloat16 or float32"
