@@ -1,0 +1,93 @@
+"""JSON from strangers: bounded, strict, without duplicate keys and without NaN."""
+
+import json
+from pathlib import Path
+from typing import Any, NoReturn
+
+from maple_convert.errors import InvalidCheckpoint
+from maple_convert.readers.source import SourceFile
+
+MAX_BYTES = 32 << 20  # the largest tokenizer.json of a published pipeline is about 17 MB
+MAX_DEPTH = 32
+MAX_DIGITS = 40  # Python's own bound is 4,300 digits, parsed in quadratic time
+
+
+class JSONFault(Exception):
+    """What is wrong with a JSON text."""
+
+
+def read_json(path: Path | str, *, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """Read a small JSON file that holds one object, as a folder's config files do.
+
+    Raises:
+        UnreadableFile: if the file cannot be read.
+        InvalidCheckpoint: if it is larger than ``limit`` bytes, nested deeper than 32, or not a
+            JSON object.
+    """
+    file = SourceFile(path)
+    try:
+        if file.size > limit:
+            reason = f"is {file.size} bytes long, too much for a JSON file (limit {limit})"
+            raise InvalidCheckpoint(file.path, reason)
+        text = file.read(0, file.size)
+    finally:
+        file.close()
+    try:
+        return parse_object(text)
+    except JSONFault as fault:
+        raise InvalidCheckpoint(file.path, str(fault)) from fault
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """One JSON object from UTF-8 bytes; JSONFault otherwise."""
+    try:
+        value: object = json.loads(
+            text.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_no_constant,
+            parse_int=_short_int,
+        )
+    except RecursionError as error:
+        raise JSONFault("is JSON nested too deep") from error
+    except UnicodeDecodeError as error:
+        raise JSONFault(f"is not JSON: not UTF-8 at byte {error.start}") from error
+    except ValueError as error:  # json.JSONDecodeError
+        raise JSONFault(f"is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise JSONFault(f"holds a JSON {type(value).__name__} where an object was expected")
+    _check_depth(value)
+    return value  # pyright: ignore[reportUnknownVariableType]
+
+
+def _check_depth(value: object) -> None:
+    level: list[Any] = [value]
+    for _ in range(MAX_DEPTH):
+        inner: list[Any] = []
+        for item in level:
+            if isinstance(item, dict):
+                inner.extend(item.values())  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]
+            elif isinstance(item, list):
+                inner.extend(item)  # pyright: ignore[reportUnknownArgumentType]
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return
+    raise JSONFault(f"is JSON nested deeper than {MAX_DEPTH}")
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise JSONFault(f"names {twice[:80]!r} twice in one JSON object")
+    return result
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise JSONFault(f"holds a number of {len(digits)} digits")
+    return int(digits)
+
+
+def _no_constant(word: str) -> NoReturn:
+    raise JSONFault(f"holds {word}, which JSON does not have")

@@ -1,0 +1,145 @@
+"""The safetensors container.
+
+    bytes            content
+    0 .. 7           N, the header's length: unsigned, little-endian, at most 100 MB
+    8 .. 8+N-1       the header: a JSON object in UTF-8 that begins with "{" and may be padded with
+                     spaces at its end
+    8+N .. end       the buffer: the tensors' elements, little-endian, C order
+
+The header maps each name to {"dtype": "F16", "shape": [320, 4, 3, 3], "data_offsets": [begin, end]},
+offsets counted from the buffer's start. "__metadata__", if there, maps strings to strings.
+
+Refused: a header longer than the file or than 100 MB; bytes before "{"; JSON that names a key twice
+or holds NaN; keys of an entry other than the three; negative or non-integer sizes; a dtype that the
+format does not know (malformed) or that nothing here computes with (named as unsupported); a range
+that does not fit dtype and shape; ranges that overlap, leave a hole, or do not end with the file.
+
+The safetensors library itself is not used to read: its numpy binding has no bfloat16 and maps the
+file into memory. Tests hold this reader against it, on good and on damaged files.
+"""
+
+from typing import Any
+
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from maple_convert.readers.json_text import JSONFault, parse_object
+from maple_convert.readers.source import FileCheckpoint, Placement, SourceFile
+from maple_convert.tensors import STORAGE, TensorInfo
+
+MAX_HEADER = 100_000_000  # the format's own limit
+MAX_COMMAS = 4_000_000  # bounds what parsing a header may allocate: about 700,000 tensors
+MAX_NDIM = 32  # numpy 1's limit
+DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+NOT_COMPUTED = frozenset(
+    "U16 U32 U64 C64 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4".split()
+)
+
+
+def open_safetensors(file: SourceFile) -> FileCheckpoint:
+    """Read the header; the tensors stay in the file."""
+    path = file.path
+    length = int.from_bytes(file.read(0, 8), "little")
+    if length > MAX_HEADER:
+        reason = f"says its header has {length} bytes, more than safetensors allows"
+        raise InvalidCheckpoint(path, reason)
+    if 8 + length > file.size:
+        reason = f"has {file.size} bytes, but its header alone says {8 + length}: it is truncated"
+        raise InvalidCheckpoint(path, reason)
+    text = file.read(8, length)
+    if not text.startswith(b"{"):
+        raise InvalidCheckpoint(path, "its header does not begin with '{'")
+    if text.count(b",") > MAX_COMMAS or text.count(b"[") > MAX_COMMAS:
+        raise InvalidCheckpoint(path, "its header lists too many things")
+    try:
+        header = parse_object(text)
+    except JSONFault as fault:
+        raise InvalidCheckpoint(path, f"its header {fault}") from fault
+
+    metadata = _metadata(file, header.pop("__metadata__", {}))
+    buffer = 8 + length
+    ranges: list[tuple[int, int, str]] = []
+    places: dict[str, Placement] = {}
+    for name, entry in header.items():
+        info, begin, end = _entry(file, name, entry)
+        ranges.append((begin, end, name))
+        places[name] = Placement(info, buffer + begin)
+    reached = 0
+    for begin, end, name in sorted(ranges):
+        if begin != reached:
+            what = "overlaps the tensor before it" if begin < reached else "comes after a hole"
+            raise InvalidCheckpoint(path, f"tensor {name!r} {what} (byte {begin}, not {reached})")
+        reached = end
+    if buffer + reached != file.size:
+        what = "it is truncated" if buffer + reached > file.size else "bytes follow the last tensor"
+        reason = f"has {file.size} bytes, its header describes {buffer + reached}: {what}"
+        raise InvalidCheckpoint(path, reason)
+    return FileCheckpoint(file, "safetensors", places, metadata=metadata)
+
+
+def _metadata(file: SourceFile, value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise InvalidCheckpoint(file.path, "its __metadata__ is not an object of strings")
+    result: dict[str, str] = {}
+    for key, text in value.items():  # pyright: ignore[reportUnknownVariableType]
+        if not isinstance(key, str) or not isinstance(text, str):
+            raise InvalidCheckpoint(file.path, "its __metadata__ is not an object of strings")
+        result[key] = text
+    return result
+
+
+def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
+    """Check one tensor's description: what it is, and its range in the buffer."""
+
+    def malformed(reason: str) -> InvalidCheckpoint:
+        return InvalidCheckpoint(file.path, f"tensor {name!r}: {reason}")
+
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:  # pyright: ignore[reportUnknownArgumentType]
+        raise malformed("its entry does not have exactly dtype, shape and data_offsets")
+    if not _encodable(name):
+        raise malformed("its name is not valid Unicode")
+    dtype: Any = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        if isinstance(dtype, str) and dtype in NOT_COMPUTED:
+            reason = f"tensor {name!r} has type {dtype}, which is not supported: convert it to F16"
+            raise UnsupportedCheckpoint(file.path, reason)
+        raise malformed(f"unknown type {str(dtype)[:40]!r}")
+    shape, offsets = _sizes(entry["shape"]), _sizes(entry["data_offsets"])
+    if shape is None or len(shape) > MAX_NDIM:
+        raise malformed("its shape is not a short list of non-negative integers")
+    if offsets is None or len(offsets) != 2:
+        raise malformed("its data_offsets are not two non-negative integers")
+    begin, end = offsets
+    expected = STORAGE[DTYPES[dtype]].itemsize
+    for n in shape:
+        expected *= n
+    if end - begin != expected:
+        found = f"its range has {end - begin} bytes, its type and shape need {expected}"
+        raise malformed(found)
+    return TensorInfo(DTYPES[dtype], shape), begin, end
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A list of integers from 0 to 2**63 - 1 as a tuple; None for anything else."""
+    if not isinstance(value, list):
+        return None
+    sizes: list[Any] = value
+    good = all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)  # bool is an int, not a size
+    return tuple(sizes) if good else None
+
+
+def _encodable(name: str) -> bool:
+    try:
+        name.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
