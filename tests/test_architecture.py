@@ -1,0 +1,137 @@
+"""Imports point one way: every import of ours is read from the source and held to the table."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins"}
+WITH_PATHS = LEAVES | {"adapters", "engine", "pipeline"}
+
+# A part of mlx_maple (a folder or a file) and the other parts that it may import.
+ALLOWED: dict[str, set[str]] = {
+    **{leaf: set() for leaf in LEAVES},
+    "images": {"metadata"},
+    "adapters": {"models"},
+    "engine": {"models"},
+    "pipeline": {"models", "text", "sampling", "adapters", "engine", "images", "metadata"},
+    "loading": {*WITH_PATHS, "maple_convert"},
+    "cli": {*WITH_PATHS, "loading", "serve", "maple_convert"},
+    "serve": {*WITH_PATHS, "loading", "cli", "maple_convert"},
+    "__main__": {"cli"},
+    "__init__": {"_openblas", "loading", "pipeline", "hub"},  # lazily, but for OpenBLAS
+    "_openblas": set(),
+}
+ANYONE = {"__init__"}  # `from mlx_maple import __version__`
+
+# What may be imported from outside, where that is limited.
+FOREIGN = {
+    "maple_convert": {"numpy", "safetensors"},
+    "models": {"mlx", "numpy"},
+    "text": {"mlx", "numpy"},
+    "sampling": {"mlx", "numpy"},
+    "images": {"numpy", "PIL"},
+    "_openblas": set(),
+}
+NEVER = {"torch", "diffusers", "transformers", "k_diffusion"}
+
+
+def part_of(module: str) -> str:
+    """`mlx_maple.sampling.noise` belongs to the part `sampling`."""
+    first, _, rest = module.partition(".")
+    if first == "maple_convert":
+        return first
+    part = rest.partition(".")[0]
+    is_there = (ROOT / "mlx_maple" / part).is_dir() or (ROOT / "mlx_maple" / f"{part}.py").is_file()
+    return part if part in ALLOWED or (part and is_there) else "__init__"  # a name, such as load
+
+
+def imported(source: str, module: str, is_package: bool) -> set[str]:
+    """Full names of every module that the source imports, at its top or inside functions."""
+    package = module if is_package else module.rpartition(".")[0]
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                above = package.split(".")[: len(package.split(".")) - node.level + 1]
+                base = ".".join([*above, *([base] if base else [])])
+            if base in ("mlx_maple", "maple_convert"):
+                names |= {f"{base}.{alias.name}" for alias in node.names}
+            else:
+                names.add(base)
+    return names
+
+
+def wrong_arrows(source: str, module: str, is_package: bool = False) -> list[str]:
+    part, wrong = part_of(module), []
+    for name in sorted(imported(source, module, is_package)):
+        top = name.partition(".")[0]
+        if top in ("mlx_maple", "maple_convert"):
+            target = part_of(name)
+            allowed = {part} if part == "maple_convert" else {part, *ALLOWED[part], *ANYONE}
+            if target not in allowed:
+                wrong.append(f"{module} ({part}) imports {name} ({target})")
+        elif top in NEVER:
+            wrong.append(f"{module} imports {name}")
+        elif part in FOREIGN and top not in FOREIGN[part] | set(sys.stdlib_module_names):
+            wrong.append(f"{module} imports {name}, from outside")
+    return wrong
+
+
+def sources() -> list[tuple[Path, str]]:
+    found = []
+    for folder in (ROOT / "mlx_maple", ROOT / "convert" / "maple_convert"):
+        for path in sorted(folder.rglob("*.py")):
+            relative = path.relative_to(folder.parent).with_suffix("")
+            found.append((path, ".".join(relative.parts).removesuffix(".__init__")))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "module"), sources(), ids=lambda value: str(value)[len(str(ROOT)) :]
+)
+def test_every_import_follows_the_table(path, module):
+    assert not wrong_arrows(path.read_text(), module, path.name == "__init__.py")
+
+
+def test_every_part_is_in_the_table():
+    parts = {part_of(module) for _, module in sources()} - {"maple_convert"}
+    assert parts <= ALLOWED.keys()
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("mlx_maple.models.unet", "from mlx_maple.sampling import schedule"),
+        ("mlx_maple.models.unet", "def f():\n    import mlx_maple.loading"),
+        ("mlx_maple.models.unet", "from ..text.tokenizer import Tokenizer"),
+        ("mlx_maple.pipeline", "from mlx_maple import loading"),
+        ("mlx_maple.pipeline", "import maple_convert.errors"),
+        ("mlx_maple.sampling.noise", "import torch"),
+        ("mlx_maple.engine.prepare", "from mlx_maple import pipeline"),
+        ("maple_convert.model", "import mlx.core"),
+        ("maple_convert.model", "import huggingface_hub"),
+        ("maple_convert.readers.zip", "from mlx_maple import hub"),
+    ],
+)
+def test_a_wrong_arrow_is_seen(module, line):
+    assert wrong_arrows(line, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("mlx_maple.models.unet", "from mlx_maple.models.layers import GroupNorm"),
+        ("mlx_maple.pipeline", "from mlx_maple import images"),
+        ("mlx_maple.loading", "import maple_convert"),
+        ("mlx_maple.cli.doctor", "from mlx_maple import _OPENBLAS, __version__"),
+        ("maple_convert.model", "from .readers import open_checkpoint"),
+    ],
+)
+def test_a_right_arrow_passes(module, line):
+    assert not wrong_arrows(line, module)
