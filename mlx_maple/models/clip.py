@@ -78,7 +78,7 @@ class CLIPTextConfig:
         checks.multiples(
             "CLIPTextConfig", "hidden_size", [self.hidden_size], self.num_attention_heads, "heads"
         )
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             known, found = " or ".join(ACTIVATIONS), repr(self.hidden_act)[:60]
             raise ValueError(f"[CLIPTextConfig] hidden_act must be {known}, got {found}.")
 

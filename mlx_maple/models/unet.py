@@ -248,13 +248,8 @@ class UNet(nn.Module):
         self._check(latents, context)
         dtype = self.conv_in.weight.dtype
         context = context.astype(dtype)
-        places = mx.array(timesteps).reshape(-1)
-        if places.size not in (1, latents.shape[0]):
-            batch = latents.shape[0]
-            raise ValueError(f"[UNet] expected 1 or {batch} timesteps, got {places.size}.")
-        time = self.time_embedding(
-            sinusoids(places, self.config.block_out_channels[0]).astype(dtype)
-        )
+        waves = sinusoids(self._times(timesteps, latents), self.config.block_out_channels[0])
+        time = self.time_embedding(waves.astype(dtype))
 
         x = self.conv_in(latents.astype(dtype))
         skips = [x]
