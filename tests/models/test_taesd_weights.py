@@ -38,13 +38,3 @@ def test_reference_run(taesd: TAESD, weights: Path, photo: str):
     assert _psnr(ours, latent, peak=float(np.ptp(latent))) > 100
     ours = (taesd.decode(mx.array(latent)) + 1) / 2
     assert _psnr(ours, decoded, peak=1) > 100
-
-    # The bar that half precision must pass, and a mistake that must not.
-    taesd_half = TAESD(TAESDConfig())
-    taesd_half.update(taesd.parameters())
-    taesd_half.set_dtype(mx.float16)
-    assert (
-        _psnr(((taesd_half.decode(mx.array(latent)) + 1) / 2).astype(mx.float32), decoded, 1) > 50
-    )
-    unclamped = (taesd.decoder(mx.array(latent)) * 2 - 1 + 1) / 2
-    assert _psnr(unclamped, decoded, peak=1) < 50
