@@ -26,6 +26,7 @@ STORAGE = {
     "bool": np.dtype("?"),
 }
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+CHECKED_AT_ONCE = 1 << 18  # elements of has_nonfinite's temporary array, which stays in the cache
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,36 @@ class Tensor:
         """The array's shape."""
         return tuple(self.array.shape)
 
+    def has_nonfinite(self) -> bool:
+        """Whether any value is NaN or infinite; never so for integers and bools.
+
+        Reading lets such values pass: this is for who streams them, at a fraction of a copy's cost.
+        """
+        if self.dtype not in FLOATS:
+            return False
+        flat = self.array.ravel()
+        for start in range(0, flat.size, CHECKED_AT_ONCE):
+            part = flat[start : start + CHECKED_AT_ONCE]
+            if self.dtype == "bfloat16":  # an exponent of ones only
+                finite = (part & np.uint16(0x7F80)) != 0x7F80
+            else:
+                finite = np.isfinite(part)
+            if not finite.all():
+                return True
+        return False
+
     def astype(self, dtype: str) -> "Tensor":
         """The same values rounded to ``dtype`` (nearest even), or self where it is that already."""
         if dtype == self.dtype:
             return self
         if self.dtype == "bfloat16":
-            wide = (self.array.astype(np.uint32) << 16).view(np.float32)
+            bits = self.array.astype(np.uint32)
+            bits <<= 16
+            wide: npt.NDArray[Any] = bits.view(np.float32)  # pyright: ignore[reportUnknownMemberType]
             return Tensor("float32", wide).astype(dtype)
-        if dtype == "bfloat16":
-            return Tensor(dtype, _round_to_bfloat16(self.array.astype(np.float32)))
         with np.errstate(over="ignore"):  # a value beyond float16 becomes inf, as in the reference
+            if dtype == "bfloat16":
+                return Tensor(dtype, _round_to_bfloat16(self.array.astype(np.float32)))
             return Tensor(dtype, self.array.astype(STORAGE[dtype]))
 
 
@@ -87,8 +108,11 @@ class Checkpoint(Protocol):
         container: what it is, in a few words ("torch zip", "legacy torch pickle", "safetensors",
             "safetensors in 3 shards", ...).
         tensors: every tensor by its name in the file; nested dictionaries are joined with dots
-            except that a wrapping ``state_dict`` is taken off and said in ``notes``.
-        objects: everything else at top level (``global_step`` and the like), inert.
+            except that a wrapping ``state_dict`` is taken off and said in ``notes``. What lies
+            beside a ``state_dict`` (an optimizer's tensors) is no weight and not listed here.
+        objects: everything else at top level (``global_step`` and the like), inert: numbers,
+            text, containers, ``TensorInfo`` for tensors that are no weights, ``readers.Stub``
+            for strangers' objects. Bounded in size and depth.
         metadata: the container's own string metadata (safetensors ``__metadata__``).
         notes: what a reader had to decide, one sentence each.
     """
@@ -119,7 +143,14 @@ class Checkpoint(Protocol):
 
 
 def _round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    bits = values.view(np.uint32)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+    bits: npt.NDArray[np.uint32] = values.view(np.uint32)  # pyright: ignore[reportUnknownMemberType]
+    rounded = bits >> 16  # then in place: the largest tensors are worth one temporary, not four
+    rounded &= 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    result = rounded.astype(np.uint16)
     # Rounding could carry a NaN's payload into infinity: keep it a quiet NaN.
-    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+    nan = np.isnan(values)
+    result[nan] = (bits[nan] >> 16) | 0x40
+    return result

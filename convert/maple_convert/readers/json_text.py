@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from maple_convert.errors import InvalidCheckpoint
 from maple_convert.readers.source import SourceFile
@@ -55,8 +55,9 @@ def parse_object(text: bytes) -> dict[str, Any]:
         raise JSONFault(f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise JSONFault(f"holds a JSON {type(value).__name__} where an object was expected")
-    _check_depth(value)
-    return value  # pyright: ignore[reportUnknownVariableType]
+    result = cast("dict[str, Any]", value)
+    _check_depth(result)
+    return result
 
 
 def _check_depth(value: object) -> None:
@@ -65,9 +66,9 @@ def _check_depth(value: object) -> None:
         inner: list[Any] = []
         for item in level:
             if isinstance(item, dict):
-                inner.extend(item.values())  # pyright: ignore[reportUnknownArgumentType, reportUnknownMemberType]
-            elif isinstance(item, list):
-                inner.extend(item)  # pyright: ignore[reportUnknownArgumentType]
+                inner.extend(cast("dict[str, Any]", item).values())
+            else:
+                inner.extend(item)
         level = [item for item in inner if isinstance(item, dict | list)]
         if not level:
             return

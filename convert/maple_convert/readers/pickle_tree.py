@@ -20,7 +20,8 @@ no global is looked up, nothing is imported, nothing is called. ``os.system`` in
 
 Refused: any other byte (NEXT_BUFFER and READONLY_BUFFER too: the buffers lie outside the file), a
 protocol above 5, a length beyond the end, an empty stack, an unset memo slot, a node of the wrong
-kind, more than ``MAX_OPCODES`` steps, ``MAX_MARKS`` nested marks, integers of more than 256 bytes.
+kind, more than ``MAX_OPCODES`` steps, ``MAX_MARKS`` nested marks or ``MAX_NAMES`` globals, integers
+of more than 256 bytes.
 
 Nothing is ever expanded: a node that is used twice is one node, so a "billion laughs" pickle costs
 its few bytes. Lists may hold themselves; who walks the tree needs a budget and a depth limit.
@@ -35,8 +36,9 @@ from typing import Literal
 
 from maple_convert.readers.known_code import runs_code
 
-MAX_OPCODES = 2_000_000  # Stable Diffusion 1 with its EMA copy and optimizer: about 200,000
+MAX_OPCODES = 1_000_000  # Stable Diffusion 1 with its EMA copy and optimizer: about 160,000
 MAX_MARKS = 1_000
+MAX_NAMES = 10_000  # different globals; a training checkpoint has tens
 MAX_LINE = 4_096  # of a text argument that names something or spells a number
 MAX_INT_BYTES = 256
 
@@ -49,7 +51,7 @@ class PickleEnds(PickleFault):
     """The bytes end before STOP; with more bytes it might be a whole pickle."""
 
 
-@dataclass(slots=True, eq=False, frozen=True)
+@dataclass(slots=True, eq=False)
 class Global:
     """A name that the unpickler would have imported."""
 
@@ -62,7 +64,7 @@ class Global:
         return f"{self.module}.{self.name}"
 
 
-@dataclass(slots=True, eq=False, frozen=True)
+@dataclass(slots=True, eq=False)
 class PersistentId:
     """A reference to something outside the pickle; torch's storages are written so."""
 
@@ -143,7 +145,8 @@ def parse_pickle(data: bytes, start: int = 0) -> Pickle:
         root = machine.run()
     except IndexError as error:  # every pop is on a list that may be empty
         raise PickleFault(f"takes from an empty stack at byte {machine.position}") from error
-    return Pickle(root, machine.position, frozenset(machine.names), tuple(machine.references))
+    names = frozenset(name.dotted for name in machine.names.values())
+    return Pickle(root, machine.position, names, tuple(machine.references))
 
 
 class _Machine:
@@ -157,7 +160,7 @@ class _Machine:
         self.stack: list[object] = []
         self.metastack: list[list[object]] = []  # a MARK puts the stack aside and begins another
         self.memo: dict[int, object] = {}
-        self.names: set[str] = set()
+        self.names: dict[tuple[str, str], Global] = {}
         self.references: list[PersistentId] = []
 
     def run(self) -> object:
@@ -184,6 +187,13 @@ class _Machine:
         if self.position > len(self.data):
             raise PickleEnds(f"its pickle ends inside an argument of {count} bytes")
         return self.data[start : self.position]
+
+    def byte(self) -> int:
+        position = self.position
+        if position >= len(self.data):
+            raise PickleEnds("its pickle ends inside an argument")
+        self.position = position + 1
+        return self.data[position]
 
     def uint(self, size: int) -> int:
         return int.from_bytes(self.take(size), "little")
@@ -230,6 +240,9 @@ class _Machine:
         else:
             self.to_mark()
 
+    def pop_mark(self) -> None:
+        self.to_mark()
+
     def duplicate(self) -> None:
         self.stack.append(self.stack[-1])
 
@@ -252,7 +265,7 @@ class _Machine:
     # Atoms
 
     def protocol(self) -> None:
-        version = self.uint(1)
+        version = self.byte()
         if version > 5:
             raise PickleFault(f"its pickle has protocol {version}; 5 is the newest that is known")
 
@@ -371,8 +384,11 @@ class _Machine:
     # Names and calls, none of which is looked up or made
 
     def name(self, module: str, name: str) -> Global:
-        found = Global(module, name)
-        self.names.add(found.dotted)
+        found = self.names.get((module, name))
+        if found is None:
+            if len(self.names) >= MAX_NAMES:
+                raise PickleFault(f"its pickle names more than {MAX_NAMES} globals")
+            found = self.names[module, name] = Global(module, name)
         return found
 
     def name_lines(self) -> Global:
@@ -452,14 +468,14 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x95: _Machine.frame,  # FRAME
     ord("("): _Machine.mark,  # MARK
     ord("0"): _Machine.pop,  # POP
-    ord("1"): lambda m: m.to_mark() and None,  # POP_MARK
+    ord("1"): _Machine.pop_mark,  # POP_MARK
     ord("2"): _Machine.duplicate,  # DUP
     ord("p"): _Machine.put_text,  # PUT
-    ord("q"): lambda m: m.put(m.uint(1)),  # BINPUT
+    ord("q"): lambda m: m.put(m.byte()),  # BINPUT
     ord("r"): lambda m: m.put(m.uint(4)),  # LONG_BINPUT
     0x94: lambda m: m.put(len(m.memo)),  # MEMOIZE
     ord("g"): lambda m: m.get(m.number()),  # GET
-    ord("h"): lambda m: m.get(m.uint(1)),  # BINGET
+    ord("h"): lambda m: m.get(m.byte()),  # BINGET
     ord("j"): lambda m: m.get(m.uint(4)),  # LONG_BINGET
     ord("N"): lambda m: m.push(None),  # NONE
     0x88: lambda m: m.push(True),  # NEWTRUE
@@ -467,7 +483,7 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     ord("I"): _Machine.int_text,  # INT
     ord("L"): lambda m: m.push(m.number()),  # LONG
     ord("J"): lambda m: m.push(int.from_bytes(m.take(4), "little", signed=True)),  # BININT
-    ord("K"): lambda m: m.push(m.uint(1)),  # BININT1
+    ord("K"): lambda m: m.push(m.byte()),  # BININT1
     ord("M"): lambda m: m.push(m.uint(2)),  # BININT2
     0x8A: lambda m: m.long(1),  # LONG1
     0x8B: lambda m: m.long(4),  # LONG4

@@ -206,7 +206,8 @@ def _array(node: Call) -> npt.NDArray[Any] | None:
     if len(sizes) != len(shape.values) or count * dtype.itemsize != len(raw):
         return None
     order = "F" if _at(node.state, 3) is True else "C"
-    return np.frombuffer(raw, dtype).reshape(sizes, order=order).copy()
+    array: npt.NDArray[Any] = np.ndarray(sizes, dtype, raw, order=order)
+    return np.array(array, order="C")
 
 
 def _at(node: object, index: int) -> object:

@@ -6,7 +6,7 @@
                      spaces at its end
     8+N .. end       the buffer: the tensors' elements, little-endian, C order
 
-The header maps each name to {"dtype": "F16", "shape": [320, 4, 3, 3], "data_offsets": [begin, end]},
+The header maps each name to {"dtype": "F16", "shape": [320, 4], "data_offsets": [begin, end]},
 offsets counted from the buffer's start. "__metadata__", if there, maps strings to strings.
 
 Refused: a header longer than the file or than 100 MB; bytes before "{"; JSON that names a key twice
@@ -18,7 +18,7 @@ The safetensors library itself is not used to read: its numpy binding has no bfl
 file into memory. Tests hold this reader against it, on good and on damaged files.
 """
 
-from typing import Any
+from typing import Any, cast
 
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
 from maple_convert.readers.json_text import JSONFault, parse_object
@@ -103,17 +103,18 @@ def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, in
     def malformed(reason: str) -> InvalidCheckpoint:
         return InvalidCheckpoint(file.path, f"tensor {name!r}: {reason}")
 
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:  # pyright: ignore[reportUnknownArgumentType]
+    fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    if set(fields) != {"dtype", "shape", "data_offsets"}:
         raise malformed("its entry does not have exactly dtype, shape and data_offsets")
     if not _encodable(name):
         raise malformed("its name is not valid Unicode")
-    dtype: Any = entry["dtype"]
+    dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         if isinstance(dtype, str) and dtype in NOT_COMPUTED:
             reason = f"tensor {name!r} has type {dtype}, which is not supported: convert it to F16"
             raise UnsupportedCheckpoint(file.path, reason)
         raise malformed(f"unknown type {str(dtype)[:40]!r}")
-    shape, offsets = _sizes(entry["shape"]), _sizes(entry["data_offsets"])
+    shape, offsets = _sizes(fields["shape"]), _sizes(fields["data_offsets"])
     if shape is None or len(shape) > MAX_NDIM:
         raise malformed("its shape is not a short list of non-negative integers")
     if offsets is None or len(offsets) != 2:
@@ -132,7 +133,7 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     """A list of integers from 0 to 2**63 - 1 as a tuple; None for anything else."""
     if not isinstance(value, list):
         return None
-    sizes: list[Any] = value
+    sizes = cast("list[Any]", value)
     good = all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)  # bool is an int, not a size
     return tuple(sizes) if good else None
 

@@ -39,15 +39,15 @@ class SourceFile:
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         try:
             descriptor = os.open(self.path, flags)
-            self._file = open(descriptor, "rb", buffering=0, closefd=True)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise UnreadableFile(self.path, _reason(error)) from error
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            self._file.close()
+            os.close(descriptor)
             what = "a folder" if stat.S_ISDIR(status.st_mode) else "a device or a pipe"
             raise UnreadableFile(self.path, f"is {what}, not a file")
         self.size = status.st_size
+        self._file = open(descriptor, "rb", buffering=0)
         self._lock = threading.Lock()
 
     def read(self, offset: int, count: int) -> bytes:
@@ -120,7 +120,7 @@ class FileCheckpoint:
         array = np.empty(shape, stored)
         if array.size:
             if place.strides is None:
-                self.file.read_into(place.offset, memoryview(array.reshape(-1)).cast("B"))
+                self.file.read_into(place.offset, array.data.cast("B"))
             else:
                 self._gather(array, place.offset, place.strides)
         return Tensor(dtype, array != 0 if dtype == "bool" else array)
@@ -130,7 +130,7 @@ class FileCheckpoint:
         extent = 1 + sum((n - 1) * step for n, step in zip(out.shape, strides, strict=True))
         if extent * out.itemsize <= BLOCK:
             flat = np.empty(extent, out.dtype)
-            self.file.read_into(offset, memoryview(flat).cast("B"))
+            self.file.read_into(offset, flat.data.cast("B"))
             steps = [step * out.itemsize for step in strides]
             out[...] = np.lib.stride_tricks.as_strided(flat, out.shape, steps, writeable=False)
             return

@@ -43,9 +43,7 @@ def open_torch_legacy(file: SourceFile) -> FileCheckpoint:
         raise InvalidCheckpoint(file.path, f"is not of torch's file protocol {PROTOCOL}")
     for key, value in as_pairs(system.root) or []:
         if key == "little_endian" and value is not True:
-            raise UnsupportedCheckpoint(
-                file.path, "was saved on a big-endian machine: not supported"
-            )
+            raise UnsupportedCheckpoint(file.path, "was saved on a big-endian machine: not read")
     tree = read_tree(file.path, body)
     starts = _storage_starts(file, tree, keys)
     places: dict[str, Placement] = {}

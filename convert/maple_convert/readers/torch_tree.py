@@ -16,24 +16,25 @@ Everything else becomes an inert ``Stub`` or plain value in ``objects``.
 Refused: a tensor outside its storage; negative or non-integer sizes; more than 32 dimensions; a
 storage that is named with two types or sizes; two tensors of one name; quantised, sparse, complex
 and 8-bit float tensors, by name; nesting deeper than ``MAX_DEPTH``; a walk of more than
-``MAX_NODES`` steps, which only a tree with exponentially shared nodes or cycles can need.
+``MAX_NODES`` steps, as trees with exponentially shared nodes or cycles need.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeGuard, cast
+from typing import TypeGuard
 
 from maple_convert.errors import ConvertError, InvalidCheckpoint, UnsupportedCheckpoint
 from maple_convert.readers.pickle_tree import Call, Global, Items, PersistentId, Pickle
 from maple_convert.readers.plain import PlainValues, as_pairs, kind, label
 from maple_convert.tensors import STORAGE, TensorInfo
 
-MAX_NODES = 2_000_000
+MAX_NODES = 100_000  # a training checkpoint of SDXL has about 20,000
+ATOMS_PER_NODE = 32  # numbers in a list pass so much quicker than containers
 MAX_DEPTH = 64
 MAX_NDIM = 32  # numpy 1's limit
 MAX_SIZE = 1 << 48
 MAX_NAME = 1_024
-MAX_OTHERS = 1_000  # non-tensors beside tensors that are kept among the objects
+MAX_OTHERS = 1_000  # non-tensors that are kept among the objects
 MAX_WRAPPERS = 4
 
 STORAGE_TYPES = {
@@ -52,6 +53,7 @@ UNTYPED = ("UntypedStorage", "_UntypedStorage")
 DTYPES = {f"torch.{name}": name for name in STORAGE}
 TENSORS = {"_rebuild_tensor": 4, "_rebuild_tensor_v2": 6, "_rebuild_tensor_v3": 7}  # argument count
 WRAPPERS = ("_rebuild_parameter", "_rebuild_parameter_with_state")
+ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 MODULE_TABLES = ("_parameters", "_buffers", "_modules")
 
 
@@ -171,17 +173,16 @@ class _TreeReader:
             self.add(found)
             tree.notes.append("The weights lie in 'state_dict', which their names leave out.")
         for key, node in top:
-            if wrapped and node is wrapped[0]:
+            kept = len(tree.objects) < MAX_OTHERS
+            if (wrapped and node is wrapped[0]) or (node.__class__ in ATOMS and not kept):
                 continue
             found = _Leaves()
-            self.walk(label(key), node, 0, found)
-            if found.views and not wrapped:
-                self.add(found)
-                continue
-            tree.objects[label(key)] = self.plain.value(node)
+            if not wrapped:
+                self.walk(label(key), node, 0, found)
             if found.views:
-                count = len(found.views)
-                tree.notes.append(f"{count} tensors beside it, in {label(key)!r}, are not weights.")
+                self.add(found)
+            elif kept:
+                tree.objects[label(key)] = self.plain.value(node)
 
     def add(self, found: "_Leaves") -> None:
         for name, view in found.views:
@@ -196,6 +197,8 @@ class _TreeReader:
     def walk(self, name: str, node: object, depth: int, found: "_Leaves") -> None:
         """Collect the tensors under a node, and what else lies beside them."""
         self.visited += 1
+        if self.visited > MAX_NODES:
+            raise self.malformed(f"its pickle unfolds to more than {MAX_NODES} nodes")
         if view := self.tensor(node):
             found.views.append((name, view))
             return
@@ -206,10 +209,10 @@ class _TreeReader:
             return
         if depth >= MAX_DEPTH:
             raise self.malformed(f"its pickle is nested deeper than {MAX_DEPTH}")
-        self.visited += len(children)
-        if self.visited > MAX_NODES:
-            raise self.malformed("its pickle unfolds without end: nodes are shared or in cycles")
+        self.visited += len(children) // ATOMS_PER_NODE
         for key, child in children:
+            if child.__class__ in ATOMS and len(found.others) >= MAX_OTHERS:
+                continue
             inner = f"{name}.{label(key)}" if name else label(key)
             if len(inner) > MAX_NAME:
                 raise self.malformed(f"its pickle has a name of more than {MAX_NAME} characters")
@@ -225,7 +228,7 @@ class _TreeReader:
             if tables:
                 pairs = [pair for table in tables for pair in as_pairs(table) or []]
                 return [(key, value) for key, value in pairs if value is not None]
-        return cast("list[tuple[object, object]] | None", as_pairs(node))
+        return as_pairs(node)
 
     # Tensors
 

@@ -1,4 +1,4 @@
-"""The zip container of torch >= 1.6 (.ckpt, .pt, .pth, .bin).
+r"""The zip container of torch >= 1.6 (.ckpt, .pt, .pth, .bin).
 
     <root>/data.pkl      the pickle: see torch_tree.py
     <root>/data/<key>    the bytes of one storage, little-endian
@@ -8,13 +8,13 @@
 <root> is the saved file's stem or "archive". Records are stored, never compressed, and their data
 begin at multiples of 64 bytes, for which local headers carry padding as an extra field "FB".
 
-    local record      "PK\\3\\4", 26 bytes of fields, name, extra field, data, [data descriptor]
+    local record      "PK\3\4", 26 bytes of fields, name, extra field, data, [data descriptor]
     ...
-    directory entry   "PK\\1\\2", 42 bytes of fields (sizes, offset), name, extra field, comment
+    directory entry   "PK\1\2", 42 bytes of fields (sizes, offset), name, extra field, comment
     ...
-    zip64 end         "PK\\6\\6", 52 bytes: 64-bit count, size and offset of the directory
-    zip64 locator     "PK\\6\\7", 16 bytes: where the zip64 end lies
-    end               "PK\\5\\6", 18 bytes: the same in 16 and 32 bits, all ones where too small
+    zip64 end         "PK\6\6", 52 bytes: 64-bit count, size and offset of the directory
+    zip64 locator     "PK\6\7", 16 bytes: where the zip64 end lies
+    end               "PK\5\6", 18 bytes: the same in 16 and 32 bits, all ones where too small
 
 The directory decides; local headers only say how long they are themselves. zipfile is not used: it
 accepts what this refuses. Refused: bytes before the first record or after the end; several disks;
@@ -48,11 +48,12 @@ ENCRYPTED = 0x2041  # flag bits 0 (encrypted), 6 (strongly), 13 (names masked)
 
 @dataclass(frozen=True)
 class Record:
-    """One file in the archive: where its bytes lie and how many they are."""
+    """One file in the archive: where its bytes lie, how many they are, how they are packed."""
 
     name: str
     offset: int
     size: int
+    method: int = 0
 
 
 def open_torch_zip(file: SourceFile) -> FileCheckpoint:
@@ -63,9 +64,7 @@ def open_torch_zip(file: SourceFile) -> FileCheckpoint:
     if order is not None:
         word = file.read(order.offset, min(order.size, 16)).strip()
         if word == b"big":
-            raise UnsupportedCheckpoint(
-                file.path, "was saved on a big-endian machine: not supported"
-            )
+            raise UnsupportedCheckpoint(file.path, "was saved on a big-endian machine: not read")
         if word != b"little":
             raise InvalidCheckpoint(file.path, f"has an unknown byte order {word!r}")
     record = records[f"{root}/data.pkl"]
@@ -120,6 +119,12 @@ def _root(file: SourceFile, records: dict[str, Record]) -> str:
     if f"{root}/constants.pkl" in records or any(n.startswith(f"{root}/code/") for n in records):
         reason = "is a TorchScript archive (a program with its weights), not a state dict"
         raise UnsupportedCheckpoint(file.path, reason)
+    if packed := [record.name for record in records.values() if record.method != 0]:
+        reason = (
+            f"its record {packed[0]!r} is compressed, which torch never does:"
+            " unpack it and zip it again without compression (zip -0)"
+        )
+        raise UnsupportedCheckpoint(file.path, reason)
     return root
 
 
@@ -146,18 +151,15 @@ def read_directory(file: SourceFile) -> dict[str, Record]:
         length, packed, header = _wide(file, name, extra, length, packed, header)
         if flags & ENCRYPTED:
             raise UnsupportedCheckpoint(file.path, f"its record {name!r} is encrypted")
-        if method != 0:
-            reason = f"its record {name!r} is compressed, which torch never does: unpack it and zip it again without compression (zip -0)"  # noqa: E501
-            raise UnsupportedCheckpoint(file.path, reason)
-        if packed != length or disk != 0:
+        if (packed != length and method == 0) or disk != 0:
             raise _damaged(file, f"the sizes of record {name!r} disagree")
         if name in records:
             raise _damaged(file, f"it has two records named {name!r}")
-        data = _data_start(file, name, raw, header, start)
-        if data + length > start:
+        data = _data_start(file, name, raw, method, header, start)
+        if data + packed > start:
             raise _damaged(file, f"its record {name!r} reaches beyond the data")
-        spans.append((header, data + length))
-        records[name] = Record(name, data, length)
+        spans.append((header, data + packed))
+        records[name] = Record(name, data, length, method)
     if position != size:
         raise _damaged(file, "its directory has more bytes than entries")
     reached = 0
@@ -249,16 +251,20 @@ def _wide(
     return result[0], result[1], result[2]
 
 
-def _data_start(file: SourceFile, name: str, raw: bytes, header: int, limit: int) -> int:
+def _data_start(
+    file: SourceFile, name: str, raw: bytes, method: int, header: int, limit: int
+) -> int:
     """Where a record's data begin, behind its local header."""
     if header + LOCAL.size + len(raw) > limit:
         raise _damaged(file, f"its record {name!r} begins beyond the data")
     local = file.read(header, LOCAL.size + len(raw))
     fields = LOCAL.unpack_from(local)
-    signature, flags, method, name_length, extra_length = (fields[i] for i in (0, 2, 3, 9, 10))
+    signature, flags, local_method, name_length, extra_length = (
+        fields[i] for i in (0, 2, 3, 9, 10)
+    )
     if signature != b"PK\3\4" or name_length != len(raw) or local[LOCAL.size :] != raw:
         raise _damaged(file, f"the local header of record {name!r} does not match the directory")
-    if flags & ENCRYPTED or method != 0:
+    if flags & ENCRYPTED or local_method != method:
         raise _damaged(file, f"the local header of record {name!r} disagrees about compression")
     return header + LOCAL.size + name_length + extra_length
 
