@@ -149,7 +149,7 @@ def _round_to_bfloat16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16
     rounded += 0x7FFF
     rounded += bits
     rounded >>= 16
-    result = rounded.astype(np.uint16)
+    result = np.asarray(rounded, np.uint16)  # asarray: of a zero-dim array, >> made a scalar
     # Rounding could carry a NaN's payload into infinity: keep it a quiet NaN.
     nan = np.isnan(values)
     result[nan] = (bits[nan] >> 16) | 0x40
