@@ -1,0 +1,684 @@
+"""Samplers: from noise to clean latents, one function an algorithm.
+
+Each algorithm is a generator over a denoiser. It yields a Step and is sent the latents to go on
+from, the same or (inpainting) blended ones:
+
+    x = yield Step(index, x, denoised)
+
+Legend   x latents (B, h, w, C) float32, channels last; denoised the clean latents seen in x;
+         sigma, target the levels before and after a step; h = log(sigma / target), the step in log
+         signal-to-noise; a the signal share at a timestep; draw() one array of unit noise like x.
+Source   Named at each function. Reference code: crowsonkb/k-diffusion 0.1.1 sampling.py and
+         huggingface/diffusers 0.42.1 src/diffusers/schedulers, which agree on an algorithm wherever
+         both have it; they differ in the levels visited, which schedule.py and the table below know.
+Differs  Coefficients are float64, latents float32. Noise is drawn step by step from the caller, not
+         from torchsde's Brownian tree: SDE samplers have the reference's distribution, and its
+         latents when fed the same noise. s_churn is 0 and s_noise 1, the references' defaults.
+         Tolerances: tests/parity/test_samplers.py.
+"""
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+from inspect import signature
+from itertools import count, pairwise
+from math import expm1, inf, log, sqrt
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_maple.sampling.denoiser import Denoiser, Model
+from mlx_maple.sampling.schedule import (
+    SCHEDULES,
+    SPACINGS,
+    Grid,
+    NoiseSchedule,
+    SigmaGrid,
+    TimestepGrid,
+    distilled_grid,
+    multistep_grid,
+    plms_grid,
+    sigma_grid,
+    timestep_grid,
+    unipc_grid,
+)
+
+
+class Step(NamedTuple):
+    """What a sampler shows after each step.
+
+    Attributes:
+        index: 0 .. total - 1.
+        latents: (B, h, w, C) in the sampler's coordinates; after the last step, final latents.
+        denoised: (B, h, w, C) the clean latents as the network last saw them, for previews.
+    """
+
+    index: int
+    latents: mx.array
+    denoised: mx.array
+
+
+Steps = Generator[Step, mx.array, None]
+Draw = Callable[[], mx.array]
+
+
+# --- one call a step, along sigma ----------------------------------------------------------------
+
+
+def euler(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
+    """Karras et al. 2022 (arXiv:2206.00364), algorithm 2 without churn, first order.
+
+    Reference: k-diffusion sample_euler; diffusers EulerDiscreteScheduler.
+    """
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        slope = (x - denoised) / sigma
+        x = yield Step(i, x + (target - sigma) * slope, denoised)
+
+
+def euler_a(
+    denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
+) -> Steps:
+    """Euler steps that overshoot to a lower level and climb back with fresh noise ("ancestral").
+
+    Reference: k-diffusion sample_euler_ancestral; diffusers EulerAncestralDiscreteScheduler.
+    """
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        down, up = _ancestral(sigma, target, eta)
+        x = x + (down - sigma) * (x - denoised) / sigma
+        x = yield Step(i, _add(x, up, draw), denoised)
+
+
+def lms(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
+    """Linear multistep: the last four slopes, as the polynomial through them (Adams-Bashforth).
+
+    Reference: k-diffusion sample_lms; diffusers LMSDiscreteScheduler. Image to image starts at
+    first order, as k-diffusion does; diffusers there drops terms of the fourth-order formula.
+    """
+    slopes: list[mx.array] = []  # newest first
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        slopes = [(x - denoised) / sigma, *slopes[:3]]
+        weights = _adams_weights(grid.sigmas[max(0, i - 3) : i + 1][::-1], target)
+        x = x + sum(w * slope for w, slope in zip(weights, slopes, strict=True))
+        x = yield Step(i, x, denoised)
+
+
+def dpmpp_2m(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
+    """DPM-Solver++(2M), Lu et al. 2022 (arXiv:2211.01095), algorithm 2; first and last order 1.
+
+    Reference: k-diffusion sample_dpmpp_2m; diffusers DPMSolverMultistepScheduler.
+    """
+    earlier, h_earlier = None, inf
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        h = _log_ratio(sigma, target)
+        estimate = denoised
+        if earlier is not None and target > 0:
+            estimate = denoised + h / (2 * h_earlier) * (denoised - earlier)
+        earlier, h_earlier = denoised, h
+        x = yield Step(i, target / sigma * x - expm1(-h) * estimate, denoised)
+
+
+def dpmpp_2m_sde(
+    denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
+) -> Steps:
+    """DPM-Solver++(2M) of the reverse SDE, midpoint form.
+
+    Reference: k-diffusion sample_dpmpp_2m_sde; diffusers DPMSolverMultistepScheduler with
+    algorithm_type "sde-dpmsolver++".
+    """
+    earlier, h_earlier = None, inf
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        h = _log_ratio(sigma, target)
+        estimate = denoised
+        if earlier is not None and target > 0:
+            estimate = denoised + h / (2 * h_earlier) * (denoised - earlier)
+        earlier, h_earlier = denoised, h
+        x = _sde_decay(sigma, target, eta) * x - expm1(-(1 + eta) * h) * estimate
+        x = yield Step(i, _add(x, _sde_noise(sigma, target, eta), draw), denoised)
+
+
+def dpmpp_3m_sde(
+    denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
+) -> Steps:
+    """DPM-Solver++(3M) of the reverse SDE: third order once three predictions are there.
+
+    Reference: k-diffusion sample_dpmpp_3m_sde, whatever the schedule: the third-order SDE update of
+    diffusers' DPMSolverMultistepScheduler has the opposite sign at its constant of 1/2.
+    """
+    history: list[tuple[mx.array, float]] = []  # (denoised, the step taken from it), newest first
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        h = _log_ratio(sigma, target)
+        reach = (1 + eta) * h
+        x = _sde_decay(sigma, target, eta) * x - expm1(-reach) * denoised
+        if history and target > 0:
+            phi_2 = expm1(-reach) / reach + 1
+            phi_3 = phi_2 / reach - 0.5
+            (last, h_last), *older = history
+            r0 = h_last / h
+            first = (denoised - last) / r0
+            if older:
+                older_denoised, h_older = older[0]
+                r1 = h_older / h
+                difference = first - (last - older_denoised) / r1
+                first = first + r0 / (r0 + r1) * difference
+                x = x - phi_3 / (r0 + r1) * difference
+            x = x + phi_2 * first
+        history = [(denoised, h), *history[:1]]
+        x = yield Step(i, _add(x, _sde_noise(sigma, target, eta), draw), denoised)
+
+
+def unipc(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
+    """UniPC, Zhao et al. 2023 (arXiv:2302.04867): order 2, B2(h), predicting the clean latents.
+
+    Every new prediction first corrects the step that led to it, then the next level is predicted.
+    Reference: diffusers UniPCMultistepScheduler (solver_type "bh2", lower_order_final).
+    """
+    sigmas = grid.sigmas
+    history: list[mx.array] = []  # denoised, newest first
+    start, order = x, 1
+    for i, (sigma, target) in enumerate(pairwise(sigmas)):
+        denoised = denoise(x, sigma)
+        if i > 0:  # the corrector, from the previous level to this one
+            h = _log_ratio(sigmas[i - 1], sigma)
+            b = expm1(-h)
+            last = history[0]
+            if order == 1:
+                estimate = last + 0.5 * (denoised - last)
+            else:
+                r = -_log_ratio(sigmas[i - 2], sigmas[i - 1]) / h
+                phi_2 = b / -h - 1
+                first, second = phi_2 / b, 2 * (phi_2 / -h - 0.5) / b
+                share = (first - second) / (1 - r)
+                estimate = last + share / r * (history[1] - last)
+                estimate = estimate + (first - share) * (denoised - last)
+            x = sigma / sigmas[i - 1] * start - b * estimate
+        start = x
+        order = min(2, i + 1, len(grid) - i)
+        h = _log_ratio(sigma, target)
+        estimate = denoised
+        if order == 2:  # the predictor
+            r = -_log_ratio(sigmas[i - 1], sigma) / h
+            estimate = denoised + 0.5 / r * (history[0] - denoised)
+        history = [denoised, *history[:1]]
+        x = yield Step(i, target / sigma * x - expm1(-h) * estimate, denoised)
+
+
+# --- two calls a step, along sigma; the last step, to 0, is an Euler step ------------------------
+
+
+def heun(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
+    """Karras et al. 2022 (arXiv:2206.00364), algorithm 2 without churn: the mean of two slopes.
+
+    Reference: k-diffusion sample_heun; diffusers HeunDiscreteScheduler.
+    """
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        slope = (x - denoised) / sigma
+        if target > 0:
+            ahead = x + (target - sigma) * slope
+            denoised = denoise(ahead, target)
+            slope = (slope + (ahead - denoised) / target) / 2
+        x = yield Step(i, x + (target - sigma) * slope, denoised)
+
+
+def dpm2(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
+    """DPM-Solver-2, Lu et al. 2022 (arXiv:2206.00927): the slope half-way in log sigma.
+
+    Reference: k-diffusion sample_dpm_2; diffusers KDPM2DiscreteScheduler.
+    """
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        x, denoised = _dpm2_step(denoise, x, sigma, target)
+        x = yield Step(i, x, denoised)
+
+
+def dpm2_a(
+    denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
+) -> Steps:
+    """DPM-Solver-2 steps that overshoot and climb back with fresh noise ("ancestral").
+
+    Reference: k-diffusion sample_dpm_2_ancestral; diffusers KDPM2AncestralDiscreteScheduler.
+    """
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        down, up = _ancestral(sigma, target, eta)
+        x, denoised = _dpm2_step(denoise, x, sigma, down)
+        x = yield Step(i, _add(x, up, draw), denoised)
+
+
+def dpmpp_2s_a(
+    denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
+) -> Steps:
+    """DPM-Solver++(2S), Lu et al. 2022 (arXiv:2211.01095), algorithm 1, in ancestral steps.
+
+    Reference: k-diffusion sample_dpmpp_2s_ancestral, whatever the schedule (diffusers has none).
+    """
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        down, up = _ancestral(sigma, target, eta)
+        h = _log_ratio(sigma, down)
+        if down > 0:
+            middle = sqrt(sigma * down)
+            halfway = middle / sigma * x - expm1(-h / 2) * denoised
+            denoised = denoise(halfway, middle)
+        x = down / sigma * x - expm1(-h) * denoised
+        x = yield Step(i, _add(x, up, draw), denoised)
+
+
+def dpmpp_sde(
+    denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
+) -> Steps:
+    """DPM-Solver++ of the reverse SDE, single step with a midpoint: two draws of noise a step.
+
+    Reference: k-diffusion sample_dpmpp_sde (r = 1/2); diffusers DPMSolverSDEScheduler.
+    """
+    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = denoise(x, sigma)
+        if target > 0:
+            middle = sqrt(sigma * target)
+            down, up = _ancestral(sigma, middle, eta)
+            halfway = down / sigma * x - expm1(-_log_ratio(sigma, down)) * denoised
+            denoised = denoise(_add(halfway, up, draw), middle)
+        down, up = _ancestral(sigma, target, eta)
+        x = down / sigma * x - expm1(-_log_ratio(sigma, down)) * denoised
+        x = yield Step(i, _add(x, up, draw), denoised)
+
+
+# --- along whole timesteps -----------------------------------------------------------------------
+
+
+def ddim(
+    denoise: Denoiser, x: mx.array, grid: TimestepGrid, draw: Draw, *, eta: float = 0.0
+) -> Steps:
+    """DDIM, Song et al. 2020 (arXiv:2010.02502), equations 12 and 16; eta 1 is DDPM.
+
+    Every step goes T // n timesteps down, even where the spacing's next timestep is a few away, and
+    the last one stops at timestep 0's level, not at none.
+    Reference: diffusers DDIMScheduler (steps_offset 1, set_alpha_to_one and clip_sample False).
+    """
+    for i, t in enumerate(grid.timesteps):
+        denoised = denoise(x, t)
+        a, a_next = grid.signal(t), grid.signal(t - grid.stride)
+        fresh = eta * sqrt((1 - a_next) / (1 - a) * (1 - a / a_next))
+        noise = (x - sqrt(a) * denoised) / sqrt(1 - a)
+        x = sqrt(a_next) * denoised + sqrt(1 - a_next - fresh**2) * noise
+        x = yield Step(i, _add(x, fresh, draw), denoised)
+
+
+def plms(denoise: Denoiser, x: mx.array, grid: TimestepGrid, draw: Draw) -> Steps:
+    """PLMS, Liu et al. 2022 (arXiv:2202.09778): DDIM steps with the last four predictions combined.
+
+    The first step is taken twice: to the second timestep, and again with the mean of the predictions
+    at both ends, so n steps make n + 1 calls. Image to image starts inside this list of calls, whose
+    repeated timestep may then be gone, and so takes one step from the level above: diffusers does.
+    Reference: diffusers PNDMScheduler (skip_prk_steps True, steps_offset 1, set_alpha_to_one False).
+    """
+
+    def step(start: mx.array, combined: mx.array, t: int) -> tuple[mx.array, mx.array]:
+        denoised = denoise.clean(start, combined, t)
+        a, a_next = grid.signal(t), grid.signal(t - grid.stride)
+        noise = (start - sqrt(a) * denoised) / sqrt(1 - a)
+        return sqrt(a_next) * denoised + sqrt(1 - a_next) * noise, denoised
+
+    first, *calls = grid.timesteps
+    e = [denoise.predict(x, first)]  # raw predictions, newest first
+    ahead, denoised = step(x, e[0], first)
+    if calls:
+        mean = (denoise.predict(ahead, calls[0]) + e[0]) / 2
+        ahead, denoised = step(x, mean, calls[0] + grid.stride)
+    x = yield Step(0, ahead, denoised)
+    for i, t in enumerate(calls[1:], start=1):
+        e = [denoise.predict(x, t), *e[:3]]
+        if len(e) == 2:
+            combined = (3 * e[0] - e[1]) / 2
+        elif len(e) == 3:
+            combined = (23 * e[0] - 16 * e[1] + 5 * e[2]) / 12
+        else:
+            combined = (55 * e[0] - 59 * e[1] + 37 * e[2] - 9 * e[3]) / 24
+        x, denoised = step(x, combined, t)
+        x = yield Step(i, x, denoised)
+
+
+LCM_SIGMA_DATA = 0.5
+LCM_TIMESTEP_SCALING = 10.0
+
+
+def lcm(denoise: Denoiser, x: mx.array, grid: TimestepGrid, draw: Draw) -> Steps:
+    """Consistency sampling, Luo et al. 2023 (arXiv:2310.04378), algorithm 1: jump, then noise again.
+
+    Reference: diffusers LCMScheduler.
+    """
+    for i, t in enumerate(grid.timesteps):
+        scaled = LCM_TIMESTEP_SCALING * t
+        c_skip = LCM_SIGMA_DATA**2 / (scaled**2 + LCM_SIGMA_DATA**2)
+        c_out = scaled / sqrt(scaled**2 + LCM_SIGMA_DATA**2)
+        denoised = c_out * denoise(x, t) + c_skip * x
+        alpha, sigma = grid.mix(i + 1)  # nothing but the clean latents after the last
+        x = yield Step(i, _add(alpha * denoised, sigma, draw), denoised)
+
+
+def tcd(
+    denoise: Denoiser, x: mx.array, grid: TimestepGrid, draw: Draw, *, eta: float = 0.3
+) -> Steps:
+    """Trajectory consistency, Zheng et al. 2024 (arXiv:2402.19159), algorithm 4.
+
+    Jumps along the trajectory below the next timestep t' to (1 - eta) t', and climbs back with fresh
+    noise; eta is the paper's gamma. The last step ends at timestep 0's level.
+    Reference: diffusers TCDScheduler.
+    """
+    for i, (t, following) in enumerate(pairwise([*grid.timesteps, 0])):
+        denoised = denoise(x, t)
+        a, a_next = grid.signal(t), grid.signal(following)
+        a_below = grid.signal(int((1 - eta) * following))
+        noise = (x - sqrt(a) * denoised) / sqrt(1 - a)
+        x = sqrt(a_below) * denoised + sqrt(1 - a_below) * noise
+        x = sqrt(a_next / a_below) * x
+        x = yield Step(i, _add(x, sqrt(1 - a_next / a_below), draw), denoised)
+
+
+# --- shared arithmetic ---------------------------------------------------------------------------
+
+
+def _log_ratio(sigma: float, target: float) -> float:
+    """The step h in log signal-to-noise; infinite to 0."""
+    return log(sigma / target) if target > 0 else inf
+
+
+def _add(x: mx.array, std: float, draw: Draw) -> mx.array:
+    """``x`` with fresh noise of ``std``; draws only where there is any to add."""
+    return x + std * draw() if std > 0 else x
+
+
+def _ancestral(sigma: float, target: float, eta: float) -> tuple[float, float]:
+    """(down, up): step down to ``down``, then add noise of std ``up`` to reach ``target``."""
+    up = min(target, eta * target * sqrt(sigma**2 - target**2) / sigma)
+    return sqrt(target**2 - up**2), up
+
+
+def _sde_decay(sigma: float, target: float, eta: float) -> float:
+    return (target / sigma) ** (1 + eta)
+
+
+def _sde_noise(sigma: float, target: float, eta: float) -> float:
+    return target * sqrt(-expm1(-2 * eta * _log_ratio(sigma, target))) if target > 0 else 0.0
+
+
+def _dpm2_step(
+    denoise: Denoiser, x: mx.array, sigma: float, target: float
+) -> tuple[mx.array, mx.array]:
+    denoised = denoise(x, sigma)
+    slope = (x - denoised) / sigma
+    if target > 0:
+        middle = sqrt(sigma * target)
+        halfway = x + (middle - sigma) * slope
+        denoised = denoise(halfway, middle)
+        slope = (halfway - denoised) / middle
+    return x + (target - sigma) * slope, denoised
+
+
+def _adams_weights(nodes: list[float], target: float) -> list[float]:
+    """Integrals from ``nodes[0]`` to ``target`` of the Lagrange polynomials on ``nodes``."""
+    span = target - nodes[0]
+    points, weights = np.polynomial.legendre.leggauss(4)  # exact up to degree 7; ours have 3
+    at = nodes[0] + span * (points + 1) / 2
+
+    def basis(node: float) -> np.ndarray:
+        return np.prod([(at - n) / (node - n) for n in nodes if n != node], axis=0)
+
+    return [float(np.sum(weights * basis(node))) * span / 2 for node in nodes]
+
+
+# --- the table -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One algorithm and the facts that a plan needs of it.
+
+    Attributes:
+        algorithm: the generator function.
+        grid: (NoiseSchedule, schedule word, n) -> the levels that it visits.
+        schedules: the words that it takes, its usual one first.
+        calls: network calls a step; where there are two, the last step makes one.
+        draws: noise arrays a step, where eta is not 0.
+        draws_at_end: whether the last step draws too. Most end with no noise to add.
+        follows: "diffusers"; or "k-diffusion", and diffusers for leading, linspace and trailing.
+    """
+
+    algorithm: Callable[..., Steps]
+    grid: Callable[[NoiseSchedule, str, int], Grid]
+    schedules: tuple[str, ...]
+    calls: int = 1
+    draws: int = 0
+    draws_at_end: bool = False
+    follows: str = "k-diffusion"
+
+    @property
+    def eta(self) -> float | None:
+        """The usual share of fresh noise; None where the algorithm has no such setting."""
+        setting = signature(self.algorithm).parameters.get("eta")
+        return None if setting is None else setting.default
+
+
+def _usually(word: str) -> tuple[str, ...]:
+    return (word, *(other for other in SCHEDULES if other != word))
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler(ddim, timestep_grid, SPACINGS, draws=1, draws_at_end=True, follows="diffusers"),
+    "plms": Sampler(plms, plms_grid, SPACINGS, follows="diffusers"),
+    "euler": Sampler(euler, sigma_grid, _usually("linspace")),
+    "euler_a": Sampler(euler_a, sigma_grid, _usually("linspace"), draws=1),
+    "heun": Sampler(heun, sigma_grid, _usually("linspace"), calls=2),
+    "dpm2": Sampler(dpm2, sigma_grid, _usually("karras"), calls=2),
+    "dpm2_a": Sampler(dpm2_a, sigma_grid, _usually("karras"), calls=2, draws=1),
+    "dpmpp_2s_a": Sampler(dpmpp_2s_a, sigma_grid, _usually("karras"), calls=2, draws=1),
+    "dpmpp_2m": Sampler(dpmpp_2m, multistep_grid, _usually("karras")),
+    "dpmpp_sde": Sampler(dpmpp_sde, sigma_grid, _usually("karras"), calls=2, draws=2),
+    "dpmpp_2m_sde": Sampler(dpmpp_2m_sde, multistep_grid, _usually("exponential"), draws=1),
+    "dpmpp_3m_sde": Sampler(dpmpp_3m_sde, multistep_grid, _usually("exponential"), draws=1),
+    "lms": Sampler(lms, sigma_grid, _usually("linspace")),
+    "unipc": Sampler(unipc, unipc_grid, _usually("linspace"), follows="diffusers"),
+    "lcm": Sampler(lcm, distilled_grid, ("trailing",), draws=1, follows="diffusers"),
+    "tcd": Sampler(tcd, distilled_grid, ("trailing",), draws=1, follows="diffusers"),
+}
+DEFAULT_SAMPLER = "dpmpp_2m"
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One run, decided: the sampler, the levels, the counts. Holds no latents and can run again.
+
+    Attributes:
+        sampler: its name in SAMPLERS.
+        schedule: its word in SCHEDULES.
+        grid: the levels visited.
+        eta: share of fresh noise, None for samplers without that setting.
+        partial: whether the run starts below the top (image to image).
+    """
+
+    sampler: str
+    schedule: str
+    grid: Grid
+    eta: float | None
+    partial: bool
+
+    @property
+    def total(self) -> int:
+        """Steps, each ending in one Step."""
+        return self.grid.steps
+
+    @property
+    def model_calls(self) -> int:
+        """Network calls of the whole run; a guided call with its two halves counts once."""
+        calls = SAMPLERS[self.sampler].calls
+        return calls * len(self.grid) - (calls - 1)
+
+    @property
+    def draws(self) -> int:
+        """Noise arrays that the steps draw; 0 for a deterministic run."""
+        sampler = SAMPLERS[self.sampler]
+        if self.eta == 0:
+            return 0
+        return sampler.draws * (self.total if sampler.draws_at_end else self.total - 1)
+
+    def initial(self, noise: Any, clean: Any = None) -> mx.array:
+        """The latents to start from, in the sampler's coordinates.
+
+        Args:
+            noise: (B, h, w, C) of unit variance.
+            clean: (B, h, w, C) scaled latents of the image to start from; None for text to image.
+
+        Raises:
+            ValueError: without ``clean`` where the run starts below the top.
+        """
+        noise = _float32(noise)
+        if clean is not None:
+            return self._mix(clean, noise, 0)
+        if self.partial:
+            raise ValueError("[Plan] a run of less than full strength starts from clean latents.")
+        return self.grid.noise_scale * noise
+
+    def noised(self, clean: Any, noise: Any, index: int) -> mx.array:
+        """``clean`` with ``noise`` as latents are after step ``index``; after the last, as it is.
+
+        What inpainting blends in outside its mask.
+
+        Raises:
+            ValueError: if there is no such step.
+        """
+        if not 0 <= index < self.total:
+            raise ValueError(f"[Plan] expected a step from 0 to {self.total - 1}, got {index}.")
+        return self._mix(clean, noise, len(self.grid) - (self.total - 1 - index))
+
+    def sample(
+        self,
+        model: Model,
+        x: mx.array,
+        step_noise: Callable[[int, tuple[int, ...]], Any] | None = None,
+    ) -> Generator[Step, mx.array | None, None]:
+        """Run the plan: a generator of ``total`` Steps, lazily; nothing is evaluated here.
+
+        Send latents back to go on from those instead of the Step's own (a plain for loop sends
+        none); close the generator to stop.
+
+        Args:
+            model: (latents at the network's input scale, timestep) -> guided raw prediction.
+            x: (B, h, w, C) as `initial` made them.
+            step_noise: (i, shape) -> the i-th array of unit noise; called ``draws`` times, in order.
+
+        Raises:
+            ValueError: if the plan draws noise and there is none.
+        """
+        if self.draws and step_noise is None:
+            raise ValueError(f"[Plan] {self.sampler} draws noise: step_noise is needed.")
+        return self._run(model, _float32(x), step_noise)
+
+    def _run(
+        self, model: Model, x: mx.array, step_noise: Callable[[int, tuple[int, ...]], Any] | None
+    ) -> Generator[Step, mx.array | None, None]:
+        numbers = count()
+
+        def draw() -> mx.array:
+            assert step_noise is not None
+            noise = _float32(step_noise(next(numbers), tuple(x.shape)))
+            if noise.shape != x.shape:
+                raise ValueError(f"[Plan] expected step noise {x.shape}, got {noise.shape}.")
+            return noise
+
+        settings = {} if self.eta is None else {"eta": self.eta}
+        denoise = Denoiser(model, self.grid)
+        steps = SAMPLERS[self.sampler].algorithm(denoise, x, self.grid, draw, **settings)
+        step = next(steps)
+        while True:
+            blended = yield step
+            try:
+                step = steps.send(step.latents if blended is None else blended)
+            except StopIteration:
+                return
+
+    def _mix(self, clean: Any, noise: Any, position: int) -> mx.array:
+        alpha, sigma = self.grid.mix(position)
+        clean = _float32(clean)
+        return alpha * clean + sigma * _float32(noise) if sigma > 0 else clean
+
+
+def make_plan(
+    noise_schedule: NoiseSchedule,
+    sampler: str | None = None,
+    schedule: str | None = None,
+    steps: int = 20,
+    *,
+    strength: float | None = None,
+    eta: float | None = None,
+    discard_penultimate: bool = False,
+) -> Plan:
+    """Decide a run.
+
+    Args:
+        noise_schedule: what the model was trained on.
+        sampler: a name in SAMPLERS; None is dpmpp_2m.
+        schedule: a word in SCHEDULES; None is the sampler's usual one.
+        steps: how many for the whole way; "beta" may merge some.
+        strength: None for text to image; for image to image, how much of the way to go. The counts
+            are the references': int(steps * strength) steps after diffusers; int(steps * strength)
+            + 1, at most all, after A1111 (its k-diffusion samplers). At least one step is made.
+        eta: 0 to 1, share of fresh noise; None is the sampler's usual: 1 for ancestral and SDE
+            samplers, 0 for ddim, 0.3 for tcd.
+        discard_penultimate: leave out the last level above 0 of one step more, as A1111 does for its
+            "DPM2", "DPM2 a" and "DPM++ 3M SDE".
+
+    Raises:
+        ValueError: on an unknown name, an unsupported combination (the message lists what there is),
+            or a number out of range.
+    """
+    sampler = DEFAULT_SAMPLER if sampler is None else sampler
+    if sampler not in SAMPLERS:
+        raise ValueError(f"unknown sampler {sampler!r}: choose from {', '.join(SAMPLERS)}.")
+    entry = SAMPLERS[sampler]
+    schedule = entry.schedules[0] if schedule is None else schedule
+    if schedule not in SCHEDULES:
+        raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(SCHEDULES)}.")
+    if schedule not in entry.schedules:
+        raise ValueError(
+            f"{sampler} has no {schedule!r}: choose from {', '.join(entry.schedules)}."
+        )
+    if isinstance(steps, bool) or not isinstance(steps, int):
+        raise ValueError(f"steps must be a whole number, got {steps!r}.")
+    most = noise_schedule.train_steps
+    if not 1 <= steps <= most:
+        raise ValueError(f"steps must be from 1 to {most}, got {steps}.")
+    if strength is not None and not 0 <= strength <= 1:
+        raise ValueError(f"strength must be from 0 to 1, got {strength}.")
+    if eta is not None and entry.eta is None:
+        raise ValueError(f"{sampler} has no eta: leave it out.")
+    if eta is not None and not 0 <= eta <= 1:
+        raise ValueError(f"eta must be from 0 to 1, got {eta}.")
+
+    grid = entry.grid(noise_schedule, schedule, steps + 1 if discard_penultimate else steps)
+    if discard_penultimate:
+        if not isinstance(grid, SigmaGrid):
+            raise ValueError(f"{sampler} visits timesteps: it has no level to discard.")
+        grid = grid.without_penultimate()
+    skipped = 0
+    if strength is not None:
+        n = grid.steps
+        if entry.follows == "diffusers" or schedule in SPACINGS:
+            kept = max(1, int(n * strength))
+        else:
+            kept = int(min(strength, 0.999) * n) + 1
+        skipped = max(0, n - kept)
+        grid = grid.tail(skipped)
+    return Plan(sampler, schedule, grid, entry.eta if eta is None else eta, skipped > 0)
+
+
+def _float32(values: Any) -> mx.array:
+    return (
+        values.astype(mx.float32) if isinstance(values, mx.array) else mx.array(values, mx.float32)
+    )
