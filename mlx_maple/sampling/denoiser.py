@@ -56,6 +56,7 @@ class Denoiser:
         self.prediction = grid.schedule.prediction
 
     def __call__(self, x: mx.array, at: float) -> mx.array:
+        """The clean latents that the network sees in ``x``."""
         return self.clean(x, self.predict(x, at), at)
 
     def predict(self, x: mx.array, at: float) -> mx.array:
@@ -88,8 +89,8 @@ def guided(
     the difference of two nearly equal numbers.
 
     Args:
-        unet_call: the network; the timestep reaches it as a float32 array, never as a Python number,
-            so that a compiled function is traced once.
+        unet_call: the network; the timestep reaches it as a float32 array, never as a Python
+            number, so that a compiled function is traced once.
         positive: (B, T, D) states of the prompts.
         negative: (B, T, D) states of the negative prompts, or None.
         guidance_scale: 1 follows the prompt as trained; Stable Diffusion's habit is 7.5.

@@ -10,9 +10,9 @@ Legend   x latents (B, h, w, C) float32, channels last; denoised the clean laten
          signal-to-noise; a the signal share at a timestep; draw() one array of unit noise like x.
 Source   Named at each function. Reference code: crowsonkb/k-diffusion 0.1.1 sampling.py and
          huggingface/diffusers 0.42.1 src/diffusers/schedulers, which agree on an algorithm wherever
-         both have it; they differ in the levels visited, which schedule.py and the table below know.
-Differs  Coefficients are float64, latents float32. Noise is drawn step by step from the caller, not
-         from torchsde's Brownian tree: SDE samplers have the reference's distribution, and its
+         both have it; they differ in the levels visited, which schedule.py and the table know.
+Differs  Coefficients are float64, latents float32. Noise is drawn step by step from the caller,
+         not from torchsde's Brownian tree: SDE samplers have the reference's distribution, and its
          latents when fed the same noise. s_churn is 0 and s_noise 1, the references' defaults.
          Tolerances: tests/parity/test_samplers.py.
 """
@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from inspect import signature
 from itertools import count, pairwise
 from math import expm1, inf, log, sqrt
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -44,7 +44,8 @@ from mlx_maple.sampling.schedule import (
 )
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Step:
     """What a sampler shows after each step.
 
     Attributes:
@@ -311,10 +312,12 @@ def ddim(
 def plms(denoise: Denoiser, x: mx.array, grid: TimestepGrid, draw: Draw) -> Steps:
     """PLMS, Liu et al. 2022 (arXiv:2202.09778): DDIM steps with the last four predictions combined.
 
-    The first step is taken twice: to the second timestep, and again with the mean of the predictions
-    at both ends, so n steps make n + 1 calls. Image to image starts inside this list of calls, whose
-    repeated timestep may then be gone, and so takes one step from the level above: diffusers does.
-    Reference: diffusers PNDMScheduler (skip_prk_steps True, steps_offset 1, set_alpha_to_one False).
+    The first step is taken twice: to the second timestep, and again with the mean of the
+    predictions at both ends, so n steps make n + 1 calls. Image to image starts inside this list of
+    calls; where the repeated timestep is cut off, the second step tells the network a timestep
+    further down than the latents are. That is diffusers' way, and its pictures.
+    Reference: diffusers PNDMScheduler (skip_prk_steps True, steps_offset 1, set_alpha_to_one
+    False).
     """
 
     def step(start: mx.array, combined: mx.array, t: int) -> tuple[mx.array, mx.array]:
@@ -347,7 +350,7 @@ LCM_TIMESTEP_SCALING = 10.0
 
 
 def lcm(denoise: Denoiser, x: mx.array, grid: TimestepGrid, draw: Draw) -> Steps:
-    """Consistency sampling, Luo et al. 2023 (arXiv:2310.04378), algorithm 1: jump, then noise again.
+    """Consistency sampling, Luo et al. 2023 (arXiv:2310.04378), algorithm 1: jump, add noise.
 
     Reference: diffusers LCMScheduler.
     """
@@ -365,8 +368,8 @@ def tcd(
 ) -> Steps:
     """Trajectory consistency, Zheng et al. 2024 (arXiv:2402.19159), algorithm 4.
 
-    Jumps along the trajectory below the next timestep t' to (1 - eta) t', and climbs back with fresh
-    noise; eta is the paper's gamma. The last step ends at timestep 0's level.
+    Jumps along the trajectory below the next timestep t' to (1 - eta) t', and climbs back with
+    fresh noise; eta is the paper's gamma. The last step ends at timestep 0's level.
     Reference: diffusers TCDScheduler.
     """
     for i, (t, following) in enumerate(pairwise([*grid.timesteps, 0])):
@@ -571,7 +574,7 @@ class Plan:
         Args:
             model: (latents at the network's input scale, timestep) -> guided raw prediction.
             x: (B, h, w, C) as `initial` made them.
-            step_noise: (i, shape) -> the i-th array of unit noise; called ``draws`` times, in order.
+            step_noise: (i, shape) -> the i-th array of unit noise; called ``draws`` times in order.
 
         Raises:
             ValueError: if the plan draws noise and there is none.
@@ -631,12 +634,12 @@ def make_plan(
             + 1, at most all, after A1111 (its k-diffusion samplers). At least one step is made.
         eta: 0 to 1, share of fresh noise; None is the sampler's usual: 1 for ancestral and SDE
             samplers, 0 for ddim, 0.3 for tcd.
-        discard_penultimate: leave out the last level above 0 of one step more, as A1111 does for its
-            "DPM2", "DPM2 a" and "DPM++ 3M SDE".
+        discard_penultimate: leave out the last level above 0 of one step more, as A1111 does for
+            its "DPM2", "DPM2 a" and "DPM++ 3M SDE".
 
     Raises:
-        ValueError: on an unknown name, an unsupported combination (the message lists what there is),
-            or a number out of range.
+        ValueError: on an unknown name or unsupported combination (the message lists what there
+            is), or a number out of range.
     """
     sampler = DEFAULT_SAMPLER if sampler is None else sampler
     if sampler not in SAMPLERS:

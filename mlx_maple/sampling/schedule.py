@@ -101,7 +101,7 @@ class NoiseSchedule:
         """The schedule that a checkpoint stores.
 
         A file cast to half precision holds Stable Diffusion's schedule rounded to 11 (float16) or
-        8 (bfloat16) bits, which no one trained on: such a copy is read as the schedule it came from.
+        8 (bfloat16) bits, which no one trained on: such a copy is read as what it came from.
 
         Raises:
             ValueError: if the values do not fall strictly within (0, 1).
@@ -294,7 +294,9 @@ class SigmaGrid:
         log sigma interpolates to, as in k-diffusion and diffusers alike.
         """
         timestep = self._timestep_of.get(sigma)
-        return 1.0, sigma, self.schedule.timestep_of(sigma) if timestep is None else timestep
+        if timestep is None:
+            timestep = float(self.schedule.timestep_of(sigma))
+        return 1.0, sigma, timestep
 
     def mix(self, position: int) -> tuple[float, float]:
         """(alpha, sigma) at the ``position``-th level."""
@@ -339,9 +341,9 @@ class TimestepGrid:
         """The signal share a; below 0 it stays at timestep 0's (set_alpha_to_one is False)."""
         return float(self.schedule.alphas_cumprod[max(timestep, 0)])
 
-    def level(self, timestep: int) -> tuple[float, float, float]:
+    def level(self, timestep: float) -> tuple[float, float, float]:
         """(alpha, sigma, timestep) of latents alpha * clean + sigma * noise."""
-        a = self.signal(timestep)
+        a = self.signal(int(timestep))
         return sqrt(a), sqrt(1 - a), float(timestep)
 
     def mix(self, position: int) -> tuple[float, float]:
