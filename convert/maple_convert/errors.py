@@ -72,8 +72,8 @@ class LayoutMismatch(ConvertError):
 
 def one_line(text: str, limit: int = 400) -> str:
     """Text from a stranger's file made safe to print: one line, no control characters, bounded."""
-    clean = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
-    return clean if len(clean) <= limit else clean[: limit - 1] + "…"
+    shown = text if len(text) <= limit else text[: limit - 1] + "…"
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:
