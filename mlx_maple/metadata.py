@@ -1,0 +1,576 @@
+"""What a picture was drawn with, as text inside its file, and back.
+
+Two texts go into every picture. ``parameters`` is the block that AUTOMATIC1111's web UI writes and
+most other tools read: prompt, "Negative prompt: …" and a last line of "Key: value" pairs. It says
+nearly everything. The JSON text says all of it, and is the one we read back where both are there.
+
+Source   The block's form: AUTOMATIC1111/stable-diffusion-webui @v1.10.1 modules/processing.py
+         (create_infotext) and modules/infotext_utils.py (parse_generation_parameters); what its
+         samplers stand for: modules/sd_samplers_kdiffusion.py, sd_samplers_timesteps.py and
+         sd_schedulers.py, before and after version 1.9, which split "DPM++ 2M Karras" in two.
+Differs  A value that cannot be true ("Steps: 1e999") is an error here, and whatever is read but
+         cannot be drawn again is said in a note; A1111 passes over both.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from mlx_maple import __version__
+
+PROGRAM = "mlx-maple"
+MAX_TEXT = 1 << 20  # characters; a block has a few hundred, one with a story for a prompt thousands
+
+# Every number of the settings: its type and the least and the most that it may be.
+LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
+    "width": (int, 64, 4096),
+    "height": (int, 64, 4096),
+    "steps": (int, 1, 1000),
+    "guidance_scale": (float, -100, 100),
+    "seed": (int, -(2**63), 2**64 - 1),
+    "clip_skip": (int, 1, 64),
+    "strength": (float, 0, 1),
+    "mask_blur": (float, 0, 64),
+    "variation_seed": (int, -(2**63), 2**64 - 1),
+    "variation_strength": (float, 0, 1),
+    "ensd": (int, -(2**63), 2**63),
+    "eta": (float, 0, 1),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Everything that decides a picture, but for the picture or noise that it started from.
+
+    What is None was not said; drawing then takes the model's own.
+
+    Attributes:
+        prompt: what was asked for.
+        negative_prompt: what was not wanted.
+        width: in pixels.
+        height: in pixels.
+        steps: as asked for; an image to start from leaves out some of them.
+        sampler: the algorithm, in our word.
+        schedule: the choice of times, in our word.
+        guidance_scale: how far the prompt is followed; 1 is unguided.
+        seed: of this one picture.
+        noise: whose random numbers: torch, nvidia, numpy or mlx.
+        clip_skip: text layer that was read, counted from the end; 1 is the last.
+        strength: how far the given image was left, 0 to 1; None where there was none.
+        fit: how that image came to its size: stretch or crop.
+        mask_blur: of the mask's edge in pixels; None where there was no mask.
+        sample_posterior: the image's latents were drawn from their distribution, not its mean.
+        variation_seed: of the second noise that was mixed in.
+        variation_strength: how much of it.
+        ensd: A1111's "eta noise seed delta": the steps' noise is seeded apart, by this much.
+        eta: share of fresh noise in each step.
+        discard_penultimate: the last noise level but one was left out.
+        injected: what was given as an array instead of drawn from the seed: latents, step_noise.
+        model: its name.
+        model_hash: the first 10 digits of its file's SHA-256, A1111's way.
+        vae: name of a separate autoencoder.
+        dtype: of weights and activations.
+        version: the program that drew it.
+    """
+
+    prompt: str = ""
+    negative_prompt: str = ""
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    sampler: str | None = None
+    schedule: str | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    noise: str | None = None
+    clip_skip: int | None = None
+    strength: float | None = None
+    fit: str | None = None
+    mask_blur: float | None = None
+    sample_posterior: bool = False
+    variation_seed: int | None = None
+    variation_strength: float = 0.0
+    ensd: int = 0
+    eta: float | None = None
+    discard_penultimate: bool = False
+    injected: str = ""
+    model: str = ""
+    model_hash: str = ""
+    vae: str = ""
+    dtype: str = ""
+    version: str = ""
+
+    def arguments(self) -> dict[str, Any]:
+        """What is set, as keyword arguments for ``StableDiffusion.generate``."""
+        about = ("injected", "model", "model_hash", "vae", "dtype", "version")
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if value is not None and name not in about
+        }
+
+
+class Recipe(NamedTuple):
+    """Settings that were read, and one line for each thing that they cannot bring back."""
+
+    settings: Settings
+    notes: list[str]
+
+
+def program() -> str:
+    """This program's name and version, as it goes into ``Settings.version``."""
+    return f"{PROGRAM} {__version__}"
+
+
+def check_number(name: str, value: object) -> int | float:
+    """``value`` as the number that the setting ``name`` takes.
+
+    Raises:
+        ValueError: on another type, NaN, or out of the interval in ``LIMITS``.
+    """
+    kind, low, high = LIMITS[name]
+    is_number = isinstance(value, int if kind is int else (int, float))
+    if not is_number or isinstance(value, bool) or not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{name} must be {what} from {low:,} to {high:,}, got {_short(value)}.")
+    return kind(value)  # pyright: ignore[reportArgumentType]
+
+
+# The JSON text -----------------------------------------------------------------------------------
+
+
+def to_json(settings: Settings) -> str:
+    """All settings that are set, as one line of ASCII."""
+    said = {
+        field.name: value
+        for field in fields(Settings)
+        if (value := getattr(settings, field.name)) != field.default
+    }
+    return json.dumps(said)
+
+
+def from_json(text: str) -> Recipe:
+    """Read what ``to_json`` wrote.
+
+    Raises:
+        ValueError: in one line, if it is not that.
+    """
+    text = _bounded(text)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError("the settings are not valid JSON.") from None
+    if not isinstance(values, dict):
+        raise ValueError("the settings are not a JSON object.")
+    return _checked(values)
+
+
+def _checked(values: Mapping[str, Any]) -> Recipe:
+    """Settings from a stranger's mapping: every type and every number is looked at."""
+    known = {field.name: field.default for field in fields(Settings)}
+    chosen: dict[str, Any] = {}
+    for name, value in values.items():
+        if name not in known or value is None:
+            continue
+        if name in LIMITS:
+            value = check_number(name, value)
+        elif not isinstance(value, bool if name in _FLAGS else str):
+            kind = "true or false" if name in _FLAGS else "text"
+            raise ValueError(f"{name} must be {kind}, got {_short(value)}.")
+        chosen[name] = value
+    settings = Settings(**chosen)
+    notes = _what_was_given(settings)
+    if newer := [name for name in values if name not in known]:
+        notes.append(f"settings of a newer version are not read: {_listed(newer)}")
+    return Recipe(settings, notes)
+
+
+_FLAGS = ("sample_posterior", "discard_penultimate")
+
+
+def _what_was_given(settings: Settings) -> list[str]:
+    """Notes on what was given to the drawing and is in no settings."""
+    notes = []
+    if settings.injected:
+        notes.append(f"was drawn from arrays that were given ({settings.injected}), not its seed")
+    if settings.strength is not None:
+        given = "a picture" if settings.mask_blur is None else "a picture and a mask"
+        notes.append(f"was drawn from {given}: it takes the same again")
+    return notes
+
+
+# A1111's block -----------------------------------------------------------------------------------
+
+
+class _Sampler(NamedTuple):
+    """One sampler in A1111's words.
+
+    Attributes:
+        label: A1111's name.
+        ours: our word. Of two rows with one word, the first is written.
+        automatic: the schedule that "Automatic" stands for since version 1.9.
+        unlike: what A1111 does with it and we do not, so that the picture differs.
+        discards: A1111 leaves out the last noise level but one.
+        aliases: other spellings.
+    """
+
+    label: str
+    ours: str
+    automatic: str
+    unlike: str = ""
+    discards: bool = False
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def earlier(self) -> str:
+        """The schedule that the bare label stood for before version 1.9."""
+        return "uniform" if self.automatic in ("karras", "exponential") else self.automatic
+
+    @property
+    def keeps_times(self) -> bool:
+        """Whether A1111 takes this sampler's own times, whatever schedule is asked for."""
+        return self.automatic in ("leading", "linspace", "trailing")
+
+
+_SDE = "its steps' noise is torchsde's, which is not drawn here"
+_SAMPLERS = (
+    _Sampler("DPM++ 2M", "dpmpp_2m", "karras", aliases=("k_dpmpp_2m",)),
+    _Sampler("DPM++ SDE", "dpmpp_sde", "karras", _SDE, aliases=("k_dpmpp_sde",)),
+    _Sampler("DPM++ 2M SDE", "dpmpp_2m_sde", "exponential", _SDE, aliases=("k_dpmpp_2m_sde",)),
+    _Sampler("DPM++ 2M SDE Heun", "dpmpp_2m_sde", "exponential", f"drawn without Heun; {_SDE}"),
+    _Sampler("DPM++ 3M SDE", "dpmpp_3m_sde", "exponential", _SDE, discards=True),
+    _Sampler("DPM++ 2S a", "dpmpp_2s_a", "karras", aliases=("dpmpp_2s_ancestral",)),
+    _Sampler("Euler a", "euler_a", "uniform", aliases=("k_euler_a", "euler_ancestral")),
+    _Sampler("Euler", "euler", "uniform", aliases=("k_euler",)),
+    _Sampler("LMS", "lms", "uniform", aliases=("k_lms",)),
+    _Sampler("Heun", "heun", "uniform", aliases=("k_heun",)),
+    _Sampler("DPM2", "dpm2", "karras", discards=True, aliases=("k_dpm_2", "dpm_2")),
+    _Sampler("DPM2 a", "dpm2_a", "karras", discards=True, aliases=("dpm_2_ancestral",)),
+    _Sampler("DDIM", "ddim", "leading"),
+    _Sampler("PLMS", "plms", "leading"),
+    _Sampler("UniPC", "unipc", "linspace", "A1111's is of another order and takes other times"),
+    _Sampler("LCM", "lcm", "trailing", "A1111's takes other times"),
+    _Sampler("TCD", "tcd", "trailing"),
+)
+
+_SCHEDULES = {  # our word to A1111's label; the last three are not A1111's
+    "uniform": "Uniform",
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "polyexponential": "Polyexponential",
+    "sgm_uniform": "SGM Uniform",
+    "simple": "Simple",
+    "beta": "Beta",
+    "ays": "Align Your Steps",
+    "leading": "Leading",
+    "linspace": "Linspace",
+    "trailing": "Trailing",
+}
+_SCHEDULE_ALIASES = {"normal": "uniform", "ddim": "leading", "sgmuniform": "sgm_uniform"}
+_SCHEDULES_UNLIKE = {
+    "beta": "A1111's spaces sigmas, not times",
+    "ays": "A1111's keeps a level above 0 at the end",
+}
+
+_NOISE = {"GPU": "nvidia", "NV": "nvidia", "CPU": "torch"}
+_PLAIN = {  # numbers of the last line and the settings that they are
+    "Steps": "steps",
+    "CFG scale": "guidance_scale",
+    "Seed": "seed",
+    "Clip skip": "clip_skip",
+    "Variation seed": "variation_seed",
+    "Variation seed strength": "variation_strength",
+    "ENSD": "ensd",
+    "Mask blur": "mask_blur",
+    "Eta": "eta",
+    "Eta DDIM": "eta",
+}
+_DISCARD = "Discard penultimate sigma"
+_HARMLESS = {  # facts about a picture that decide nothing of it, or that another key says again
+    *("Batch size", "Batch pos", "Civitai metadata", "Civitai resources", "Created Date", "Hashes"),
+    *("Init image hash", "User", "VAE hash"),
+}
+_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>:\n]{1,200})(?::[^<>\n]{0,100})?>", re.IGNORECASE)
+_WEIGHTS = re.compile(r"(?<!\\)[(\[]|\bBREAK\b|\bAND\b")
+_KEY = re.compile(r"\s*([^\s:,\"][^:,\"\n]{0,99}):[ \t]*")
+_QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
+_SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
+_NUMBER = re.compile(r"[+-]?(\d{1,30}(\.\d{0,30})?|\.\d{1,30})([eE][+-]?\d{1,4})?")
+
+
+def to_parameters(settings: Settings) -> str:
+    """The settings as A1111 writes them; ``from_parameters`` reads them back.
+
+    A schedule or a source of noise that A1111 does not have is written in a word of its own.
+    """
+    pairs: list[tuple[str, object]] = [("Steps", settings.steps)]
+    if settings.sampler is not None:
+        row = next((row for row in _SAMPLERS if row.ours == settings.sampler), None)
+        pairs.append(("Sampler", row.label if row else settings.sampler))
+        if settings.schedule is not None:
+            is_automatic = row is not None and settings.schedule == row.automatic == row.earlier
+            label = _SCHEDULES.get(settings.schedule, settings.schedule)
+            pairs.append(("Schedule type", "Automatic" if is_automatic else label))
+    has_size = settings.width is not None and settings.height is not None
+    pairs += [
+        ("CFG scale", settings.guidance_scale),
+        ("Seed", settings.seed),
+        ("Size", f"{settings.width}x{settings.height}" if has_size else None),
+        ("Model hash", settings.model_hash or None),
+        ("Model", settings.model or None),
+        ("VAE", settings.vae or None),
+    ]
+    if settings.variation_strength:
+        pairs += [
+            ("Variation seed", settings.variation_seed),
+            ("Variation seed strength", settings.variation_strength),
+        ]
+    pairs += [
+        ("Denoising strength", settings.strength),
+        ("Mask blur", settings.mask_blur),
+        ("Clip skip", settings.clip_skip if settings.clip_skip != 1 else None),
+        ("ENSD", settings.ensd or None),
+        ("Eta DDIM" if settings.sampler == "ddim" else "Eta", settings.eta),
+        (_DISCARD, settings.discard_penultimate or None),
+    ]
+    if settings.noise is not None:
+        is_theirs = settings.noise in ("torch", "nvidia")
+        source = {"torch": "CPU", "nvidia": "NV"}.get(settings.noise, settings.noise)
+        pairs.append(("RNG" if is_theirs else "Noise source", source))
+    pairs.append(("Version", settings.version or None))
+
+    lines = [settings.prompt]
+    if settings.negative_prompt:
+        lines.append(f"Negative prompt: {settings.negative_prompt}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in pairs if value is not None))
+    return "\n".join(lines)
+
+
+def from_parameters(text: str) -> Recipe:
+    """Read A1111's block, or ours in its form.
+
+    Raises:
+        ValueError: in one line: too long, no settings in it, or a number that cannot be true.
+    """
+    prompt, negative, pairs = _split(_bounded(text).replace("\r\n", "\n").strip())
+    if not pairs:
+        raise ValueError("the text holds no settings of A1111's kind (Steps: …, Sampler: …).")
+    version = pairs.get("Version", "")
+    is_ours = version.startswith(PROGRAM)
+    hires = any(key.startswith("Hires") for key in pairs)
+    notes: list[str] = []
+    values: dict[str, Any] = {"version": version, "clip_skip": 1}
+    used = {"Version", "Sampler", "Schedule type", "Size", "Size-1", "Size-2", "RNG"}
+
+    for key, name in _PLAIN.items():
+        if key in pairs:
+            used.add(key)
+            values[name] = _number(key, name, pairs[key])
+    for key, name in (("Model", "model"), ("Model hash", "model_hash"), ("VAE", "vae")):
+        if key in pairs:
+            used.add(key)
+            values[name] = pairs[key]
+    if values.get("seed") == -1:
+        del values["seed"]  # A1111's word for "any"
+    if "Size" in pairs:
+        if not (size := _SIZE.fullmatch(pairs["Size"])):
+            raise ValueError(f"Size must be WIDTHxHEIGHT, got {_short(pairs['Size'])}.")
+        for name, digits in zip(("width", "height"), size.groups(), strict=True):
+            values[name] = check_number(name, int(digits))
+    if "Denoising strength" in pairs:
+        used.add("Denoising strength")
+        strength = _number("Denoising strength", "strength", pairs["Denoising strength"])
+        if not hires:  # there it is the second, larger drawing's
+            values["strength"] = strength
+    values.update(_sampler(pairs, is_ours, values.get("steps"), notes))
+    if _DISCARD in pairs:
+        used.add(_DISCARD)
+        values["discard_penultimate"] = pairs[_DISCARD] == "True"
+
+    source = pairs.get("RNG", "GPU")
+    if is_ours and "Noise source" in pairs:
+        used.add("Noise source")
+        values["noise"] = pairs["Noise source"]
+    elif source in _NOISE:
+        values["noise"] = _NOISE[source]
+    else:
+        notes.append(f"RNG {_short(source)} is not known here; taken as an NVIDIA card's")
+        values["noise"] = "nvidia"
+    if source == "GPU" and not is_ours:
+        notes.append(
+            "no RNG is named: A1111 then drew on its own GPU. Taken as an NVIDIA card's (nvidia); "
+            "on a Mac it was the CPU's (torch)"
+        )
+
+    values["prompt"], values["negative_prompt"] = prompt, negative
+    if not is_ours:
+        values["prompt"] = _without_networks(prompt, notes)
+        values["negative_prompt"] = _without_networks(negative, notes)
+    if not is_ours and _WEIGHTS.search(f"{prompt}\n{negative}"):
+        notes.append("weights and BREAK in the prompt, as in (word:1.2), are read as plain text")
+    if hires:
+        notes.append("was enlarged by A1111's hires fix: only its first drawing is repeated")
+    unread = [key for key in pairs if key not in used and key not in _HARMLESS]
+    if unread := [key for key in unread if not key.startswith("Hires")]:
+        notes.append(f"not read, and perhaps part of the picture: {_listed(unread)}")
+    settings = Settings(**values)
+    return Recipe(settings, [*notes, *_what_was_given(settings)])
+
+
+def _sampler(
+    pairs: Mapping[str, str], is_ours: bool, steps: int | None, notes: list[str]
+) -> dict[str, Any]:
+    """Our words for the sampler and its schedule, as far as there are any."""
+    if "Sampler" not in pairs:
+        return {}
+    label, asked = pairs["Sampler"].strip(), pairs.get("Schedule type", "").strip()
+    row = _LABELS.get(label.lower())
+    head, _, tail = label.rpartition(" ")
+    if row is None and tail.lower() in _SCHEDULE_WORDS:  # before 1.9: "DPM++ 2M Karras"
+        row = _LABELS.get(head.lower())
+        asked = tail if asked.lower() in ("", "automatic") else asked
+    if row is None:
+        notes.append(f"sampler {_short(label)} is not known here; the model's default is taken")
+        return {}
+    if row.unlike and not is_ours:
+        notes.append(f"sampler {row.label}: {row.unlike}; the picture will differ")
+    if row.automatic == "leading" and not is_ours and steps and len(_times(steps)) != steps:
+        notes.append(f"A1111 takes {len(_times(steps))} times where {steps} steps are asked of it")
+    chosen: dict[str, Any] = {"sampler": row.ours}
+    if row.discards and not is_ours:
+        chosen["discard_penultimate"] = True
+    if asked.lower() in ("", "automatic") or (row.keeps_times and not is_ours):
+        is_old = not asked and not _is_since_1_9(pairs.get("Version", ""))
+        return {**chosen, "schedule": row.earlier if is_old else row.automatic}
+    schedule = _SCHEDULE_WORDS.get(asked.lower())
+    if schedule is None:
+        notes.append(f"schedule {_short(asked)} is not known here; the sampler's usual is taken")
+        return chosen
+    if schedule in _SCHEDULES_UNLIKE and not is_ours:
+        notes.append(f"schedule {asked}: {_SCHEDULES_UNLIKE[schedule]}; the picture will differ")
+    return {**chosen, "schedule": schedule}
+
+
+_LABELS = {row.ours: row for row in reversed(_SAMPLERS)}
+_LABELS |= {name.lower(): row for row in _SAMPLERS for name in (row.label, *row.aliases)}
+_SCHEDULE_WORDS = {label.lower(): ours for ours, label in _SCHEDULES.items()}
+_SCHEDULE_WORDS |= {ours: ours for ours in _SCHEDULES} | _SCHEDULE_ALIASES
+
+
+def _times(steps: int) -> range:
+    """A1111's times for DDIM and PLMS: more than asked for where 1000 does not divide evenly."""
+    return range(0, 1000, max(1000 // steps, 1))
+
+
+def _is_since_1_9(version: str) -> bool:
+    found = re.match(r"v?(\d{1,4})\.(\d{1,4})", version)
+    return found is not None and (int(found[1]), int(found[2])) >= (1, 9)
+
+
+def _split(text: str) -> tuple[str, str, dict[str, str]]:
+    """The block's three parts. The last line with three or more pairs is the settings' line."""
+    lines = text.split("\n")
+    pairs: dict[str, str] = {}
+    for number in range(len(lines) - 1, -1, -1):
+        is_candidate = number == len(lines) - 1 or lines[number].startswith("Steps: ")
+        if is_candidate and len(found := _pairs(lines[number])) >= 3:
+            pairs = found
+            del lines[number:]
+            break
+    prompt, negative = [], None
+    for line in (line.strip() for line in lines):
+        if line.startswith("Negative prompt:"):
+            negative = [] if negative is None else negative
+            line = line.removeprefix("Negative prompt:").strip()
+        (prompt if negative is None else negative).append(line)
+    return "\n".join(prompt), "\n".join(negative or []), pairs
+
+
+def _pairs(line: str) -> dict[str, str]:
+    """A line such as 'Steps: 20, Model: "a, b", Hashes: {"vae": "c"}' as a mapping, in one pass."""
+    pairs: dict[str, str] = {}
+    position = 0
+    while position < len(line):
+        key = _KEY.match(line, position)
+        if key:
+            position = key.end()
+            end, value = _value(line, position)
+            pairs.setdefault(key[1].strip(), value)
+            position = end
+        comma = line.find(",", position)
+        position = len(line) if comma < 0 else comma + 1
+    return pairs
+
+
+def _value(line: str, start: int) -> tuple[int, str]:
+    """Where the value that starts there ends, and what it says."""
+    first = line[start : start + 1]
+    if first == '"' and (quoted := _QUOTED.match(line, start)):
+        try:
+            value = json.loads(quoted[0], strict=False)
+        except ValueError:
+            value = quoted[0]
+        return quoted.end(), value
+    if first in ("{", "["):
+        try:
+            _, end = json.JSONDecoder().raw_decode(line, start)
+        except (ValueError, RecursionError):
+            pass
+        else:
+            return end, line[start:end]
+    comma = line.find(",", start)
+    end = len(line) if comma < 0 else comma
+    return end, line[start:end].strip()
+
+
+def _number(key: str, name: str, text: str) -> int | float:
+    """The number that A1111's ``key`` says, within the bounds of the setting ``name``."""
+    kind = LIMITS[name][0]
+    is_whole = re.fullmatch(r"[+-]?\d{1,30}", text) is not None
+    if (kind is int and not is_whole) or not _NUMBER.fullmatch(text):
+        what = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{key} must be {what}, got {_short(text)}.")
+    value = int(text) if is_whole else float(text)
+    return check_number(name, value)
+
+
+def _quoted(value: object) -> str:
+    """A value as A1111 writes it: quoted where a comma, a colon or a line end would break it."""
+    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)
+    text = str(value)
+    is_plain = not any(c in text for c in ',:\n\r"') and text == text.strip()
+    return text if is_plain and text[:1] not in ("{", "[") else json.dumps(text, ensure_ascii=False)
+
+
+def _without_networks(prompt: str, notes: list[str]) -> str:
+    """The prompt less tags such as <lora:name:0.8>, which A1111 does not pass on as text either."""
+    tags = _TAG.findall(prompt)
+    if not tags:
+        return prompt
+    notes.append("was drawn with " + _listed([f"{kind.lower()} {name}" for kind, name in tags]))
+    return "\n".join(line.strip() for line in _TAG.sub("", prompt).split("\n")).strip()
+
+
+def _bounded(text: str) -> str:
+    if len(text) > MAX_TEXT:
+        raise ValueError(
+            f"the text has {len(text):,} characters; settings have {MAX_TEXT:,} at most."
+        )
+    return text
+
+
+def _listed(names: list[str], limit: int = 8) -> str:
+    shown = ", ".join(_short(name, 40, bare=True) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def _short(value: object, limit: int = 60, *, bare: bool = False) -> str:
+    """A stranger's value, safe to print in one line."""
+    text = value if isinstance(value, str) else repr(value)[: limit + 1]
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text[: limit + 1])
+    text = text if len(text) <= limit else text[: limit - 1] + "…"
+    return f"'{text}'" if isinstance(value, str) and not bare else text

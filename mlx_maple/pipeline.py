@@ -1,0 +1,922 @@
+"""From a prompt, and perhaps a picture, to pictures: the parts put together, step by step.
+
+Legend   n pictures at once; H, W pixel rows and columns; h, w latent rows and columns; C latent
+         channels; T prompt tokens; D their width. Channels last.
+Source   The order of things is diffusers 0.42.1's (pipelines/stable_diffusion: pipeline_
+         stable_diffusion.py, _img2img.py, _inpaint.py with a 4-channel UNet); which seed draws what
+         is AUTOMATIC1111's (modules/rng.py), as mlx_maple/sampling/noise.py tells.
+Differs  img2img starts from the posterior's mean unless told to sample it. What inpainting leaves
+         alone is put back in pixels, so that it does not pass through the autoencoder.
+
+This is the only place that evaluates: the networks and samplers below only describe the work. One
+step is one evaluation. Nothing here knows where a model came from.
+"""
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map
+from numpy.typing import NDArray
+from PIL import Image
+
+from mlx_maple import images, metadata
+from mlx_maple.metadata import Settings, check_number
+from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet
+from mlx_maple.sampling import NoiseSchedule, Plan, Step, guided, make_plan
+from mlx_maple.sampling.noise import (
+    NOISE_SOURCES,
+    initial_noise,
+    noise_generator,
+    step_noise_generator,
+)
+from mlx_maple.text.prompt import encode_prompt
+from mlx_maple.text.tokenizer import Tokenizer
+
+MAX_COUNT = 256  # pictures of one call
+PREVIEWS = ("linear", "taesd")
+# img2img without a size: at most this many times the pixels that the model was made for
+LARGEST_SHARE = 2.25
+# What a model of the family does where its own files do not say.
+DEFAULTS: dict[str, Any] = {
+    "width": 512,
+    "height": 512,
+    "steps": 20,
+    "guidance_scale": 7.5,
+    "sampler": "dpmpp_2m",
+    "schedule": "karras",
+}
+
+FloatArray = NDArray[np.float32]
+Picture = Image.Image | NDArray[Any]
+StepNoise = Callable[[int, tuple[int, ...]], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Component:
+    """One network of a model: how large it is and what it computes in."""
+
+    parameters: int
+    bytes: int
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """What is known of a loaded model.
+
+    Attributes:
+        name: to call it by.
+        sha256: of the file it came from, in hexadecimal; "" where that is not known.
+        family: such as sd1.
+        layout: of the file it came from.
+        prediction: what its UNet predicts, epsilon or v_prediction.
+        parameters: of all networks together.
+        bytes: that their weights take.
+        width: in pixels, of the pictures it was made for.
+        height: likewise.
+        components: each network by name.
+        notes: what the loader had to say.
+    """
+
+    name: str
+    sha256: str
+    family: str
+    layout: str
+    prediction: str
+    parameters: int
+    bytes: int
+    width: int
+    height: int
+    components: Mapping[str, Component]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """What a call has drawn.
+
+    Attributes:
+        images: RGB.
+        latents: (n, h, w, C) float32, the final scaled latents.
+        settings: of each image, complete: ``images.save_image`` writes them into its file.
+        timings: seconds: text, encode (with an image to start from), sample, step (the mean, but
+            for the first of several), decode and total. Time in the caller's hands is not counted.
+        notes: one line for each thing that went otherwise than asked.
+    """
+
+    images: list[Image.Image]
+    latents: FloatArray
+    settings: list[Settings]
+    timings: dict[str, float]
+    notes: list[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a drawing is.
+
+    Attributes:
+        index: steps that are done.
+        total: steps in all.
+        stage: "text", "encode", "sample" (a step was done), "decode" or "done".
+        seconds_per_step: so far; 0.0 before the first.
+        result: with the stage "done", else None.
+    """
+
+    index: int
+    total: int
+    stage: str
+    seconds_per_step: float = 0.0
+    result: Result | None = None
+    _preview: Callable[[int], Image.Image] | None = None
+
+    def preview(self, image: int = 0) -> Image.Image | None:
+        """What is seen so far of one of the images, full size; None before the first step."""
+        if self.result is not None:
+            return self.result.images[image]
+        return None if self._preview is None else self._preview(image)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """One call's arguments, checked and complete.
+
+    Attributes:
+        settings: of each picture.
+        plan: the sampler's.
+        size: width and height in pixels.
+        shape: (n, h, w, C).
+        guidance_scale: 1 is unguided.
+        clip_skip: 1 is the last layer.
+        latents: of ``shape``: starting noise that was given.
+        step_noise: the steps' noise that was given.
+        picture: RGB, at the size to draw.
+        mask: (H, W) of 0 to 1, blurred.
+        preview: how to preview.
+        notes: what is already known to go otherwise than asked.
+    """
+
+    settings: list[Settings]
+    plan: Plan
+    size: tuple[int, int]
+    shape: tuple[int, int, int, int]
+    guidance_scale: float
+    clip_skip: int
+    latents: FloatArray | None
+    step_noise: StepNoise | None
+    picture: Image.Image | None
+    mask: FloatArray | None
+    preview: str
+    notes: list[str]
+
+    @property
+    def count(self) -> int:
+        """How many pictures."""
+        return self.shape[0]
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the starting latents are noise alone.
+
+        So also where a masked part is redrawn with strength 1, as in diffusers.
+        """
+        return self.picture is None or (self.mask is not None and self.settings[0].strength == 1)
+
+
+class StableDiffusion:
+    """A model of the Stable Diffusion 1 family, ready to draw.
+
+    Attributes:
+        text_encoder: ids (B, 77) to states.
+        unet: latents (B, h, w, C), timesteps (B,), context (B, T, D) to predictions (B, h, w, C).
+        vae: pictures to scaled latents and back.
+        taesd: a small autoencoder for previews, or None.
+        tokenizer: text to ids.
+        noise_schedule: what the UNet was trained on.
+        defaults: width, height, steps, guidance_scale, sampler and schedule of a plain call.
+        info: what is known of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        text_encoder: CLIPTextEncoder,
+        unet: UNet,
+        vae: AutoencoderKL,
+        tokenizer: Tokenizer,
+        noise_schedule: NoiseSchedule,
+        taesd: TAESD | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        latent_rgb_factors: Sequence[Sequence[float]] | None = None,
+        name: str = "",
+        sha256: str = "",
+        vae_name: str = "",
+        family: str = "sd1",
+        layout: str = "",
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Put a model together from its networks.
+
+        Args:
+            text_encoder: with its weights.
+            unet: with its weights.
+            vae: with its weights.
+            tokenizer: whose ids the text encoder knows.
+            noise_schedule: what the UNet was trained on and what it predicts.
+            taesd: for previews.
+            defaults: any of the settings in ``DEFAULTS``, as this model likes them.
+            latent_rgb_factors: C rows of RGB weights and a row of offsets, for linear previews;
+                None has them fitted to the autoencoder when the first one is asked for.
+            name: of the model, for pictures' settings.
+            sha256: of its file, in hexadecimal.
+            vae_name: of an autoencoder from elsewhere.
+            family: for ``info``.
+            layout: for ``info``.
+            notes: for ``info``.
+        """
+        self.text_encoder = text_encoder
+        self.unet = unet
+        self.vae = vae
+        self.taesd = taesd
+        self.tokenizer = tokenizer
+        self.noise_schedule = noise_schedule
+        self.defaults = {**DEFAULTS, **(defaults or {})}
+        self._factors = latent_rgb_factors
+        self._vae_name = vae_name
+        networks = {"text_encoder": text_encoder, "unet": unet, "vae": vae, "taesd": taesd}
+        components = {
+            part: _component(module) for part, module in networks.items() if module is not None
+        }
+        self.info = Info(
+            name=name,
+            sha256=sha256,
+            family=family,
+            layout=layout,
+            prediction=noise_schedule.prediction,
+            parameters=sum(component.parameters for component in components.values()),
+            bytes=sum(component.bytes for component in components.values()),
+            width=self.defaults["width"],
+            height=self.defaults["height"],
+            components=components,
+            notes=tuple(notes),
+        )
+
+    def tokenize(self, text: str) -> list[list[int]]:
+        """Chunks of 77 ids, as the text encoder reads them."""
+        return encode_prompt(self.tokenizer, text).ids
+
+    @property
+    def latent_rgb_factors(self) -> Sequence[Sequence[float]]:
+        """The linear preview: C rows of weights and a row of offsets, to RGB in 0..1."""
+        if self._factors is None:
+            self._factors = fit_latent_rgb_factors(self.vae)
+        return self._factors
+
+    def __call__(self, prompt: str, **arguments: Any) -> Result:
+        """Draw, and return when it is done; takes what ``generate`` takes."""
+        result = None
+        for progress in self.generate(prompt, **arguments):
+            result = progress.result
+        assert result is not None
+        return result
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        negative_prompt: str = "",
+        width: int | None = None,
+        height: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        seed: int | None = None,
+        count: int = 1,
+        sampler: str | None = None,
+        schedule: str | None = None,
+        eta: float | None = None,
+        discard_penultimate: bool = False,
+        image: Picture | None = None,
+        strength: float = 0.75,
+        fit: str = "stretch",
+        sample_posterior: bool = False,
+        mask: Picture | None = None,
+        mask_blur: float = images.MASK_BLUR,
+        clip_skip: int | None = None,
+        noise: str = "torch",
+        variation_seed: int | None = None,
+        variation_strength: float = 0.0,
+        ensd: int = 0,
+        latents: Any = None,
+        step_noise: Any = None,
+        preview: str | None = None,
+    ) -> Generator[Progress, None, None]:
+        """Draw pictures, telling of every step.
+
+        Arguments are checked at once; the work begins with the first ``next``. Closing the
+        generator cancels. What is None comes from the model.
+
+        Args:
+            prompt: what to draw.
+            negative_prompt: what to stay away from.
+            width: in pixels, a multiple of 8. With ``image`` and no size, that of the image, made
+                smaller where it is much larger than what the model was made for.
+            height: likewise.
+            steps: 1 to 1000.
+            guidance_scale: how far to follow the prompt; 1 is unguided and takes half the time.
+            seed: of the first picture, the next ones count up; None draws one.
+            count: how many pictures.
+            sampler: the algorithm, one of ``sampling.SAMPLERS``.
+            schedule: the choice of times, one of ``sampling.SCHEDULES``; None is the model's own
+                for its own sampler, else the sampler's usual one.
+            eta: share of fresh noise in each step, for samplers that have it.
+            discard_penultimate: leave out the last noise level but one, as A1111 does for some.
+            image: start from this picture: a PIL image, or uint8 (H, W, 3).
+            strength: how far to leave it, 0 to 1.
+            fit: how it and the mask come to the size: "stretch", or "crop" with its proportions.
+            sample_posterior: start from a sample of the image's latents, not their mean; its noise
+                is drawn as diffusers does, before all other, from the same seed.
+            mask: draw only where this picture is white; it takes ``image``.
+            mask_blur: of its edge, in pixels (a Gaussian's standard deviation).
+            clip_skip: which text layer to read, from the end; 1 is the last.
+            noise: whose random numbers a seed draws: torch, nvidia, numpy or mlx.
+            variation_seed: of a second noise to mix in; it counts up instead of the seed.
+            variation_strength: how much of it, 0 to 1.
+            ensd: A1111's "eta noise seed delta", added to the seed for the steps' noise.
+            latents: (count, h, w, C) of unit-variance starting noise, instead of the seed's.
+            step_noise: the steps' noise for stochastic samplers, instead of the seed's: a callable
+                (i, shape) -> array, or an array (steps, count, h, w, C).
+            preview: what ``Progress.preview`` decodes with: "linear" or "taesd"; None is the
+                better one there is.
+
+        Returns:
+            A generator of ``Progress``, the last of which carries the ``Result``.
+
+        Raises:
+            ValueError: in one line, for an argument that cannot be used.
+        """
+        for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
+            if not isinstance(text, str):
+                raise ValueError(f"{name} must be text, got {type(text).__name__}.")
+        if mask is not None and image is None:
+            raise ValueError("a mask needs the image that it covers.")
+        if sample_posterior and (variation_strength or ensd):
+            raise ValueError("sample_posterior does not go with variation_strength or ensd.")
+        notes: list[str] = []
+        picture = None if image is None else images.to_rgb(image)
+        width, height = size = self._size(picture, width, height, notes)
+        factor = self.vae.config.downscale
+        shape = _count(count), height // factor, width // factor, self.vae.config.latent_channels
+        guidance = check_number(
+            "guidance_scale",
+            self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
+        )
+        skipped = _whole("clip_skip", 1 if clip_skip is None else clip_skip)
+        if skipped > (layers := self.text_encoder.config.num_hidden_layers):
+            raise ValueError(f"clip_skip must be from 1 to {layers}, got {skipped}.")
+        settings = Settings(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            width=width,
+            height=height,
+            steps=_whole("steps", self.defaults["steps"] if steps is None else steps),
+            sampler=sampler,
+            schedule=schedule,
+            guidance_scale=guidance,
+            seed=secrets.randbelow(2**32) if seed is None else _whole("seed", seed),
+            noise=_one_of("noise", noise, NOISE_SOURCES),
+            clip_skip=skipped,
+            strength=None if picture is None else check_number("strength", strength),
+            fit=None if picture is None else _one_of("fit", fit, images.FITS),
+            mask_blur=None if mask is None else check_number("mask_blur", mask_blur),
+            sample_posterior=bool(sample_posterior) and picture is not None,
+            variation_strength=check_number("variation_strength", variation_strength),
+            ensd=_whole("ensd", ensd),
+            eta=None if eta is None else check_number("eta", eta),
+            discard_penultimate=bool(discard_penultimate),
+            model=self.info.name,
+            model_hash=self.info.sha256[:10],
+            vae=self._vae_name,
+            dtype=self.info.components["unet"].dtype,
+            version=metadata.program(),
+        )
+        if settings.variation_strength:
+            number = secrets.randbelow(2**32) if variation_seed is None else variation_seed
+            settings = replace(settings, variation_seed=_whole("variation_seed", number))
+        plan = self._plan(settings)
+        given = {
+            "latents": None if latents is None else _array("latents", latents, shape),
+            "step_noise": None if step_noise is None else _step_noise(step_noise, plan, shape),
+        }
+        settings = replace(
+            settings,
+            sampler=plan.sampler,
+            schedule=plan.schedule,
+            injected=", ".join(name for name, value in given.items() if value is not None),
+        )
+        if picture is not None:
+            picture = images.fitted(picture, width, height, fit)
+        job = _Job(
+            settings=_seeded(settings, count),
+            plan=plan,
+            size=size,
+            shape=shape,
+            guidance_scale=guidance,
+            clip_skip=skipped,
+            picture=picture,
+            mask=None if mask is None else self._mask(mask, size, fit, mask_blur, notes),
+            preview=self._preview_kind(preview),
+            notes=notes,
+            **given,
+        )
+        return self._run(job)
+
+    # Checking the arguments ------------------------------------------------------------------
+
+    def _size(
+        self,
+        picture: Image.Image | None,
+        width: int | None,
+        height: int | None,
+        notes: list[str],
+    ) -> tuple[int, int]:
+        """The size to draw at."""
+        if picture is not None and (width is None or height is None):
+            largest = int(LARGEST_SHARE * self.defaults["width"] * self.defaults["height"])
+            width, height = images.size_like(picture.size, largest, width=width, height=height)
+            if (width, height) != picture.size:
+                own = f"{picture.width}x{picture.height}"
+                notes.append(f"the image of {own} is drawn at {width}x{height}")
+        width = _whole("width", self.defaults["width"] if width is None else width)
+        height = _whole("height", self.defaults["height"] if height is None else height)
+        multiple = self.vae.config.downscale
+        for name, value in (("width", width), ("height", height)):
+            if value % multiple:
+                raise ValueError(f"{name} must be a multiple of {multiple}, got {value}.")
+        return width, height
+
+    def _plan(self, settings: Settings) -> Plan:
+        """The sampler's plan, with the model's own sampler and schedule where none is named."""
+        sampler, schedule = settings.sampler, settings.schedule
+        if schedule is None and sampler in (None, self.defaults["sampler"]):
+            schedule = self.defaults["schedule"]
+        sampler = self.defaults["sampler"] if sampler is None else sampler
+        # Redrawing all of a part starts from noise alone, as diffusers' inpainting does.
+        is_fresh = settings.mask_blur is not None and settings.strength == 1
+        assert settings.steps is not None
+        return make_plan(
+            self.noise_schedule,
+            sampler,
+            schedule,
+            settings.steps,
+            strength=None if is_fresh else settings.strength,
+            eta=settings.eta,
+            discard_penultimate=settings.discard_penultimate,
+        )
+
+    def _mask(
+        self, mask: Picture, size: tuple[int, int], fit: str, blur: float, notes: list[str]
+    ) -> FloatArray:
+        """The mask at the drawing's size, blurred."""
+        values = images.blurred(images.fitted(images.to_grey(mask), *size, fit), blur)
+        if not images.latent_mask(values, self.vae.config.downscale).any():
+            notes.append("the mask is black, or its white parts are too small: nothing is redrawn")
+        return values
+
+    def _preview_kind(self, preview: str | None) -> str:
+        if preview is None:
+            return "linear" if self.taesd is None else "taesd"
+        if _one_of("preview", preview, PREVIEWS) == "taesd" and self.taesd is None:
+            raise ValueError("preview 'taesd' needs a TAESD, and none was loaded.")
+        return preview
+
+    # The work ------------------------------------------------------------------------------------
+
+    def _run(self, job: _Job) -> Generator[Progress, None, None]:
+        """One drawing: text, picture, steps, decoding. Every ``yield`` may be its end."""
+        clock, total = _Clock(), job.plan.total
+        notes = list(job.notes)
+
+        yield from clock.away(Progress(index=0, total=total, stage="text"))
+        model = self._model(job, notes)
+        clock.mark("text")
+
+        posterior = None
+        if job.picture is not None:
+            yield from clock.away(Progress(index=0, total=total, stage="encode"))
+            posterior = self._encode(job.picture, notes)
+            clock.mark("encode")
+
+        noise, clean, draw = _start(job, posterior)
+        blend = _keep_outside(job, self.vae.config.downscale, noise, clean)
+        x = job.plan.initial(noise, None if job.is_fresh else clean)
+        mx.eval(x)
+        # A GPU works on one step while this side describes the next and the caller looks at the
+        # last; a CPU would only get in its own way.
+        ahead = 0 if _on_cpu() else 1
+        latents, done = x, 0
+        with closing(_evaluated(job.plan.sample(model, x, draw), blend, ahead)) as steps:
+            for step in steps:
+                latents, done = step.latents, done + 1
+                clock.step()
+                yield from clock.away(
+                    Progress(
+                        index=done,
+                        total=total,
+                        stage="sample",
+                        seconds_per_step=clock.seconds_per_step,
+                        _preview=self._previewer(job, step.denoised),
+                    )
+                )
+        clock.mark("sample")
+
+        final = np.array(latents)
+        pictures = []
+        for i in range(job.count):
+            yield from clock.away(
+                Progress(
+                    index=done,
+                    total=total,
+                    stage="decode",
+                    seconds_per_step=clock.seconds_per_step,
+                    _preview=self._previewer(job, latents),
+                )
+            )
+            drawn = images.to_image(self._decode(latents[i : i + 1], notes))
+            if job.mask is not None and job.picture is not None:
+                drawn = images.composited(drawn, job.picture, job.mask)
+            pictures.append(drawn)
+        clock.mark("decode")
+
+        yield Progress(
+            index=done,
+            total=total,
+            stage="done",
+            seconds_per_step=clock.seconds_per_step,
+            result=Result(
+                images=pictures,
+                latents=final,
+                settings=job.settings,
+                timings=clock.timings(),
+                notes=list(dict.fromkeys(notes)),
+            ),
+        )
+
+    def _model(self, job: _Job, notes: list[str]) -> Callable[[mx.array, float], mx.array]:
+        """The guided UNet for a batch: (n, h, w, C) latents and a timestep to predictions.
+
+        On the CPU pictures go through the network one by one: BLAS rounds differently with the size
+        of a batch, and a picture is to be the same alone and among others.
+        """
+        settings, scale = job.settings[0], job.guidance_scale
+        positive = self._states(settings.prompt, job.clip_skip, "prompt", notes)
+        negative = None
+        if scale != 1:
+            text = settings.negative_prompt
+            negative = self._states(text, job.clip_skip, "negative prompt", notes)
+
+        def of(copies: int) -> Callable[[mx.array, float], mx.array]:
+            both = [None if s is None else mx.repeat(s, copies, 0) for s in (positive, negative)]
+            assert both[0] is not None
+            return guided(self.unet, both[0], both[1], scale, _dtype(self.unet))
+
+        if not _on_cpu():
+            return of(job.count)
+        single = of(1)
+
+        def one_by_one(latents: mx.array, timestep: float) -> mx.array:
+            return mx.concatenate(
+                [single(latents[i : i + 1], timestep) for i in range(latents.shape[0])]
+            )
+
+        return one_by_one
+
+    def _states(self, text: str, clip_skip: int, name: str, notes: list[str]) -> mx.array:
+        """A prompt's states (1, T, D)."""
+        encoded = encode_prompt(self.tokenizer, text)
+        if encoded.truncated:
+            notes.append(f"the {name} is too long; left out: {encoded.truncated.strip()}")
+        states = self.text_encoder(mx.array(encoded.ids), clip_skip=clip_skip).last
+        states = states.reshape(1, -1, states.shape[-1])  # chunks one after the other
+        mx.eval(states)
+        return states
+
+    def _encode(self, picture: Image.Image, notes: list[str]) -> tuple[mx.array, mx.array]:
+        """Mean and standard deviation of a picture's latents, each (1, h, w, C) float32."""
+        pixels = mx.array(images.to_pixels(picture))[None]
+
+        def moments() -> tuple[mx.array, mx.array]:
+            mean, logvar = self.vae.encode(pixels)
+            found = mean.astype(mx.float32), mx.exp(logvar.astype(mx.float32) / 2)
+            mx.eval(found)
+            return found
+
+        found = moments()
+        if not bool(mx.isfinite(found[0]).all()) and _dtype(self.vae) != mx.float32:
+            notes.append(
+                f"encoding the image overflowed {_name(_dtype(self.vae))}: done in float32"
+            )
+            with _in_float32(self.vae):
+                found = moments()
+        return found
+
+    def _decode(self, latents: mx.array, notes: list[str]) -> FloatArray:
+        """Latents (1, h, w, C) to pixels (H, W, 3); in float32 where the weights' dtype fails."""
+        pixels = np.array(self.vae.decode(latents).astype(mx.float32))[0]
+        if fault := _fault(pixels):
+            dtype = _dtype(self.vae)
+            if not bool(mx.isfinite(latents).all()):
+                notes.append("the latents hold NaN: the picture is lost (the UNet overflowed)")
+            elif dtype == mx.float32:
+                notes.append(f"the picture was decoded {fault}")
+            else:
+                with _in_float32(self.vae):
+                    pixels = np.array(self.vae.decode(latents))[0]
+                again = f", and is {_fault(pixels)} there too" if _fault(pixels) else ""
+                name = _name(dtype)
+                notes.append(f"the picture was decoded {fault} in {name}: done in float32{again}")
+        return pixels
+
+    def _previewer(self, job: _Job, denoised: mx.array) -> Callable[[int], Image.Image]:
+        def preview(image: int) -> Image.Image:
+            if job.preview == "taesd" and self.taesd is not None:
+                decoded = self.taesd.decode(denoised[image : image + 1]).astype(mx.float32)
+                return images.to_image(np.array(decoded)[0])
+            # These latents are evaluated, and numpy does not wait for the step that runs now.
+            seen = np.array(denoised)[image]
+            return images.linear_preview(seen, self.latent_rgb_factors, job.size)
+
+        return preview
+
+
+def fit_latent_rgb_factors(
+    vae: AutoencoderKL, latents: FloatArray | None = None
+) -> list[list[float]]:
+    """The linear preview that suits an autoencoder: C rows of weights and a row of offsets.
+
+    Args:
+        vae: its decoder is run once.
+        latents: (B, h, w, C) scaled latents, of pictures where there are any. Without them, smooth
+            noise of unit variance stands in for pictures: the same factors every time.
+    """
+    if latents is None:
+        latents = _smooth_noise(vae.config.latent_channels)
+    pixels = np.array(vae.decode(mx.array(latents)).astype(mx.float32))
+    return images.solve_rgb_factors(latents, np.nan_to_num(pixels))
+
+
+def _smooth_noise(channels: int, size: int = 16, count: int = 4) -> FloatArray:
+    """Fields (count, size, size, channels) that vary slowly, with mean 0 and variance 1."""
+    coarse = np.random.RandomState(0).standard_normal(
+        (count, size // 4 + 1, size // 4 + 1, channels)
+    )
+    place = np.arange(size) / 4
+    low, share = place.astype(int), (place % 1)
+    rows = coarse[:, low] * (1 - share)[:, None, None] + coarse[:, low + 1] * share[:, None, None]
+    fields = rows[:, :, low] * (1 - share)[:, None] + rows[:, :, low + 1] * share[:, None]
+    fields -= fields.mean((0, 1, 2))
+    return (fields / fields.std((0, 1, 2))).astype(np.float32)
+
+
+# Steps -------------------------------------------------------------------------------------------
+
+
+def _evaluated(
+    sampler: Generator[Step, Any, None],
+    blend: Callable[[Step], mx.array] | None,
+    ahead: int,
+) -> Generator[Step, None, None]:
+    """The sampler's steps, blended and evaluated; the device may be ``ahead`` of the caller."""
+    running: deque[Step] = deque()
+    with closing(sampler):
+        step = next(sampler, None)
+        while step is not None:
+            if blend is not None:
+                step = Step(step.index, blend(step), step.denoised)
+            mx.async_eval(step.latents, step.denoised)
+            running.append(step)
+            if len(running) > ahead:
+                yield _waited(running.popleft())
+            try:
+                step = sampler.send(step.latents)
+            except StopIteration:
+                step = None
+    while running:
+        yield _waited(running.popleft())
+
+
+def _waited(step: Step) -> Step:
+    mx.eval(step.latents, step.denoised)
+    return step
+
+
+def _keep_outside(
+    job: _Job, factor: int, noise: mx.array, clean: mx.array | None
+) -> Callable[[Step], mx.array] | None:
+    """After each step, outside the mask: the picture's own latents at that step's noise level.
+
+    The noise is the starting noise every time, and the last step leaves the clean latents, as in
+    diffusers' inpainting with a 4-channel UNet.
+    """
+    if job.mask is None or clean is None:
+        return None
+    inside = mx.array(images.latent_mask(job.mask, factor)) > 0
+
+    def blend(step: Step) -> mx.array:
+        return mx.where(inside, step.latents, job.plan.noised(clean, noise, step.index))
+
+    return blend
+
+
+def _start(
+    job: _Job, posterior: tuple[mx.array, mx.array] | None
+) -> tuple[mx.array, mx.array | None, StepNoise]:
+    """Starting noise (n, h, w, C), the picture's latents likewise or None, the steps' noise."""
+    streams = [_Streams(settings, job.shape[1:]) for settings in job.settings]
+    noise = np.stack([stream.initial for stream in streams])
+    clean = None
+    if posterior is not None:
+        mean, std = posterior
+        clean = mx.repeat(mean, job.count, 0)
+        if job.settings[0].sample_posterior:
+            clean = clean + std * mx.array(np.stack([stream.posterior for stream in streams]))
+
+    def draw(index: int, shape: tuple[int, ...]) -> FloatArray:
+        return np.stack([stream.steps.normal(shape[1:]) for stream in streams])
+
+    return (
+        mx.array(noise if job.latents is None else job.latents),
+        clean,
+        draw if job.step_noise is None else job.step_noise,
+    )
+
+
+class _Streams:
+    """One picture's random numbers: for the posterior, for the start, and what the steps draw."""
+
+    def __init__(self, settings: Settings, shape: tuple[int, int, int]) -> None:
+        kind, seed = settings.noise, settings.seed
+        assert kind is not None and seed is not None
+        if settings.sample_posterior:  # diffusers' order: one stream for all
+            self.steps = noise_generator(kind, seed)
+            self.posterior = self.steps.normal(shape)
+            self.initial = self.steps.normal(shape)
+            return
+        self.posterior = np.zeros(shape, np.float32)
+        self.initial = initial_noise(
+            kind,
+            seed,
+            shape,
+            variation_seed=settings.variation_seed or 0,
+            variation_strength=settings.variation_strength,
+        )
+        self.steps = step_noise_generator(kind, seed, shape, ensd=settings.ensd)
+
+
+class _Clock:
+    """Seconds by part of the work; what passes in the caller's hands does not count."""
+
+    def __init__(self) -> None:
+        self._parts: dict[str, float] = {}
+        self._steps: list[float] = []
+        self._elapsed = 0.0  # own time until the clock was last looked at
+        self._since = time.perf_counter()
+        self._last_mark = self._last_step = 0.0
+
+    def away(self, progress: Progress) -> Iterator[Progress]:
+        """Hand ``progress`` to the caller, and let no time pass until the answer."""
+        self._own()
+        yield progress
+        self._since = time.perf_counter()
+
+    def mark(self, part: str) -> None:
+        """``part`` ends here, and the next one begins."""
+        now = self._own()
+        self._parts[part] = now - self._last_mark
+        self._last_mark = self._last_step = now
+
+    def step(self) -> None:
+        """A step ends here."""
+        now = self._own()
+        self._steps.append(now - self._last_step)
+        self._last_step = now
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The mean; the first step also warms up, and counts only while it is alone."""
+        steps = self._steps[1:] or self._steps
+        return sum(steps) / len(steps) if steps else 0.0
+
+    def timings(self) -> dict[str, float]:
+        """Each part, the step and the total."""
+        return {**self._parts, "step": self.seconds_per_step, "total": sum(self._parts.values())}
+
+    def _own(self) -> float:
+        now = time.perf_counter()
+        self._elapsed += now - self._since
+        self._since = now
+        return self._elapsed
+
+
+# Small helpers -----------------------------------------------------------------------------------
+
+
+def _seeded(settings: Settings, count: int) -> list[Settings]:
+    """Each picture's settings. With a variation the seed stays and the variation's counts up."""
+    name = "variation_seed" if settings.variation_strength else "seed"
+    first = getattr(settings, name)
+    return [replace(settings, **{name: _whole(name, first + i)}) for i in range(count)]
+
+
+def _whole(name: str, value: Any) -> int:
+    return int(check_number(name, value))
+
+
+def _count(count: Any) -> int:
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
+        raise ValueError(f"count must be a whole number from 1 to {MAX_COUNT}, got {count!r}.")
+    return count
+
+
+def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    if value not in choices:
+        raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(choices)}.")
+    return value
+
+
+def _step_noise(step_noise: Any, plan: Plan, shape: tuple[int, ...]) -> StepNoise:
+    """The steps' noise that was given, as a callable that checks what it hands on."""
+    if callable(step_noise):
+        return lambda i, shape: _array("step_noise", step_noise(i, shape), shape)
+    found = np.shape(step_noise)
+    steps = max(plan.draws, found[0] if found else 0)
+    noise = _array("step_noise", step_noise, (steps, *shape))
+    return lambda i, shape: noise[i]
+
+
+def _array(name: str, values: Any, shape: tuple[int, ...]) -> FloatArray:
+    """A caller's array as float32 of ``shape``; numpy's, MLX's or nested lists."""
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError):
+        raise ValueError(f"{name} must be an array of numbers of shape {shape}.") from None
+    if array.shape != shape:
+        is_nchw = array.shape == (*shape[:-3], shape[-1], *shape[-3:-1])
+        hint = " It looks like NCHW: move axis 1 last." if is_nchw else ""
+        raise ValueError(f"{name} must have the shape {shape}, got {array.shape}.{hint}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite numbers; there is NaN or infinity among them.")
+    return array
+
+
+def _fault(pixels: FloatArray) -> str:
+    """What is wrong with decoded pixels: "as NaN", "black", or nothing."""
+    if not np.isfinite(pixels).all():
+        return "as NaN"
+    return "black" if not images.to_image(pixels).getbbox() else ""
+
+
+@contextmanager
+def _in_float32(module: nn.Module) -> Iterator[None]:
+    """The module with its weights in float32 for a while."""
+    kept = module.parameters()
+    module.update(tree_map(lambda weight: weight.astype(mx.float32), kept))
+    try:
+        yield
+    finally:
+        module.update(kept)
+
+
+def _on_cpu() -> bool:
+    return mx.default_device().type == mx.DeviceType.cpu
+
+
+def _weights(module: nn.Module) -> list[mx.array]:
+    found = tree_flatten(module.parameters())
+    assert isinstance(found, list)
+    return [weight for _, weight in found]
+
+
+def _dtype(module: nn.Module) -> mx.Dtype:
+    """What a module computes in."""
+    return next(w.dtype for w in _weights(module) if mx.issubdtype(w.dtype, mx.floating))
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).rpartition(".")[2]
+
+
+def _component(module: nn.Module) -> Component:
+    weights = _weights(module)
+    return Component(
+        parameters=sum(weight.size for weight in weights),
+        bytes=sum(weight.nbytes for weight in weights),
+        dtype=_name(_dtype(module)),
+    )
