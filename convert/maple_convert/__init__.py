@@ -5,7 +5,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from .errors import (
+from maple_convert.errors import (
     ConvertError,
     InvalidCheckpoint,
     LayoutMismatch,
@@ -14,10 +14,10 @@ from .errors import (
 )
 
 if TYPE_CHECKING:
-    from .conversion import Report, convert
-    from .model import inspect, open_model
-    from .source import Component, SourceModel
-    from .write import write_safetensors
+    from maple_convert.conversion import Report, convert
+    from maple_convert.model import inspect, open_model
+    from maple_convert.source import Component, SourceModel
+    from maple_convert.write import write_safetensors
 
 __all__ = [
     "Component",

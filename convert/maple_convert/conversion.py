@@ -18,15 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from . import maple_folder
-from .errors import UnreadableFile, one_line
-from .layouts import LAYOUTS, NATIVE, diffusers_config, files
-from .layouts.parts import Weights
-from .model import open_model
-from .open_folder import KINDS
-from .source import Component, Slot, SourceModel
-from .tensors import Tensor, TensorInfo
-from .write import Entry, copy_text, whole_or_nothing, write_json, write_safetensors
+from maple_convert import maple_folder
+from maple_convert.errors import UnreadableFile, one_line
+from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config, files
+from maple_convert.layouts.parts import Weights
+from maple_convert.model import WrongUse, open_model
+from maple_convert.open_folder import KINDS
+from maple_convert.source import Component, Slot, SourceModel
+from maple_convert.tensors import Tensor, TensorInfo
+from maple_convert.write import Entry, copy_text, whole_or_nothing, write_json, write_safetensors
 
 LAYOUT_NAMES = ("maple", "compvis", "diffusers")
 Progress = Callable[[int, int, str], None]
@@ -153,7 +153,7 @@ def convert(
 
     Raises:
         ConvertError: the source cannot be used, or the output not be written.
-        ValueError: arguments that do not exist or do not go together.
+        WrongUse: arguments that do not exist or do not go together.
     """
     started = time.perf_counter()
     source, out = Path(source), Path(out)
@@ -201,16 +201,16 @@ def convert(
 
 def _check_arguments(out: Path, to: str, dtype: str | None) -> None:
     if to not in LAYOUT_NAMES:
-        raise ValueError(f"to must be one of {', '.join(LAYOUT_NAMES)}, got {to!r}.")
+        raise WrongUse(f"to must be one of {', '.join(LAYOUT_NAMES)}, got {to!r}.")
     if dtype is not None and dtype not in maple_folder.DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(maple_folder.DTYPES)}, got {dtype!r}.")
+        raise WrongUse(f"dtype must be one of {', '.join(maple_folder.DTYPES)}, got {dtype!r}.")
     if to == "compvis" and out.suffix != ".safetensors":
-        raise ValueError(
+        raise WrongUse(
             f"CompVis files are written as .safetensors, which everything reads: "
             f"name it {one_line(out.with_suffix('.safetensors').name)}."
         )
     if to != "compvis" and out.suffix in (".safetensors", ".ckpt", ".pt", ".bin"):
-        raise ValueError(f"--to {to} writes a folder, got {one_line(out.name)!r}.")
+        raise WrongUse(f"--to {to} writes a folder, got {one_line(out.name)!r}.")
 
 
 def _check_places(model: SourceModel, out: Path) -> None:
@@ -353,10 +353,10 @@ def _plan_compvis(model: SourceModel, dtype: str | None, notes: list[str]) -> li
     if model.scheduler["rescale_zero_terminal_snr"] and model.alphas_cumprod is None:
         entries.append(_constant(files.ZERO_SNR_MARK, np.zeros(0, np.float32)))
     if model.tokenizer_files:
-        notes.append("a CompVis file has no place for a vocabulary: the model's own is left out")
+        notes.append("A CompVis file has no place for a vocabulary: the model's own is left out.")
     for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
         if model.scheduler[key] != diffusers_config.SD1_SCHEDULER[key]:
-            notes.append(f"a CompVis file has no place for {key} {model.scheduler[key]}")
+            notes.append(f"A CompVis file has no place for {key} {model.scheduler[key]}.")
     return [_File("", {"format": "pt"}, entries)]
 
 
@@ -388,16 +388,10 @@ def _finish_diffusers(
     model: SourceModel, folder: Path, tokenizer: Mapping[str, Path] | None, notes: list[str]
 ) -> None:
     size = max(model.defaults["width"], model.defaults["height"])
-    configs = {
-        "unet": lambda config: diffusers_config.write_unet(config, size // 8),
-        "vae": lambda config: diffusers_config.write_vae(config, size),
-        "taesd": diffusers_config.write_taesd,
-        "text_encoder": diffusers_config.write_text_encoder,
-    }
     alone = len(model.components) == 1
     for name, part in model.components.items():
         target = folder if alone else folder / name
-        write_json(target / "config.json", configs[name](part.config))
+        write_json(target / "config.json", diffusers_config.write(name, part.config, size))
     if alone:
         return
     betas = None
@@ -413,7 +407,7 @@ def _finish_diffusers(
         copy_text(vocabulary["merges"], folder / "tokenizer" / "merges.txt")
         write_json(folder / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
     else:
-        notes.append("no tokenizer was written: the source has no vocab.json and merges.txt")
+        notes.append("No tokenizer was written: the source has no vocab.json and merges.txt.")
     write_json(folder / "model_index.json", _model_index(model, bool(vocabulary)))
 
 

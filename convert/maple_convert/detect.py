@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
-from .layouts import LAYOUTS, View, files, unet
-from .tensors import TensorInfo
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from maple_convert.layouts import LAYOUTS, View, files, unet
+from maple_convert.tensors import TensorInfo
 
 # ---------------------------------------------------------------------------------------------
 # Facts

@@ -13,9 +13,9 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
-from .layouts import LAYOUTS
-from .layouts.diffusers_config import PREDICTIONS
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from maple_convert.layouts import LAYOUTS
+from maple_convert.layouts.diffusers_config import PREDICTIONS
 
 FORMAT = "mlx-maple"
 FORMAT_VERSION = 1
@@ -127,7 +127,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     if not is_maple(config):
         raise InvalidCheckpoint(path, f"format is not {FORMAT!r}")
     version = config.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version is True or version != FORMAT_VERSION:
         raise UnsupportedCheckpoint(
             path, f"format_version {_shown(version)}; this version reads {FORMAT_VERSION}"
         )

@@ -9,14 +9,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from . import maple_folder
-from .errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint
-from .layouts.diffusers_config import PREDICTIONS
-from .open_file import open_file
-from .open_folder import open_folder
-from .source import Component, SourceModel
+from maple_convert import maple_folder
+from maple_convert.errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint
+from maple_convert.layouts import LAYOUTS
+from maple_convert.layouts.diffusers_config import PREDICTIONS
+from maple_convert.open_file import open_file
+from maple_convert.open_folder import open_folder
+from maple_convert.source import Component, SourceModel
 
-__all__ = ["Component", "SourceModel", "inspect", "open_model"]
+__all__ = ["Component", "SourceModel", "WrongUse", "inspect", "open_model"]
 
 # Maple Diffusion's linear preview: scaled latent (4 rows) to RGB in 0..1, the last row its bias
 # (madebyollin/maple-diffusion maple-convert.py, aux_output_conv). Fitted to SD 1.x's latents.
@@ -31,6 +32,12 @@ SD1_UNET_WIDTH = 320  # of the published UNet's finest level
 SD1_VAE_WIDTHS = [128, 256, 512, 512]
 SD1_SIZE = 512
 NARROW_SIZE = 128  # of a model too narrow for SD's own size; a file cannot say it
+
+
+class WrongUse(ValueError):
+    """The caller's arguments are wrong, whatever the file; ends in exit code 2."""
+
+    exit_code = 2
 
 
 def open_model(
@@ -51,7 +58,7 @@ def open_model(
 
     Raises:
         ConvertError: if it cannot be used; the message says why.
-        ValueError: if ``config`` has settings that do not exist.
+        WrongUse: if ``config`` has settings that do not exist.
     """
     path = Path(path)
     with ExitStack() as stack:
@@ -68,6 +75,7 @@ def open_model(
         if config is not None:
             apply_overrides(model, config)
         _check_together(model)
+        model.components = {n: model.components[n] for n in LAYOUTS if n in model.components}
         model.stack = stack.pop_all()
     return model
 
@@ -81,7 +89,7 @@ def _set_defaults(model: SourceModel) -> None:
         size = SD1_SIZE
         if unet is not None and unet.config["block_out_channels"][0] < SD1_UNET_WIDTH:
             size = NARROW_SIZE
-            model.notes.append(f"a narrow UNet: drawn at {size}x{size} unless told otherwise")
+            model.notes.append(f"A narrow UNet: drawn at {size}x{size} unless told otherwise.")
         model.defaults |= {"width": size, "height": size}
     model.defaults |= {
         "steps": 20,
@@ -111,19 +119,19 @@ def apply_overrides(model: SourceModel, config: Mapping[str, Any]) -> None:
             {scaling_factor}, ``text_encoder`` {num_attention_heads, hidden_act, eos_token_id}.
 
     Raises:
-        ValueError: a setting that does not exist or that the tensors decide.
+        WrongUse: a setting that does not exist or that the tensors decide.
         InvalidCheckpoint: a value out of bounds.
     """
     for key, value in config.items():
         if key == "prediction":
             if value not in PREDICTIONS:
-                raise ValueError(f"prediction must be one of {PREDICTIONS}, got {value!r}.")
+                raise WrongUse(f"prediction must be one of {PREDICTIONS}, got {value!r}.")
             model.prediction = value
         elif key == "latent_rgb_factors":
             model.latent_rgb_factors = value
         elif key in ("scheduler", "defaults", *_OVERRIDES):
             if not isinstance(value, Mapping):
-                raise ValueError(f"config {key!r} must be a mapping, got {value!r}.")
+                raise WrongUse(f"config {key!r} must be a mapping, got {value!r}.")
             if key in _OVERRIDES:
                 known, target = _OVERRIDES[key], None
                 if key in model.components:
@@ -133,12 +141,12 @@ def apply_overrides(model: SourceModel, config: Mapping[str, Any]) -> None:
                 known = tuple(maple_folder.known_settings(key))
             for name, setting in value.items():  # pyright: ignore[reportUnknownVariableType]
                 if name not in known:
-                    raise ValueError(f"config {key!r} has no {name!r}; it has {', '.join(known)}.")
+                    raise WrongUse(f"config {key!r} has no {name!r}; it has {', '.join(known)}.")
                 if target is not None:
                     target[name] = setting
         else:
-            raise ValueError(f"config has no {key!r}.")
-    model.notes.append("settings given by the caller: " + ", ".join(sorted(config)))
+            raise WrongUse(f"config has no {key!r}.")
+    model.notes.append("Settings given by the caller: " + ", ".join(sorted(config)) + ".")
 
 
 def _check_together(model: SourceModel) -> None:
@@ -165,9 +173,26 @@ def _check_together(model: SourceModel) -> None:
         )
 
 
-def inspect(path: Path | str, *, variant: str | None = None) -> dict[str, Any]:
-    """Everything that is known of a model without reading its weights, as plain JSON values."""
+def inspect(path: Path | str, *, variant: str | None = None, keys: bool = False) -> dict[str, Any]:
+    """Everything that is known of a model without reading its weights, as plain JSON values.
+
+    Args:
+        path: anything that ``open_model`` takes.
+        variant: which files of a diffusers folder.
+        keys: list every parameter, too: its name here and in the file, type and native shape.
+    """
     with open_model(path, variant=variant) as model:
+        listed = {
+            name: {
+                slot.row.native: {
+                    "dtype": slot.info.dtype,
+                    "shape": list(slot.info.shape),
+                    "key": slot.key,
+                }
+                for slot in part.slots
+            }
+            for name, part in model.components.items()
+        }
         reasons: dict[str, int] = {}
         for reason in model.dropped.values():
             reasons[reason] = reasons.get(reason, 0) + 1
@@ -200,4 +225,5 @@ def inspect(path: Path | str, *, variant: str | None = None) -> dict[str, Any]:
             "tokenizer": {name: str(file) for name, file in model.tokenizer_files.items()},
             "dropped": reasons,
             "notes": model.notes,
+            **({"keys": listed} if keys else {}),
         }

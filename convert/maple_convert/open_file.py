@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from . import detect, maple_folder
-from .detect import Section
-from .errors import InvalidCheckpoint, UnsupportedCheckpoint
-from .layouts import LAYOUTS, View, diffusers_config, files
-from .readers import open_checkpoint
-from .source import Component, Slot, SourceModel, in_file_order, match
-from .tensors import Checkpoint, Tensor
+from maple_convert import detect, maple_folder
+from maple_convert.detect import Section
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from maple_convert.layouts import LAYOUTS, View, diffusers_config, files
+from maple_convert.readers import open_checkpoint
+from maple_convert.source import Component, Slot, SourceModel, in_file_order, match
+from maple_convert.tensors import Checkpoint, Tensor
 
 SD1_HEADS = 8  # at every level of every SD 1.x UNet
 
@@ -153,33 +153,33 @@ def _read_schedule(model: SourceModel, checkpoint: Checkpoint) -> None:
         if np.array_equal(rounded.array, stored.array):
             # Half precision would move the smallest noise levels by a tenth; the betas are exact.
             model.notes.append(
-                f"{files.ALPHAS} is stored in {stored.dtype}; it is the usual schedule rounded, "
-                "which is rebuilt from its betas"
+                f"{files.ALPHAS} is stored in {stored.dtype}: it is the usual schedule rounded, "
+                "which is rebuilt from its betas."
             )
             return
     model.alphas_cumprod = exact
     if not np.allclose(exact, usual, rtol=1e-3):
-        model.notes.append(f"{files.ALPHAS} is stored and is not SD 1.x's usual one; it is used")
+        model.notes.append(f"{files.ALPHAS} is stored and is not SD 1.x's usual one; it is used.")
 
 
 def _note_rules(model: SourceModel) -> None:
     """Say what the file leaves open and how it was settled."""
     components = model.components
     if "unet" in components:
-        model.notes.append(f"the file cannot say the UNet's heads: {SD1_HEADS}, as in SD 1.x")
+        model.notes.append(f"The file cannot say the UNet's heads: {SD1_HEADS}, as in SD 1.x.")
     if "text_encoder" in components:
         heads = components["text_encoder"].config["num_attention_heads"]
         width = diffusers_config.HEAD_WIDTH
         model.notes.append(
-            f"the file cannot say the text encoder's heads: {heads}, one for every {width} channels"
+            f"The file cannot say the text encoder's heads: {heads}, one for {width} channels."
         )
     if set(components) == {"vae"}:
         model.notes.append(
-            "an autoencoder alone does not say its scaling factor: 0.18215, as in SD 1.x "
-            "(SDXL's has the same names and 0.13025)"
+            "An autoencoder alone does not say its scaling factor: 0.18215, as in SD 1.x "
+            "(SDXL's has the same names and 0.13025)."
         )
     if (beside := model.path.with_suffix(".yaml")).is_file():
-        model.notes.append(f"{beside.name} beside it is not read")
+        model.notes.append(f"{beside.name} beside it is not read.")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -227,7 +227,7 @@ def _open_taesd_pair(checkpoint: Checkpoint, section: Section, stack: ExitStack)
         layout="compvis",
         evidence=[f"{opened.path.name} holds the {name}" for name, (opened, _) in pair.items()],
         components={"taesd": Component("taesd", config, slots, dropped)},
-        notes=[f"the {other_half} is read from {other.name}"],
+        notes=[f"The {other_half} is read from {other.name}."],
         dropped=dropped,
         files=[path, other],
     )

@@ -12,13 +12,13 @@ from typing import Any, cast
 
 import numpy as np
 
-from . import detect, maple_folder
-from .detect import Section
-from .errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint, one_line
-from .layouts import LAYOUTS, NATIVE, diffusers_config
-from .readers import open_checkpoint, read_json
-from .source import Component, Slot, SourceModel, in_file_order, match
-from .tensors import Checkpoint
+from maple_convert import detect, maple_folder
+from maple_convert.detect import Section
+from maple_convert.errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint, one_line
+from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config
+from maple_convert.readers import open_checkpoint, read_json
+from maple_convert.source import Component, Slot, SourceModel, in_file_order, match
+from maple_convert.tensors import Checkpoint
 
 Config = Mapping[str, Any]
 
@@ -85,10 +85,10 @@ def _open_diffusers(path: Path, stack: ExitStack, variant: str | None) -> Source
             continue
         pair = cast("list[object]", entry)
         if pair == [None, None]:
-            continue
+            continue  # this pipeline could have one and has none
         if len(pair) != 2 or not isinstance(pair[1], str) or not _plain_name(name):
             raise InvalidCheckpoint(
-                path / "model_index.json", f"{one_line(name, 40)} is {one_line(repr(entry), 80)}"
+                path / "model_index.json", f"{one_line(name, 40)} is {one_line(repr(pair), 80)}"
             )
         named[name] = pair[1]
     model = _empty(path, "diffusers folder")
@@ -111,7 +111,7 @@ def _open_diffusers(path: Path, stack: ExitStack, variant: str | None) -> Source
     model.evidence = facts.lines
     if pipeline != _PLAIN_PIPELINE:
         model.notes.append(
-            f"the folder is of {one_line(repr(pipeline), 60)}; it is used as a plain model"
+            f"The folder is of {one_line(repr(pipeline), 60)}; it is used as a plain model."
         )
     _plan_parts(model, sections)
     _read_scheduler(model, path / "scheduler" / "scheduler_config.json")
@@ -185,13 +185,13 @@ def _plan_parts(model: SourceModel, parts: list[tuple[Section, Checkpoint, Confi
 
 def _native_size(model: SourceModel, size: object) -> None:
     """The size that the folder says the model was trained at, in latents."""
-    pair = cast("list[object]", size) if isinstance(size, list) else [size, size]
+    pair = cast("list[object]", size if isinstance(size, list) else [size, size])
     if len(pair) == 2 and all(isinstance(n, int) and 1 <= n <= 1024 for n in pair):
         height, width = cast("list[int]", pair)
         model.defaults |= {"width": 8 * width, "height": 8 * height}
     elif size is not None:
         raise InvalidCheckpoint(
-            model.path / "unet" / "config.json", f"sample_size is {one_line(repr(size), 60)}"
+            model.path / "unet" / "config.json", f"sample_size is {one_line(repr(pair), 60)}"
         )
 
 
@@ -218,12 +218,12 @@ def find_weights(folder: Path, stem: str, variant: str | None, notes: list[str])
             raise UnsupportedCheckpoint(folder, f"{one_line(repr(variant), 40)} is no variant name")
         if (path := existing(f".{variant}")) is not None:
             return path
-        notes.append(f"{folder.name} has no variant {variant}: its plain files are read")
+        notes.append(f"{folder.name} has no variant {variant}: its plain files are read.")
     if (path := existing("")) is not None:
         return path
     others = _variants(folder, forms)
     if len(others) == 1 and variant is None and (path := existing(f".{others[0]}")) is not None:
-        notes.append(f"{folder.name} has only the variant {others[0]}: it is read")
+        notes.append(f"{folder.name} has only the variant {others[0]}: it is read.")
         return path
     choice = f"; choose a variant: {', '.join(others)}" if others else ""
     raise UnsupportedCheckpoint(folder, f"holds no {stem}.safetensors or {pickled}.bin{choice}")
@@ -249,7 +249,7 @@ def _require_variant(model: SourceModel, variant: str | None) -> None:
 
 def _read_scheduler(model: SourceModel, path: Path) -> None:
     if not path.is_file():
-        model.notes.append("no scheduler_config.json: SD 1.x's betas and epsilon are assumed")
+        model.notes.append("No scheduler_config.json: SD 1.x's betas and epsilon are assumed.")
         return
     config = _read_object(path)
     model.scheduler, model.prediction = diffusers_config.scheduler(path, config)
@@ -263,7 +263,7 @@ def _find_tokenizer(model: SourceModel, folder: Path) -> None:
     there = [path for path in files.values() if path.is_file()]
     if not there:
         if folder.is_dir():
-            model.notes.append("tokenizer/ lacks vocab.json and merges.txt: CLIP's own is used")
+            model.notes.append("tokenizer/ lacks vocab.json and merges.txt: CLIP's own is used.")
         return
     if len(there) == 1:
         raise InvalidCheckpoint(folder, f"holds {there[0].name} alone, expected both files")
@@ -335,10 +335,7 @@ def _open_maple(path: Path, stack: ExitStack, config: Config) -> SourceModel:
 def _read_object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UnreadableFile(path, "no such file")
-    value = read_json(path)
-    if not isinstance(value, dict):
-        raise InvalidCheckpoint(path, "is not a JSON object")
-    return cast("dict[str, Any]", value)
+    return read_json(path)
 
 
 def _plain_name(name: str) -> bool:

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .errors import InvalidCheckpoint, LayoutMismatch
-from .layouts import Row, files
-from .layouts.diffusers_config import SD1_SCHEDULER
-from .tensors import FLOATS, STORAGE, Checkpoint, Tensor, TensorInfo
+from maple_convert.errors import InvalidCheckpoint, LayoutMismatch
+from maple_convert.half import round_to_half
+from maple_convert.layouts import Row, files
+from maple_convert.layouts.diffusers_config import SD1_SCHEDULER
+from maple_convert.tensors import FLOATS, STORAGE, Checkpoint, Tensor, TensorInfo
 
 
 @dataclass(frozen=True)
@@ -223,14 +224,14 @@ def in_file_order(slots: Sequence[Slot], tensors: Mapping[str, TensorInfo]) -> l
 # Values
 
 
-_CHUNK = 1 << 20  # elements: small enough for the caches, large enough that Python costs nothing
+_CHUNK = 1 << 18  # elements: small enough for the caches, large enough that Python costs little
 
 # Exponent bits of each floating type: all ones in an infinity or NaN, and in nothing else.
-_BITS: Mapping[str, tuple[Any, int]] = {
-    "float64": (np.uint64, 0x7FF0_0000_0000_0000),
-    "float32": (np.uint32, 0x7F80_0000),
-    "float16": (np.uint16, 0x7C00),
-    "bfloat16": (np.uint16, 0x7F80),
+_EXPONENT: Mapping[str, np.unsignedinteger[Any]] = {
+    "float64": np.uint64(0x7FF0_0000_0000_0000),
+    "float32": np.uint32(0x7F80_0000),
+    "float16": np.uint16(0x7C00),
+    "bfloat16": np.uint16(0x7F80),
 }
 
 
@@ -240,18 +241,20 @@ def _finite_cast(tensor: Tensor, dtype: str) -> Tensor | None:
     Works in pieces that stay in the processor's cache, so that the check costs next to nothing and
     the working memory is the result.
     """
-    kind, exponent = _BITS[dtype]
-    flat = tensor.array.reshape(-1)
+    exponent = _EXPONENT[dtype]
+    flat = np.ravel(tensor.array)
     same = dtype == tensor.dtype
     result = flat if same else np.empty(flat.size, STORAGE[dtype])
     for start in range(0, flat.size, _CHUNK):
         piece = slice(start, start + _CHUNK)
-        if not same:
+        if tensor.dtype == "float32" and dtype == "float16":
+            round_to_half(flat[piece], result[piece])
+        elif not same:
             result[piece] = Tensor(tensor.dtype, flat[piece]).astype(dtype).array
-        bits = result[piece].view(kind)
-        if ((bits & kind(exponent)) == kind(exponent)).any():
+        bits = np.frombuffer(result[piece], exponent.dtype)
+        if ((bits & exponent) == exponent).any():
             return None
-    return Tensor(dtype, result.reshape(tensor.array.shape))
+    return Tensor(dtype, np.reshape(result, tensor.array.shape))
 
 
 def _not_finite(key: str, stored: Tensor, dtype: str | None) -> str:

@@ -10,7 +10,7 @@ Atomic      Everything is written into a hidden sibling, ``.NAME.partial-PID``, 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from typing import Any, cast
 
 import numpy as np
 
-from .errors import UnreadableFile
-from .tensors import STORAGE, Tensor, TensorInfo
+from maple_convert.errors import UnreadableFile
+from maple_convert.tensors import STORAGE, Tensor, TensorInfo
 
 SAFETENSORS_NAMES = {
     "float64": "F64",
@@ -113,7 +113,7 @@ def _read_ahead(entries: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
 
 
 @contextmanager
-def whole_or_nothing(out: Path, replace: Callable[[Path], bool]) -> Iterator[Path]:
+def whole_or_nothing(out: Path, replace: Callable[[Path], bool]) -> Generator[Path, None, None]:
     """Yield a hidden path beside ``out`` to write to; renamed to it at the end, else removed.
 
     Args:

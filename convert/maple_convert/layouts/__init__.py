@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import clip, taesd, unet, vae
-from .parts import NATIVE, Parts, Place, Row, View, rows
+from maple_convert.layouts import clip, taesd, unet, vae
+from maple_convert.layouts.parts import NATIVE, Parts, Place, Row, View, rows
 
 __all__ = ["LAYOUTS", "NATIVE", "Layout", "Row", "View"]
 

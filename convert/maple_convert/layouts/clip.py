@@ -8,7 +8,7 @@ Source   huggingface/transformers models/clip/modeling_clip.py. Versions from 5.
 from collections.abc import Mapping
 from typing import Any
 
-from .parts import SAME, Part, Parts, Place, View, linear, norm, table
+from maple_convert.layouts.parts import SAME, Part, Parts, Place, View, linear, norm, table
 
 SPELLINGS = ("transformers", "transformers_flat")
 PREFIX = {"transformers": "text_model.", "transformers_flat": ""}

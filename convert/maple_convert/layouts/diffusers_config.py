@@ -10,12 +10,12 @@ it may well change what the network computes.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeGuard, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
 
 Config = Mapping[str, Any]
 
@@ -85,19 +85,19 @@ def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
     _check(path, config, _UNET_CONSTANTS, _UNET_WITHOUT_EFFECT | handled, agreeing)
 
     per_block = config.get("transformer_layers_per_block", 1)
-    stated = per_block if isinstance(per_block, list) else [per_block] * len(depths)
-    stated = cast("list[object]", stated)
+    stated = _per_level(per_block, len(depths))
+    # The middle block is as deep as the last level says, which may itself have no transformers.
+    actual = [*depths[:-1], depths[-1] or found["mid_transformer_layers"]]
     if len(stated) != len(depths) or any(
-        depth and not _same(says, depth) for says, depth in zip(stated, depths, strict=True)
+        depth and not _same(says, depth) for says, depth in zip(stated, actual, strict=True)
     ):
-        _disagree(path, "transformer_layers_per_block", per_block, list(depths))
+        _disagree(path, "transformer_layers_per_block", per_block, actual)
 
     # ``attention_head_dim`` has always meant the number of heads, and cannot be renamed any more.
     key = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
-    heads = config.get(key, 8)
-    heads = cast("list[object]", heads if isinstance(heads, list) else [heads] * len(widths))
+    heads = _per_level(config.get(key, 8), len(widths))
     if len(heads) != len(widths) or not all(
-        isinstance(n, int) and not isinstance(n, bool) and 0 < n <= width and width % n == 0
+        _integer(n) and 0 < n <= width and width % n == 0
         for n, width in zip(heads, widths, strict=True)
     ):
         reason = f"{key} is {_shown(config.get(key))}, which does not divide widths {list(widths)}"
@@ -109,6 +109,8 @@ def write_unet(config: Config, size: int) -> dict[str, Any]:
     """The config.json of a UNet for diffusers; ``size`` is the native size in latents."""
     depths: Sequence[int] = config["transformer_layers"]
     heads: Sequence[int] = config["num_attention_heads"]
+    # A level without transformers says nothing; the last one speaks for the middle block.
+    layers = [n or 1 for n in depths[:-1]] + [depths[-1] or config["mid_transformer_layers"]]
     return {
         "_class_name": "UNet2DConditionModel",
         **{key: values[0] for key, values in _UNET_CONSTANTS.items()},
@@ -120,9 +122,7 @@ def write_unet(config: Config, size: int) -> dict[str, Any]:
         "layers_per_block": config["layers_per_block"],
         "out_channels": config["out_channels"],
         "sample_size": size,
-        "transformer_layers_per_block": (
-            max(depths) if len(set(depths) - {0}) == 1 else [max(n, 1) for n in depths]
-        ),
+        "transformer_layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
         "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in reversed(depths)],
     }
 
@@ -333,8 +333,10 @@ SD1_SCHEDULER: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "rescale_zero_terminal_snr": False,
 }
-_BETA_SCHEDULES = {"scaled_linear": "scaled_linear", "linear": "linear"} | {
-    "squaredcos_cap_v2": "cosine"
+_BETA_SCHEDULES = {
+    "scaled_linear": "scaled_linear",
+    "linear": "linear",
+    "squaredcos_cap_v2": "cosine",
 }
 _HINTS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "clip_sample")
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -348,10 +350,14 @@ def alphas_cumprod(scheduler: Config) -> npt.NDArray[np.float64] | None:
     if scheduler["rescale_zero_terminal_snr"]:
         return None
     if scheduler["beta_schedule"] == "scaled_linear":
-        return np.cumprod(1 - np.linspace(low**0.5, high**0.5, steps) ** 2)
+        return _falling(np.linspace(low**0.5, high**0.5, steps) ** 2)
     if scheduler["beta_schedule"] == "linear":
-        return np.cumprod(1 - np.linspace(low, high, steps))
+        return _falling(np.linspace(low, high, steps))
     return None
+
+
+def _falling(betas: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return np.multiply.accumulate(1 - betas, dtype=np.float64)
 
 
 def trained_alphas(path: Path, config: Config) -> npt.NDArray[np.float64] | None:
@@ -359,13 +365,13 @@ def trained_alphas(path: Path, config: Config) -> npt.NDArray[np.float64] | None
     betas = config.get("trained_betas")
     if betas is None:
         return None
-    listed = cast("list[object]", betas) if isinstance(betas, list) else []
+    listed = _list(betas) or []
     if not 1 <= len(listed) <= _MOST_TIMESTEPS or not all(
         isinstance(beta, int | float) and not isinstance(beta, bool) and 0 <= beta <= 1
         for beta in listed
     ):
         raise InvalidCheckpoint(path, f"trained_betas is {_shown(betas)}")
-    return np.cumprod(1 - np.asarray(cast("list[float]", listed), np.float64))
+    return _falling(np.asarray(cast("list[float]", listed), np.float64))
 
 
 def scheduler(path: Path, config: Config) -> tuple[dict[str, Any], str]:
@@ -418,6 +424,15 @@ def write_scheduler(scheduler: Config, prediction: str) -> dict[str, Any]:
     }
 
 
+def write(component: str, config: Config, size: int) -> dict[str, Any]:
+    """The config.json of one component for diffusers; ``size`` is the native size in pixels."""
+    if component == "unet":
+        return write_unet(config, size // 8)
+    if component == "vae":
+        return write_vae(config, size)
+    return write_taesd(config) if component == "taesd" else write_text_encoder(config)
+
+
 # ---------------------------------------------------------------------------------------------
 # Checks
 
@@ -457,14 +472,24 @@ def _same(one: object, other: object) -> bool:
     """Equal in value and kind: 1 is 1.0, but true is not 1."""
     if isinstance(one, bool) or isinstance(other, bool):
         return one is other
-    if isinstance(one, list) and isinstance(other, list):
-        ours, theirs = cast("list[object]", one), cast("list[object]", other)
+    ours, theirs = _list(one), _list(other)
+    if ours is not None and theirs is not None:
         return len(ours) == len(theirs) and all(map(_same, ours, theirs))
     return one == other
 
 
-def _integer(value: Any) -> bool:
+def _integer(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _list(value: object) -> list[object] | None:
+    return cast("list[object]", value) if isinstance(value, list) else None
+
+
+def _per_level(value: object, levels: int) -> list[object]:
+    """A setting that may be one for all levels or a list of one each."""
+    listed = _list(value)
+    return [value] * levels if listed is None else listed
 
 
 def _positive(path: Path, value: object, key: str = "scaling_factor", below: float = 1e6) -> float:

@@ -8,8 +8,8 @@ Files of one component may come with or without the prefix.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..tensors import TensorInfo
-from .parts import Row, View
+from maple_convert.layouts.parts import Row, View
+from maple_convert.tensors import TensorInfo
 
 
 @dataclass(frozen=True)

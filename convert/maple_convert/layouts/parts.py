@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import InvalidCheckpoint, LayoutMismatch
-from ..tensors import TensorInfo
+from maple_convert.errors import InvalidCheckpoint, LayoutMismatch
+from maple_convert.tensors import TensorInfo
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
@@ -50,14 +50,14 @@ AS_IS = Weights("as is", lambda s: s, lambda a: a, lambda a: a)
 OIHW_TO_OHWI = Weights(
     "OIHW to OHWI",
     lambda s: (s[0], s[3], s[1], s[2]),
-    lambda a: a.transpose(0, 2, 3, 1),
-    lambda a: a.transpose(0, 3, 1, 2),
+    lambda a: np.transpose(a, (0, 2, 3, 1)),
+    lambda a: np.transpose(a, (0, 3, 1, 2)),
 )
 POINTWISE_TO_LINEAR = Weights(
     "OI11 to OI",
     lambda s: (s[0], s[1], 1, 1),
-    lambda a: a.reshape(a.shape[:2]),
-    lambda a: a.reshape((*a.shape, 1, 1)),
+    lambda a: np.reshape(a, a.shape[:2]),
+    lambda a: np.reshape(a, (*a.shape, 1, 1)),
 )
 
 
@@ -272,8 +272,3 @@ class View:
 
 
 _DEEPEST = 10  # no published name is nested deeper; a stranger's may be
-
-
-def contiguous(array: Array) -> Array:
-    """The array in memory order, copied only where it is a view in another order."""
-    return np.ascontiguousarray(array)

@@ -11,7 +11,7 @@ Numbers  Both halves are one nn.Sequential each. Upstream's decoder begins with 
 from collections.abc import Mapping
 from typing import Any
 
-from .parts import SAME, Part, Parts, Place, View, conv
+from maple_convert.layouts.parts import SAME, Part, Parts, Place, View, conv
 
 SPELLINGS = ("upstream", "upstream_from_0", "diffusers")
 

@@ -11,7 +11,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .parts import SAME, Part, Parts, Place, View, conv, linear, norm, pointwise
+from maple_convert.layouts.parts import (
+    SAME,
+    Part,
+    Parts,
+    Place,
+    View,
+    conv,
+    linear,
+    norm,
+    pointwise,
+)
 
 SPELLINGS = ("compvis", "diffusers")
 

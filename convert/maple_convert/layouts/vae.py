@@ -11,7 +11,17 @@ Layouts  The one attention is made of 1x1 convolutions in CompVis and linear lay
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .parts import SAME, AsLinear, Part, Parts, Place, View, conv, norm, pointwise
+from maple_convert.layouts.parts import (
+    SAME,
+    AsLinear,
+    Part,
+    Parts,
+    Place,
+    View,
+    conv,
+    norm,
+    pointwise,
+)
 
 SPELLINGS = ("compvis", "diffusers", "diffusers_2022")
 
