@@ -76,6 +76,11 @@ def one_line(text: str, limit: int = 400) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in shown)
 
 
+def quoted(name: object) -> str:
+    """A name from a stranger's file in quotes, short enough to leave room for the reason."""
+    return f"'{one_line(str(name), 100)}'"
+
+
 def _some(names: Sequence[str], count: int = 3) -> str:
     shown = ", ".join(one_line(name, 120) for name in names[:count])
     return shown if len(names) <= count else f"{shown}, … ({len(names) - count} more)"

@@ -15,7 +15,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -112,7 +112,7 @@ def parameter(value: TorchTensor | np.ndarray) -> Call:
 class _Pickler(pickle._Pickler):  # the Python one: its save_global can be taught new names
     """Protocol 2 with torch's persistent ids, memoising what the C pickler memoises."""
 
-    dispatch = dict(pickle._Pickler.dispatch)
+    dispatch: ClassVar[dict[Any, Any]] = dict(pickle._Pickler.dispatch)
 
     def __init__(self, file: BinaryIO, protocol: int, legacy: bool, oldest: bool) -> None:
         super().__init__(file, protocol)
@@ -161,7 +161,7 @@ class _Pickler(pickle._Pickler):  # the Python one: its save_global can be taugh
         return result
 
     def save_reduce(self, func: Any, args: Any, *rest: Any, **keywords: Any) -> None:
-        if isinstance(func, Global):  # save_reduce insists on a callable
+        if isinstance(func, Global | Call):  # save_reduce insists on a callable
             self.save(func)
             self.save(args)
             self.write(pickle.REDUCE)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-from maple_convert.errors import InvalidCheckpoint
+from maple_convert.errors import InvalidCheckpoint, quoted
 from maple_convert.readers.source import SourceFile
 
 MAX_BYTES = 32 << 20  # the largest tokenizer.json of a published pipeline is about 17 MB
@@ -80,7 +80,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         seen: set[str] = set()
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise JSONFault(f"names {twice[:80]!r} twice in one JSON object")
+        raise JSONFault(f"names {quoted(twice)} twice in one JSON object")
     return result
 
 

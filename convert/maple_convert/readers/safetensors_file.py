@@ -20,13 +20,13 @@ file into memory. Tests hold this reader against it, on good and on damaged file
 
 from typing import Any, cast
 
-from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
 from maple_convert.readers.json_text import JSONFault, parse_object
 from maple_convert.readers.source import FileCheckpoint, Placement, SourceFile
 from maple_convert.tensors import STORAGE, TensorInfo
 
 MAX_HEADER = 100_000_000  # the format's own limit
-MAX_COMMAS = 4_000_000  # bounds what parsing a header may allocate: about 700,000 tensors
+MAX_COMMAS = 2_000_000  # bounds what parsing a header may allocate: about 350,000 tensors
 MAX_NDIM = 32  # numpy 1's limit
 DTYPES = {
     "F64": "float64",
@@ -77,12 +77,16 @@ def open_safetensors(file: SourceFile) -> FileCheckpoint:
     for begin, end, name in sorted(ranges):
         if begin != reached:
             what = "overlaps the tensor before it" if begin < reached else "comes after a hole"
-            raise InvalidCheckpoint(path, f"tensor {name!r} {what} (byte {begin}, not {reached})")
+            raise InvalidCheckpoint(
+                path, f"tensor {quoted(name)} {what} (byte {begin}, not {reached})"
+            )
         reached = end
     if buffer + reached != file.size:
         what = "it is truncated" if buffer + reached > file.size else "bytes follow the last tensor"
         reason = f"has {file.size} bytes, its header describes {buffer + reached}: {what}"
         raise InvalidCheckpoint(path, reason)
+    if not places:
+        raise UnsupportedCheckpoint(path, "holds no tensors")
     return FileCheckpoint(file, "safetensors", places, metadata=metadata)
 
 
@@ -101,7 +105,7 @@ def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, in
     """Check one tensor's description: what it is, and its range in the buffer."""
 
     def malformed(reason: str) -> InvalidCheckpoint:
-        return InvalidCheckpoint(file.path, f"tensor {name!r}: {reason}")
+        return InvalidCheckpoint(file.path, f"tensor {quoted(name)}: {reason}")
 
     fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
     if set(fields) != {"dtype", "shape", "data_offsets"}:
@@ -111,9 +115,11 @@ def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, in
     dtype = fields["dtype"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         if isinstance(dtype, str) and dtype in NOT_COMPUTED:
-            reason = f"tensor {name!r} has type {dtype}, which is not supported: convert it to F16"
+            reason = (
+                f"tensor {quoted(name)} has type {dtype}, which is not supported: convert it to F16"
+            )
             raise UnsupportedCheckpoint(file.path, reason)
-        raise malformed(f"unknown type {str(dtype)[:40]!r}")
+        raise malformed(f"unknown type {quoted(dtype)}")
     shape, offsets = _sizes(fields["shape"]), _sizes(fields["data_offsets"])
     if shape is None or len(shape) > MAX_NDIM:
         raise malformed("its shape is not a short list of non-negative integers")

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
 from maple_convert.readers.source import FileCheckpoint
 from maple_convert.tensors import Tensor, TensorInfo
 
@@ -78,10 +78,13 @@ def open_sharded(
             shard = shards[shard_name] = open_shard(path.parent / shard_name)
             if missing := sorted(names - set(shard.tensors)):
                 raise InvalidCheckpoint(
-                    path, f"says that {shard_name} holds {missing[0]!r}, which it does not"
+                    path,
+                    f"says that {quoted(shard_name)} holds {quoted(missing[0])}, which it does not",
                 )
             if extra := sorted(set(shard.tensors) - names):
-                raise InvalidCheckpoint(path, f"does not list {extra[0]!r} of {shard_name}")
+                raise InvalidCheckpoint(
+                    path, f"does not list {quoted(extra[0])} of {quoted(shard_name)}"
+                )
     except BaseException:
         for shard in shards.values():
             shard.close()
@@ -100,7 +103,9 @@ def _weight_map(path: Path, index: dict[str, Any]) -> dict[str, set[str]]:
         if not isinstance(name, str) or not isinstance(shard, str):
             raise InvalidCheckpoint(path, "maps a tensor to something that is no file name")
         if set(shard) & set("/\\:\0") or shard.startswith(".") or not shard.endswith(SUFFIXES):
-            raise InvalidCheckpoint(path, f"names a shard {shard!r}, which is no file beside it")
+            raise InvalidCheckpoint(
+                path, f"names a shard {quoted(shard)}, which is no file beside it"
+            )
         wanted.setdefault(shard, set()).add(name)
     if not 0 < len(wanted) <= MAX_SHARDS:
         raise InvalidCheckpoint(path, f"names {len(wanted)} shards; 1 to {MAX_SHARDS} are read")

@@ -3,7 +3,7 @@
 import re
 from typing import Literal
 
-from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
 from maple_convert.readers.source import SourceFile
 
 Kind = Literal["safetensors", "zip", "pickle", "json"]
@@ -88,7 +88,7 @@ def _sniff_text(file: SourceFile, text: str) -> Kind:
     if re.match(r"<(!doctype|html|head|body|\?xml|!--|\w)", stripped, re.IGNORECASE):
         reason = "is a web page, not a checkpoint: the download needed a login or another address"
         raise UnsupportedCheckpoint(file.path, reason)
-    reason = f"is a text, not a checkpoint: it begins {one_line(stripped[:60])!r}"
+    reason = f"is a text, not a checkpoint: it begins {quoted(stripped[:60])}"
     raise UnsupportedCheckpoint(file.path, reason)
 
 
@@ -119,4 +119,4 @@ def _tar_reason(file: SourceFile, head: bytes) -> str:
     name = head[:100].split(b"\0")[0]
     if name in (b"sys_info", b"pickle", b"storages", b"tensors"):
         return "is in the tar form of torch 0.1.9 and older, which is not read: load it with an old torch and save it again"  # noqa: E501
-    return f"is a tar archive (first file {one_line(name.decode('latin-1'))!r}): unpack it first"
+    return f"is a tar archive (first file {quoted(name.decode('latin-1'))}): unpack it first"

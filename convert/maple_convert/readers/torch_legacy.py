@@ -17,7 +17,7 @@ by the object; counts that differ from the object's; storages that reach beyond 
 more than ``MAX_PICKLES`` bytes together. Pickles that torch did not write are refused by name.
 """
 
-from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
 from maple_convert.readers.pickle_tree import (
     Items,
     Pickle,
@@ -49,7 +49,7 @@ def open_torch_legacy(file: SourceFile) -> FileCheckpoint:
     places: dict[str, Placement] = {}
     for name, view in tree.views.items():
         if view.storage.key not in starts:
-            raise InvalidCheckpoint(file.path, f"lacks the storage of tensor {name!r}")
+            raise InvalidCheckpoint(file.path, f"lacks the storage of tensor {quoted(name)}")
         offset = starts[view.storage.key] + view.offset * STORAGE[view.info.dtype].itemsize
         places[name] = Placement(view.info, offset, None if view.contiguous else view.strides)
     return FileCheckpoint(file, "legacy torch pickle", places, tree.objects, notes=tree.notes)
@@ -91,12 +91,14 @@ def _storage_starts(file: SourceFile, tree: TorchTree, keys: Pickle) -> dict[str
             raise InvalidCheckpoint(file.path, "lists a storage twice or one that it does not use")
         count = int.from_bytes(file.read(position, 8), "little", signed=True)
         if count != storage.size:
-            reason = f"storage {key!r} has {count} elements, its pickle says {storage.size}"
+            reason = f"storage {quoted(key)} has {count} elements, its pickle says {storage.size}"
             raise InvalidCheckpoint(file.path, reason)
         starts[storage.key] = position + 8
         position += 8 + count * STORAGE[storage.dtype].itemsize
         if position > file.size:
-            raise InvalidCheckpoint(file.path, f"ends inside storage {key!r}: it is truncated")
+            raise InvalidCheckpoint(
+                file.path, f"ends inside storage {quoted(key)}: it is truncated"
+            )
     if position != file.size:
         tree.notes.append(f"{file.size - position} bytes after the last storage were not read.")
     return starts

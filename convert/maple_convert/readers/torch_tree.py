@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeGuard
 
-from maple_convert.errors import ConvertError, InvalidCheckpoint, UnsupportedCheckpoint
+from maple_convert.errors import ConvertError, InvalidCheckpoint, UnsupportedCheckpoint, quoted
 from maple_convert.readers.pickle_tree import Call, Global, Items, PersistentId, Pickle
 from maple_convert.readers.plain import PlainValues, as_pairs, kind, label
 from maple_convert.tensors import STORAGE, TensorInfo
@@ -187,9 +187,11 @@ class _TreeReader:
     def add(self, found: "_Leaves") -> None:
         for name, view in found.views:
             if name in self.tree.views:
-                raise self.malformed(f"two tensors are named {name!r}")
+                raise self.malformed(f"two tensors are named {quoted(name)}")
+            if len(name) > MAX_NAME:
+                raise self.malformed(f"a tensor has a name of more than {MAX_NAME} characters")
             if not name.isascii() and not _encodable(name):
-                raise self.malformed(f"a tensor's name is not valid Unicode: {name!r}")
+                raise self.malformed(f"a tensor's name is not valid Unicode: {quoted(name)}")
             self.tree.views[name] = view
         for name, node in found.others:
             self.tree.objects[name] = self.plain.value(node)
@@ -310,15 +312,15 @@ class _TreeReader:
             raise self.malformed("a storage's key or size is malformed")
         storage = Storage(key, self.storage_type(kind), size)
         if self.tree.storages.setdefault(key, storage) != storage:
-            raise self.malformed(f"storage {key!r} is named with two types or sizes")
+            raise self.malformed(f"storage {quoted(key)} is named with two types or sizes")
         extent = _Extent(storage, 0, size)
         if len(record) == 6 and record[5] is not None:  # torch < 0.4: a view of the storage
             view = record[5].values if isinstance(record[5], Items) else []
             if len(view) != 3 or not _is_size(view[1]) or not _is_size(view[2]):
-                raise self.malformed(f"the view of storage {key!r} is malformed")
+                raise self.malformed(f"the view of storage {quoted(key)} is malformed")
             extent = _Extent(storage, view[1], view[2])
             if extent.offset + extent.size > size:
-                raise self.malformed(f"the view of storage {key!r} reaches beyond it")
+                raise self.malformed(f"the view of storage {quoted(key)} reaches beyond it")
         self.resolved[id(reference)] = extent
         return extent
 

@@ -28,7 +28,7 @@ name. Checksums are not compared: torch does not do so either, and may write con
 import struct
 from dataclasses import dataclass
 
-from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
+from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
 from maple_convert.readers.pickle_tree import PickleFault, parse_pickle
 from maple_convert.readers.source import FileCheckpoint, Placement, SourceFile
 from maple_convert.readers.torch_tree import TorchTree, read_tree
@@ -88,10 +88,13 @@ def _places(
         key, storage = view.storage.key, view.storage
         record = records.get(f"{root}/data/{key}")
         if record is None:
-            raise InvalidCheckpoint(file.path, f"lacks the record data/{key}, of tensor {name!r}")
+            raise InvalidCheckpoint(
+                file.path, f"lacks the record data/{key}, of tensor {quoted(name)}"
+            )
         expected = storage.size * STORAGE[storage.dtype].itemsize
         if record.size != expected:
-            reason = f"record data/{key} has {record.size} bytes, its pickle says {expected}"
+            where = quoted(f"data/{key}")
+            reason = f"record {where} has {record.size} bytes, its pickle says {expected}"
             raise InvalidCheckpoint(file.path, reason)
         itemsize = STORAGE[view.info.dtype].itemsize
         places[name] = Placement(
@@ -110,7 +113,7 @@ def _root(file: SourceFile, records: dict[str, Record]) -> str:
         raise UnsupportedCheckpoint(file.path, "is a NumPy .npz archive, not a torch checkpoint")
     if not roots:
         inner = next((n for n in records if n.endswith((".ckpt", ".safetensors", ".pt"))), None)
-        hint = f"unpack {inner!r} from it first" if inner else "it has no data.pkl"
+        hint = f"unpack {quoted(inner)} from it first" if inner else "it has no data.pkl"
         reason = f"is a zip archive that torch.save did not write: {hint}"
         raise UnsupportedCheckpoint(file.path, reason)
     if len(roots) > 1:
@@ -121,7 +124,7 @@ def _root(file: SourceFile, records: dict[str, Record]) -> str:
         raise UnsupportedCheckpoint(file.path, reason)
     if packed := [record.name for record in records.values() if record.method != 0]:
         reason = (
-            f"its record {packed[0]!r} is compressed, which torch never does:"
+            f"its record {quoted(packed[0])} is compressed, which torch never does:"
             " unpack it and zip it again without compression (zip -0)"
         )
         raise UnsupportedCheckpoint(file.path, reason)
@@ -150,14 +153,14 @@ def read_directory(file: SourceFile) -> dict[str, Record]:
         name = _name(file, raw)
         length, packed, header = _wide(file, name, extra, length, packed, header)
         if flags & ENCRYPTED:
-            raise UnsupportedCheckpoint(file.path, f"its record {name!r} is encrypted")
+            raise UnsupportedCheckpoint(file.path, f"its record {quoted(name)} is encrypted")
         if (packed != length and method == 0) or disk != 0:
-            raise _damaged(file, f"the sizes of record {name!r} disagree")
+            raise _damaged(file, f"the sizes of record {quoted(name)} disagree")
         if name in records:
-            raise _damaged(file, f"it has two records named {name!r}")
+            raise _damaged(file, f"it has two records named {quoted(name)}")
         data = _data_start(file, name, raw, method, header, start)
         if data + packed > start:
-            raise _damaged(file, f"its record {name!r} reaches beyond the data")
+            raise _damaged(file, f"its record {quoted(name)} reaches beyond the data")
         spans.append((header, data + packed))
         records[name] = Record(name, data, length, method)
     if position != size:
@@ -225,7 +228,9 @@ def _name(file: SourceFile, raw: bytes) -> str:
         name = raw.decode("latin-1")
     parts = name.removesuffix("/").split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise _damaged(file, f"it has a record with the name {name!r}, which is no plain path")
+        raise _damaged(
+            file, f"it has a record with the name {quoted(name)}, which is no plain path"
+        )
     return name
 
 
@@ -245,7 +250,7 @@ def _wide(
     for value in (length, packed, header):
         if value == ALL_ONES_32:
             if not values:
-                raise _damaged(file, f"its record {name!r} lacks the zip64 field")
+                raise _damaged(file, f"its record {quoted(name)} lacks the zip64 field")
             value = values.pop(0)
         result.append(value)
     return result[0], result[1], result[2]
@@ -256,16 +261,20 @@ def _data_start(
 ) -> int:
     """Where a record's data begin, behind its local header."""
     if header + LOCAL.size + len(raw) > limit:
-        raise _damaged(file, f"its record {name!r} begins beyond the data")
+        raise _damaged(file, f"its record {quoted(name)} begins beyond the data")
     local = file.read(header, LOCAL.size + len(raw))
     fields = LOCAL.unpack_from(local)
     signature, flags, local_method, name_length, extra_length = (
         fields[i] for i in (0, 2, 3, 9, 10)
     )
     if signature != b"PK\3\4" or name_length != len(raw) or local[LOCAL.size :] != raw:
-        raise _damaged(file, f"the local header of record {name!r} does not match the directory")
+        raise _damaged(
+            file, f"the local header of record {quoted(name)} does not match the directory"
+        )
     if flags & ENCRYPTED or local_method != method:
-        raise _damaged(file, f"the local header of record {name!r} disagrees about compression")
+        raise _damaged(
+            file, f"the local header of record {quoted(name)} disagrees about compression"
+        )
     return header + LOCAL.size + name_length + extra_length
 
 
