@@ -42,9 +42,9 @@ class NoiseSchedule:
             raise ValueError(
                 f"[NoiseSchedule] alphas_cumprod must be a list of two or more, got {alphas.shape}."
             )
-        if alphas[-1] < SMALLEST_ALPHA:
+        if alphas[-1] == 0:
             alphas[-1] = SMALLEST_ALPHA
-        if not (np.all(np.diff(alphas) < 0) and alphas[0] < 1):  # NaN fails both
+        if not (np.all(np.diff(alphas) < 0) and alphas[0] < 1 and alphas[-1] > 0):  # nor NaN
             raise ValueError(
                 "[NoiseSchedule] alphas_cumprod must fall strictly, from below 1 to 0."
             )
@@ -239,11 +239,12 @@ def spaced(word: str, train_steps: int, n: int, *, drop_last: bool = False) -> n
     count = n + 1 if drop_last else n
     if word == "leading":
         timesteps = np.arange(count)[::-1] * (train_steps // count) + float(STEPS_OFFSET)
+        timesteps -= max(0, timesteps[0] - (train_steps - 1))  # T steps: no room for the offset
     elif word == "linspace":
         timesteps = np.linspace(0, train_steps - 1, count)[::-1]
     else:  # trailing starts at the top whatever is dropped
         timesteps = np.round(np.arange(train_steps, 0, -train_steps / n)) - 1
-    return np.minimum(timesteps[:n], train_steps - 1)
+    return timesteps[:n]  # float rounding gives some trailing counts one too many
 
 
 # --- grids: the levels of one run, and the coordinates of the latents that walk them -------------
@@ -376,9 +377,17 @@ def multistep_grid(schedule: NoiseSchedule, word: str, n: int) -> SigmaGrid:
 
 
 def unipc_grid(schedule: NoiseSchedule, word: str, n: int) -> SigmaGrid:
-    """The levels of diffusers' UniPCMultistep: it rounds karras' timesteps, and starts at unit."""
+    """The levels of diffusers' UniPCMultistep, which starts at unit noise whatever the schedule.
+
+    It rounds karras' timesteps and truncates exponential's, where float32 has left the first one
+    just below T - 1. Other lists are not diffusers', and keep their fractions.
+    """
     grid = multistep_grid(schedule, word, n)
-    timesteps = np.rint(grid.timesteps) if word == "karras" else np.array(grid.timesteps)
+    timesteps = np.array(grid.timesteps)
+    if word == "karras":
+        timesteps = np.rint(timesteps)
+    elif word == "exponential":
+        timesteps = np.maximum(np.floor(timesteps - 1e-4), 0)
     return _grid(schedule, timesteps, np.array(grid.sigmas[:-1]), unit_start=True)
 
 
