@@ -663,26 +663,15 @@ def fit_latent_rgb_factors(
 
     Args:
         vae: its decoder is run once.
-        latents: (B, h, w, C) scaled latents, of pictures where there are any. Without them, smooth
-            noise of unit variance stands in for pictures: the same factors every time.
+        latents: (B, h, w, C) scaled latents, of pictures where there are any. Without them patches
+            of noise stand in for pictures, the same ones every time; with pictures' own latents
+            the colours come out stronger.
     """
     if latents is None:
-        latents = _smooth_noise(vae.config.latent_channels)
+        noise = np.random.RandomState(0).standard_normal((4, 4, 4, vae.config.latent_channels))
+        latents = noise.astype(np.float32).repeat(4, axis=1).repeat(4, axis=2)
     pixels = np.array(vae.decode(mx.array(latents)).astype(mx.float32))
     return images.solve_rgb_factors(latents, np.nan_to_num(pixels))
-
-
-def _smooth_noise(channels: int, size: int = 16, count: int = 4) -> FloatArray:
-    """Fields (count, size, size, channels) that vary slowly, with mean 0 and variance 1."""
-    coarse = np.random.RandomState(0).standard_normal(
-        (count, size // 4 + 1, size // 4 + 1, channels)
-    )
-    place = np.arange(size) / 4
-    low, share = place.astype(int), (place % 1)
-    rows = coarse[:, low] * (1 - share)[:, None, None] + coarse[:, low + 1] * share[:, None, None]
-    fields = rows[:, :, low] * (1 - share)[:, None] + rows[:, :, low + 1] * share[:, None]
-    fields -= fields.mean((0, 1, 2))
-    return (fields / fields.std((0, 1, 2))).astype(np.float32)
 
 
 # Steps -------------------------------------------------------------------------------------------
@@ -863,6 +852,8 @@ def _step_noise(step_noise: Any, plan: Plan, shape: tuple[int, ...]) -> StepNois
 
 def _array(name: str, values: Any, shape: tuple[int, ...]) -> FloatArray:
     """A caller's array as float32 of ``shape``; numpy's, MLX's or nested lists."""
+    if isinstance(values, mx.array):
+        values = np.array(values.astype(mx.float32))
     try:
         array = np.asarray(values, np.float32)
     except (TypeError, ValueError):
