@@ -1641,19 +1641,21 @@ def another_magic_number(folder):
     return write(folder / "model.pkl", pickle.dumps(12345, 2) + pickle.dumps({}, 2))
 
 
+# An old file of one tensor of 4 float32, part by part.
+LEGACY_PARTS = {
+    "magic": pickle.dumps(tf.LEGACY_MAGIC, 2),
+    "protocol": pickle.dumps(1001, 2),
+    "system": pickle.dumps({"little_endian": True}, 2),
+    "body": raw_state(raw_tensor(storage=b"(" + STORAGE + b"NtQ")),
+    "keys": pickle.dumps(["0"], 2),
+    "count": struct.pack("<q", 4),
+    "data": bytes(16),
+}
+
+
 def legacy_parts(**changes: bytes) -> bytes:
-    """An old file of one tensor of 4 float32, part by part."""
-    storage = b"(" + STORAGE + b"NtQ"
-    parts = {
-        "magic": pickle.dumps(tf.LEGACY_MAGIC, 2),
-        "protocol": pickle.dumps(1001, 2),
-        "system": pickle.dumps({"little_endian": True}, 2),
-        "body": raw_state(raw_tensor(storage=storage)),
-        "keys": pickle.dumps(["0"], 2),
-        "count": struct.pack("<q", 4),
-        "data": bytes(16),
-    }
-    return b"".join({**parts, **changes}.values())
+    """An old file with some of its parts replaced."""
+    return b"".join({**LEGACY_PARTS, **changes}.values())
 
 
 @hostile("protocol 1001")
