@@ -1,8 +1,42 @@
 """Stable Diffusion on Apple's MLX: any checkpoint file in, pictures out."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from mlx_maple import _openblas
 
 # Before anything imports mlx.core, or MLX on Linux CPU stays with its slow BLAS.
 _OPENBLAS = _openblas.preload()
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mlx_maple.hub import HubError as HubError
+    from mlx_maple.loading import load as load
+    from mlx_maple.pipeline import Info as Info
+    from mlx_maple.pipeline import Progress as Progress
+    from mlx_maple.pipeline import Result as Result
+    from mlx_maple.pipeline import StableDiffusion as StableDiffusion
+
+# Each public name and the module that holds it, imported when it is first asked for: `maple --help`
+# and the converter's verbs need no MLX.
+_PUBLIC = {
+    "load": "loading",
+    "HubError": "hub",
+    "Info": "pipeline",
+    "Progress": "pipeline",
+    "Result": "pipeline",
+    "StableDiffusion": "pipeline",
+}
+
+__all__ = ["HubError", "Info", "Progress", "Result", "StableDiffusion", "load"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})

@@ -1,13 +1,14 @@
 """What the tests of the command share."""
 
-import sys
-from pathlib import Path
-
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "convert"))  # the torch file writer
-
 from fake_hub import FakeHub
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test touches the user's cache or model."""
+    monkeypatch.setenv("MAPLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MAPLE_MODEL", raising=False)
 
 
 @pytest.fixture

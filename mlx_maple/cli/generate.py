@@ -1,0 +1,628 @@
+"""`maple generate`: from a prompt, or many, to pictures."""
+
+import argparse
+import io
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_maple.cli import (
+    CANCELLED,
+    DONE,
+    NO_MEMORY,
+    UNUSABLE,
+    USAGE,
+    Failure,
+    _memory,
+    _outputs,
+    _terminal,
+    is_out_of_memory,
+)
+from mlx_maple.cli._outputs import Outputs
+from mlx_maple.cli._terminal import Screen
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
+
+    from mlx_maple.metadata import Settings
+    from mlx_maple.pipeline import Progress, Result, StableDiffusion
+
+# Options whose names differ from the settings that they set; the others are called the same.
+SETTING_OF = {"negative": "negative_prompt", "guidance": "guidance_scale"}
+OPTIONS = (
+    *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
+    *("eta", "noise", "clip_skip", "variation_seed", "variation_strength"),
+    *("image", "strength", "fit", "mask", "mask_blur"),
+)
+PREVIEW_SECONDS = 0.25  # between two previews
+MOST_LATENTS = 1 << 30  # bytes of a file of starting noise
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; what is left out comes from the model."""
+    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
+
+    add = parser.add_argument_group("the model").add_argument
+    where = "a checkpoint file, a diffusers or maple folder, or a hub name (owner/name)"
+    add("-m", "--model", metavar="MODEL", help=f"{where}; without it $MAPLE_MODEL")
+    add("--vae", metavar="MODEL", help="take the autoencoder from here instead")
+    add("--taesd", metavar="MODEL", help="a small autoencoder, for --preview taesd")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
+    add("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
+    add("--ema", action="store_true", help="use the EMA copy of the UNet's weights")
+    add("--no-cache", action="store_true", help="keep no converted twin of a raw checkpoint")
+
+    add = parser.add_argument_group("the picture").add_argument
+    add("-n", "--negative", metavar="TEXT", help="what not to draw")
+    add("-W", "--width", type=int, metavar="PIXELS", help="a multiple of 8")
+    add("-H", "--height", type=int, metavar="PIXELS", help="a multiple of 8")
+    add("-s", "--steps", type=int, metavar="N", help="number of steps")
+    add("-g", "--guidance", type=float, metavar="SCALE", help="how far to follow the prompt")
+    add("--seed", type=int, metavar="N", help="of the first picture; without it a random one")
+    add("--count", type=int, metavar="N", help="how many pictures, seeded seed, seed+1, …")
+    add("--sampler", metavar="SAMPLER", help="the algorithm, such as dpmpp_2m, euler_a or ddim")
+    add("--schedule", metavar="SCHEDULE", help="the choice of times, such as karras or trailing")
+    add("--eta", type=float, metavar="F", help="share of fresh noise in each step, 0 to 1")
+    add("--noise", metavar="NOISE", help="whose random numbers: torch, nvidia, numpy or mlx")
+    add("--clip-skip", type=int, metavar="N", help="text layer from the end; 1 is the last")
+    add("--variation-seed", type=int, metavar="N", help="mix in the noise of this seed")
+    add("--variation-strength", type=float, metavar="F", help="how much of it, 0 to 1")
+
+    add = parser.add_argument_group("from a picture").add_argument
+    add("--image", metavar="IMAGE", help="start from this picture")
+    add("--strength", type=float, metavar="F", help="how far to leave it, 0 to 1")
+    add("--fit", choices=("stretch", "crop"), help="how it comes to the size that is drawn")
+    add("--mask", metavar="IMAGE", help="redraw only where this is white")
+    add("--mask-blur", type=float, metavar="PIXELS", help="soften the mask's edge")
+    add("--from-image", metavar="IMAGE", help="draw again what is written in this picture")
+    add("--latents", metavar="FILE", help="starting noise, .npy of (count, height/8, width/8, 4)")
+
+    add = parser.add_argument_group("output").add_argument
+    fields = ", ".join(f"{{{name}}}" for name in _outputs.FIELDS)
+    add(
+        *("-o", "--output"),
+        metavar="OUT",
+        help="a .png, .jpg or .webp file, a folder, or a pattern with "
+        f"{fields}; default {_outputs.PATTERN}",
+    )
+    add("--overwrite", action="store_true", help="replace files, instead of numbering new ones")
+    add("--save-latents", metavar="FILE", help="write the final latents, as .npy")
+    add("--prompts", metavar="FILE", help="draw each line: a prompt or a JSON object; - is stdin")
+    add(
+        "--preview",
+        choices=("none", "linear", "taesd"),
+        default="none",
+        help="show the picture while it is drawn: in NAME.preview.png beside it, and in terminals "
+        "that can show pictures",
+    )
+    add("--json", action="store_true", help="print one JSON object instead of file names")
+    add("--progress", action="store_true", help="show progress where stderr is no terminal")
+    add("--quiet", action="store_true", help="print nothing but results and errors")
+
+
+@dataclass
+class _Request:
+    """One call of the pipeline.
+
+    Attributes:
+        prompt: what to draw.
+        arguments: of ``StableDiffusion.generate``; pictures are still names of files.
+        origin: the file that the arguments come from, for errors; "" for the command line.
+    """
+
+    prompt: str
+    arguments: dict[str, Any]
+    origin: str = ""
+
+
+@dataclass
+class _Session:
+    """What a run has done so far.
+
+    Attributes:
+        files: the pictures that are written.
+        settings: of each.
+        timings: seconds: load, and the sums over all requests of what the pipeline times.
+        steps: seconds per step of each request.
+        notes: what a person should know.
+    """
+
+    files: list[str] = field(default_factory=list)
+    settings: list[dict[str, Any]] = field(default_factory=list)
+    timings: dict[str, float] = field(default_factory=dict)
+    steps: list[float] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    model: dict[str, Any] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    def add(self, result: "Result") -> None:
+        """Count one result's time."""
+        for part, seconds in result.timings.items():
+            if part not in ("step", "total"):
+                self.timings[part] = self.timings.get(part, 0.0) + seconds
+        self.steps.append(result.timings["step"])
+
+    def report(self) -> dict[str, object]:
+        """The object that ``--json`` prints."""
+        import mlx.core as mx
+
+        mean = sum(self.steps) / len(self.steps) if self.steps else 0.0
+        total = time.perf_counter() - self.started
+        timings = {**self.timings, "seconds_per_step": mean, "total": total}
+        return {
+            "files": self.files,
+            "settings": self.settings,
+            "model": self.model,
+            "timings": {name: round(value, 4) for name, value in timings.items()},
+            "peak_memory": {"mlx": mx.get_peak_memory(), "resident": _resident()},
+            "notes": self.notes,
+        }
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw."""
+    from mlx_maple import images
+
+    screen = Screen(quiet=args.quiet, forced=args.progress)
+    session = _Session()
+    outputs = _outputs.parse_output(args.output, args.overwrite)
+    written = None
+    if args.from_image is not None:
+        recipe = images.read_settings(args.from_image)
+        written = recipe.settings
+        for note in recipe.notes:
+            _note(note, session, screen)
+    requests = _requests(args, written)
+    if args.save_latents is not None:
+        if len(requests) > 1:
+            raise Failure(USAGE, "--save-latents: there are several prompts; draw one at a time")
+        if not args.save_latents.endswith(".npy"):
+            raise Failure(USAGE, f"--save-latents {args.save_latents}: name it .npy")
+        _outputs.check_writable(Path(args.save_latents).parent)
+    for request in requests:
+        _check(request)
+        _open_pictures(request)
+    try:
+        sd = _load(args, written, session, screen)
+        for number, request in enumerate(requests, 1):
+            label = "drawing" if len(requests) == 1 else f"drawing {number}/{len(requests)}"
+            result = _draw(sd, request, outputs, args, session, screen, label)
+            if args.save_latents is not None:
+                _save_latents(Path(args.save_latents), result.latents)
+    except KeyboardInterrupt:
+        finished = f"; {len(session.files)} finished before" if session.files else ""
+        raise Failure(CANCELLED, f"cancelled{finished}", session.report()) from None
+    except Exception as error:
+        raise _with_report(error, session) from error
+    finally:
+        screen.clear()
+    report = session.report()
+    if args.json:
+        print(json.dumps(report))
+    else:
+        screen.say(_summary(report))
+    return DONE
+
+
+# What to draw -----------------------------------------------------------------------------------
+
+
+def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Request]:
+    """The picture's own settings, then the flags, then each line of the file of prompts."""
+    given = {
+        SETTING_OF.get(name, name): value
+        for name in OPTIONS
+        if (value := getattr(args, name)) is not None
+    }
+    _check(_Request("", given))
+    if args.latents is not None:
+        given = {**_latents(Path(args.latents), given), **given}
+    if args.prompts is not None:
+        if args.prompt is not None or written is not None:
+            raise Failure(USAGE, "--prompts does not go with a PROMPT or --from-image")
+        return _lines(args.prompts, given)
+    if written is not None:
+        prompt = written.prompt if args.prompt is None else args.prompt
+        own = written.arguments()
+        del own["prompt"]
+        return [_Request(prompt, {**own, **given}, args.from_image)]
+    if args.prompt is None:
+        raise Failure(USAGE, "give a PROMPT, --prompts FILE or --from-image IMAGE")
+    return [_Request(args.prompt, given)]
+
+
+def _lines(path: str, given: Mapping[str, Any]) -> list[_Request]:
+    """One request a line: a prompt, or a JSON object of settings that go over the flags."""
+    if path == "-":
+        text, name = sys.stdin.read(), "stdin"
+    else:
+        try:
+            text, name = Path(path).read_text(encoding="utf-8-sig"), path
+        except UnicodeDecodeError:
+            raise Failure(UNUSABLE, f"{path}: not a UTF-8 text of prompts") from None
+    known = {"prompt", *(SETTING_OF.get(option, option) for option in OPTIONS)}
+    found = []
+    for number, line in enumerate(text.splitlines(), 1):
+        line, origin = line.strip(), f"{name}, line {number}"
+        if not line:
+            continue
+        if not line.startswith("{"):
+            found.append(_Request(line, dict(given), origin))
+            continue
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):
+            raise Failure(UNUSABLE, f"{origin}: not a JSON object") from None
+        if unknown := [key for key in values if key not in known]:
+            listed = ", ".join(sorted(known))
+            raise Failure(UNUSABLE, f"{origin}: no setting {unknown[0]!r}; there are {listed}")
+        if not isinstance(values.get("prompt"), str):
+            raise Failure(UNUSABLE, f"{origin}: no prompt")
+        found.append(_Request(values.pop("prompt"), {**given, **values}, origin))
+    if not found:
+        raise Failure(UNUSABLE, f"{name}: no prompt in it")
+    return found
+
+
+def _check(request: _Request) -> None:
+    """Refuse what no model could draw, before one is loaded."""
+    from mlx_maple import metadata
+    from mlx_maple.sampling import SAMPLERS, SCHEDULES, NoiseSchedule, make_plan
+    from mlx_maple.sampling.noise import NOISE_SOURCES
+
+    arguments = request.arguments
+    try:
+        for name in metadata.LIMITS:
+            if arguments.get(name) is not None:
+                metadata.check_number(name, arguments[name])
+        words = (("sampler", SAMPLERS), ("schedule", SCHEDULES), ("noise", NOISE_SOURCES))
+        for name, known in words:
+            if (word := arguments.get(name)) is not None and word not in known:
+                raise ValueError(f"unknown {name} {word!r}: choose from {', '.join(known)}")
+        if (sampler := arguments.get("sampler")) is not None:
+            usual = NoiseSchedule.from_betas()
+            make_plan(usual, sampler, arguments.get("schedule"), eta=arguments.get("eta"))
+        if arguments.get("mask") is not None and arguments.get("image") is None:
+            raise ValueError("--mask needs --image, the picture to redraw a part of.")
+    except (TypeError, ValueError) as error:
+        raise _refused(error, request) from None
+
+
+def _refused(error: Exception, request: _Request) -> Failure:
+    """A setting that cannot be drawn: the file's fault where a file said it."""
+    line = str(error).rstrip(".")
+    return (
+        Failure(UNUSABLE, f"{request.origin}: {line}") if request.origin else Failure(USAGE, line)
+    )
+
+
+def _open_pictures(request: _Request) -> None:
+    from mlx_maple import images
+
+    for name in ("image", "mask"):
+        path = request.arguments.get(name)
+        if path is not None:
+            if not isinstance(path, str):
+                raise _refused(ValueError(f"{name} must be a file's name"), request)
+            request.arguments[name] = images.open_image(path)
+
+
+def _latents(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Starting noise from a .npy file, and the count and size that go with it."""
+    import numpy as np
+
+    try:
+        if path.stat().st_size > MOST_LATENTS:
+            raise ValueError("is too large")
+        array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 4:
+            raise ValueError("is not one array of (count, height/8, width/8, 4) floats")
+    except (ValueError, EOFError) as error:
+        text = " ".join(str(error).split())
+        raise Failure(UNUSABLE, f"{path}: not a .npy file of starting noise ({text})") from None
+    found: dict[str, Any] = {"latents": array, "count": len(array)}
+    if "image" not in given:
+        found |= {"height": 8 * array.shape[1], "width": 8 * array.shape[2]}
+    return found
+
+
+# Drawing ----------------------------------------------------------------------------------------
+
+
+def _load(
+    args: argparse.Namespace, written: "Settings | None", session: _Session, screen: Screen
+) -> "StableDiffusion":
+    from mlx_maple import loading
+
+    dtype = args.dtype
+    if dtype is None and written is not None and loading.default_dtype() == "float16":
+        dtype = written.dtype if written.dtype in loading.DTYPES else None
+
+    def progress(done: int, total: int, label: str) -> None:
+        screen.progress(label, done, total, f"{_terminal.size(done)} of {_terminal.size(total)}")
+
+    started = time.perf_counter()
+    screen.progress("loading", 0, 1)
+    sd = loading.load(
+        args.model or os.environ.get("MAPLE_MODEL") or None,
+        dtype=dtype,
+        vae=args.vae,
+        taesd=args.taesd,
+        variant=args.variant,
+        ema=args.ema,
+        cache=not args.no_cache,
+        progress=progress,
+    )
+    session.timings["load"] = time.perf_counter() - started
+    screen.clear()
+    info = sd.info
+    session.model = {
+        "name": info.name,
+        "sha256": info.sha256,
+        "family": info.family,
+        "prediction": info.prediction,
+        "parameters": info.parameters,
+        "bytes": info.bytes,
+        "dtype": info.components["unet"].dtype,
+        "notes": list(info.notes),
+    }
+    for note in info.notes:
+        _note(note, session, screen)
+    if written is not None:
+        for note in _differences(written, sd, args):
+            _note(note, session, screen)
+    return sd
+
+
+def _differences(written: "Settings", sd: "StableDiffusion", args: argparse.Namespace) -> list[str]:
+    """Why a picture that is drawn again will not be the same."""
+    notes = []
+    own = sd.info.sha256[:10]
+    if written.model_hash and own:
+        is_other = not own.startswith(written.model_hash[:10])
+    else:
+        is_other = bool(written.model) and written.model != sd.info.name
+    if is_other:
+        theirs = f"{written.model} {written.model_hash}".strip()
+        notes.append(
+            f"was drawn with the model {theirs}, and this is {sd.info.name} {own}".rstrip()
+        )
+    if written.vae and args.vae is None:
+        notes.append(f"was drawn with the autoencoder {written.vae}: name it with --vae")
+    dtype = sd.info.components["unet"].dtype
+    if written.dtype and written.dtype != dtype:
+        notes.append(f"was drawn in {written.dtype}, and this is {dtype}: small differences")
+    return notes
+
+
+def _draw(
+    sd: "StableDiffusion",
+    request: _Request,
+    outputs: Outputs,
+    args: argparse.Namespace,
+    session: _Session,
+    screen: Screen,
+    label: str,
+) -> "Result":
+    """Draw one request and write its pictures."""
+    preview = None if args.preview == "none" else args.preview
+    try:
+        drawing = sd.generate(request.prompt, **request.arguments, preview=preview)
+    except (TypeError, ValueError) as error:
+        if hasattr(error, "exit_code"):
+            raise
+        raise _refused(error, request) from None
+    _check_memory(sd, request.arguments)
+    previews = _Previews(outputs, sd, request, screen) if preview else None
+    result = None
+    try:
+        for progress in drawing:
+            _show(progress, label, screen)
+            if previews is not None and progress.stage == "sample":
+                previews.show(progress)
+            result = progress.result
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise _no_memory(sd, request.arguments, error) from error
+        raise
+    finally:
+        drawing.close()
+        if previews is not None:
+            previews.remove()
+    assert result is not None
+    screen.clear()
+    for note in result.notes:
+        _note(note, session, screen)
+    session.add(result)
+    for image, settings in zip(result.images, result.settings, strict=True):
+        path = _write(image, settings, outputs, len(session.files) + 1)
+        session.files.append(str(path))
+        session.settings.append(_said(settings))
+        if not args.json:
+            print(path, flush=True)
+    return result
+
+
+def _show(progress: "Progress", label: str, screen: Screen) -> None:
+    done, total, pace = progress.index, progress.total, progress.seconds_per_step
+    if progress.stage == "sample":
+        left = _terminal.seconds((total - done) * pace)
+        detail = f"{done}/{total}  {_terminal.seconds(pace)}/step  {left} left"
+        screen.progress(label, done, total, detail)
+    elif progress.stage in ("text", "encode"):
+        screen.progress(label, 0, total, "reading the prompt" if done == 0 else "")
+    elif progress.stage == "decode":
+        screen.progress(f"{label}, decoding", total, total, f"{_terminal.seconds(pace)}/step")
+
+
+class _Previews:
+    """The picture as far as it is drawn, beside the place where it will be, and in the terminal."""
+
+    def __init__(
+        self, outputs: Outputs, sd: "StableDiffusion", request: _Request, screen: Screen
+    ) -> None:
+        fields = {**dict.fromkeys(_outputs.FIELDS, "preview"), "prompt": request.prompt}
+        fields |= {name: value for name, value in request.arguments.items() if name in fields}
+        wanted = outputs.path({**fields, "model": sd.info.name, **_moment()})
+        self.path = wanted.with_name(f"{wanted.stem}.preview.png")
+        self.screen = screen
+        self._next = 0.0
+
+    def show(self, progress: "Progress") -> None:
+        """Write and show one preview, unless the last one is quite new."""
+        from mlx_maple import images
+
+        now = time.monotonic()
+        if now < self._next or (image := progress.preview()) is None:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        images.save_image(image, self.path)
+        self.screen.picture(_png(image))
+        self._next = time.monotonic() + PREVIEW_SECONDS
+
+    def remove(self) -> None:
+        """Take the file away: the picture is there, or will never be."""
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
+
+
+def _png(image: "Image.Image") -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+# Writing ----------------------------------------------------------------------------------------
+
+
+def _write(image: "Image.Image", settings: "Settings", outputs: Outputs, index: int) -> Path:
+    from mlx_maple import images
+
+    fields = {
+        "prompt": settings.prompt,
+        "seed": settings.seed,
+        "index": index,
+        "model": settings.model,
+        "sampler": settings.sampler,
+        "schedule": settings.schedule,
+        "steps": settings.steps,
+        "guidance": settings.guidance_scale,
+        "width": settings.width,
+        "height": settings.height,
+        **_moment(),
+    }
+    return outputs.write(fields, lambda path: images.save_image(image, path, settings))
+
+
+def _moment() -> dict[str, str]:
+    return {"date": time.strftime("%Y-%m-%d"), "time": time.strftime("%H%M%S")}
+
+
+def _save_latents(path: Path, latents: "np.ndarray") -> None:
+    import numpy as np
+
+    with _outputs.whole_file(path) as hidden:
+        np.save(hidden, latents)
+
+
+def _said(settings: "Settings") -> dict[str, Any]:
+    """Settings as JSON, less what was not said."""
+    return {name: value for name, value in asdict(settings).items() if value not in (None, "")}
+
+
+def _note(text: str, session: _Session, screen: Screen) -> None:
+    session.notes.append(text)
+    screen.say(f"note: {text}")
+
+
+def _summary(report: Mapping[str, Any]) -> str:
+    timings, count = report["timings"], len(report["files"])
+    what = "1 picture" if count == 1 else f"{count} pictures"
+    memory = _terminal.size(report["peak_memory"]["resident"])
+    return (
+        f"{what} in {_terminal.seconds(timings['total'])}: load "
+        f"{_terminal.seconds(timings['load'])}, "
+        f"{_terminal.seconds(timings['seconds_per_step'])}/step, decode "
+        f"{_terminal.seconds(timings['decode'])}; {memory} of memory"
+    )
+
+
+def _with_report(error: Exception, session: _Session) -> Exception:
+    """The same end, carrying what was finished before it."""
+    from mlx_maple.cli import describe
+
+    code, line = describe(error)
+    return Failure(code, line, session.report())
+
+
+# Memory -----------------------------------------------------------------------------------------
+
+
+def _resident() -> int:
+    """Peak resident memory in bytes: Linux counts it in kB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _check_memory(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> None:
+    """End before MLX does, on the CPU, when a picture is certain not to fit."""
+    import mlx.core as mx
+
+    free = _memory.free_memory()
+    if free is None or mx.default_device() != mx.Device(mx.DeviceType.cpu):
+        return
+    width, height = _size(sd, arguments)
+    demand = _demand(sd, arguments)
+    needed = demand.bytes(width, height)
+    if needed <= free:
+        return
+    fits = demand.largest(width, height, free)
+    advice = f"-W {fits[0]} -H {fits[1]} would fit" if fits else "close other programs"
+    raise Failure(
+        NO_MEMORY,
+        f"{width}x{height} needs about {_terminal.size(needed)} of memory beside the model's and "
+        f"{_terminal.size(free)} are free: {advice}",
+    )
+
+
+def _demand(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> _memory.Demand:
+    unet, vae = sd.unet.config, sd.vae.config
+    guidance = arguments.get("guidance_scale")
+    guidance = sd.defaults["guidance_scale"] if guidance is None else guidance
+    return _memory.Demand(
+        heads=unet.num_attention_heads[0] if unet.transformer_layers[0] else 0,
+        channels=vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)],
+        itemsize=4 if sd.info.components["unet"].dtype == "float32" else 2,
+        batch=1 if guidance == 1 else 2,
+    )
+
+
+def _size(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """The size to draw at, as far as the command says it; else the model's own."""
+    width, height = arguments.get("width"), arguments.get("height")
+    own = sd.defaults["width"], sd.defaults["height"]
+    return own[0] if width is None else width, own[1] if height is None else height
+
+
+def _no_memory(sd: "StableDiffusion", arguments: Mapping[str, Any], error: RuntimeError) -> Failure:
+    """What would fit, in words."""
+    width, height = _size(sd, arguments)
+    advice = []
+    if (count := arguments.get("count") or 1) > 1:
+        advice.append("--count 1")
+    if width * height > sd.defaults["width"] * sd.defaults["height"]:
+        advice.append(f"-W {sd.defaults['width']} -H {sd.defaults['height']}")
+    if sd.info.components["unet"].dtype == "float32":
+        advice.append("--dtype float16")
+    if not advice:
+        advice.append("a smaller size, or closing other programs")
+    what = f"{width}x{height}" + (f", {count} at once" if count > 1 else "")
+    return Failure(NO_MEMORY, f"out of memory drawing {what}: try {' or '.join(advice)} ({error})")

@@ -1,0 +1,506 @@
+"""From a path or a hub name to modules: the only file that imports maple_convert.
+
+Two roads, one end. A maple folder is read lazily with ``mx.load``. Anything else is a raw
+checkpoint: on the first start it becomes a maple folder in the cache, its twin, which takes the
+first road from then on; without a cache that can be written it is read through maple_convert, one
+tensor at a time. The end is strict: names, shapes and types of the weights must be the modules'
+own, both ways. Layout is what the plan or the folder's format declares, never a guess.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from maple_convert import Component, SourceModel, convert, open_model
+from maple_convert.errors import (
+    InvalidCheckpoint,
+    LayoutMismatch,
+    UnreadableFile,
+    UnsupportedCheckpoint,
+)
+from maple_convert.tensors import Tensor
+from mlx_maple import hub, twins
+from mlx_maple.hub import Progress
+from mlx_maple.models import (
+    TAESD,
+    AutoencoderKL,
+    CLIPTextConfig,
+    CLIPTextEncoder,
+    TAESDConfig,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
+from mlx_maple.pipeline import StableDiffusion
+from mlx_maple.sampling import SAMPLERS, SCHEDULES, NoiseSchedule
+from mlx_maple.text.tokenizer import Tokenizer, VocabularyError
+from mlx_maple.twins import Twin, twins_folder
+
+DEMO = Path(__file__).resolve().parent / "demo"  # the embedded model, where the package has one
+DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+REQUIRED = ("text_encoder", "unet", "vae")
+
+_MODULES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
+    "text_encoder": (CLIPTextConfig, CLIPTextEncoder),
+    "unet": (UNetConfig, UNet),
+    "vae": (VAEConfig, AutoencoderKL),
+    "taesd": (TAESDConfig, TAESD),
+}
+
+
+class NoModel(Exception):
+    """No model was named, or none is where the name says; one line with what to do."""
+
+    def __init__(self, message: str, exit_code: Literal[1, 2]) -> None:
+        self.exit_code = exit_code
+        super().__init__(message)
+
+
+@dataclass
+class _Found:
+    """A source made out: what to open and what to say of it.
+
+    Attributes:
+        path: a file or folder that is there.
+        name: what pictures will call the model.
+        variant: which files of a folder.
+        notes: what happened on the way.
+        is_finite: whether a conversion has already looked at every value in the run's dtype.
+    """
+
+    path: Path
+    name: str
+    variant: str | None = None
+    notes: list[str] = field(default_factory=list)
+    is_finite: bool = True
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    dtype: str | mx.Dtype | None = None,
+    vae: str | Path | None = None,
+    taesd: str | Path | None = None,
+    variant: str | None = None,
+    ema: bool = False,
+    cache: bool = True,
+    local_files_only: bool = False,
+    progress: Progress | None = None,
+) -> StableDiffusion:
+    """Load a model to draw with.
+
+    Args:
+        source: a checkpoint file, a diffusers folder, a maple folder, or a hub name: "owner/name",
+            "owner/name@revision", "owner/name:file.safetensors". None is the embedded model.
+        dtype: of weights and activations; None is float16 on a GPU and float32 on the CPU, where
+            16-bit matrix products are slow.
+        vae: take the autoencoder from here instead, named as ``source`` is.
+        taesd: take a small autoencoder for previews from here.
+        variant: of a diffusers folder's weights, such as "fp16"; None takes what suits ``dtype``.
+        ema: use the EMA copy of the UNet's weights; the file must hold one.
+        cache: keep the converted twin of a raw checkpoint, and use it.
+        local_files_only: use the hub's cache and no network.
+        progress: called with bytes done, bytes in all and a label, at downloads and conversions.
+
+    Raises:
+        ConvertError: the file cannot be used, or not be read; see maple_convert.errors.
+        HubError: the hub could not be reached, or refuses.
+        NoModel: nothing is there by that name.
+        ValueError: an unknown ``dtype``.
+    """
+    name = dtype_name(dtype)
+
+    def find(what: str | Path | None, variant: str | None) -> _Found:
+        return _find(what, name, variant, local_files_only, progress)
+
+    found = find(source, variant)
+    with _open(found, name, ema=ema, cache=cache, progress=progress) as model:
+        if lacking := [part for part in REQUIRED if part not in model.components]:
+            if lacking != ["vae"] or vae is None:
+                there = ", ".join(model.components)
+                raise UnsupportedCheckpoint(
+                    found.path,
+                    f"holds {there} but no {' and no '.join(lacking)}: not a whole model",
+                )
+        notes = [*found.notes, *model.notes]
+        replaced = {part: other for part, other in (("vae", vae), ("taesd", taesd)) if other}
+        modules = {
+            part: _build(model, part, name) for part in model.components if part not in replaced
+        }
+        names: dict[str, str] = {}
+        for part, other in replaced.items():
+            elsewhere = find(other, None)
+            notes += elsewhere.notes
+            modules[part], names[part] = _load_part(elsewhere, part, name), elsewhere.name
+        _check_fit(found.path, modules)
+        _read_now(found, modules)
+        return _assemble(model, modules, found, names.get("vae", ""), notes)
+
+
+def default_dtype() -> str:
+    """float16 on a GPU; float32 on the CPU, where 16-bit matrix products are slow."""
+    on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
+    return "float32" if on_cpu else "float16"
+
+
+def dtype_name(dtype: str | mx.Dtype | None) -> str:
+    """The name of a dtype that weights can have.
+
+    Raises:
+        ValueError: for any other.
+    """
+    if dtype is None:
+        return default_dtype()
+    for name, known in DTYPES.items():
+        if dtype in (name, known):
+            return name
+    raise ValueError(f"[load] dtype must be one of {', '.join(DTYPES)}, got {dtype}.")
+
+
+# Which source is meant ------------------------------------------------------------------------
+
+
+def _find(
+    source: str | Path | None,
+    dtype: str,
+    variant: str | None,
+    local_files_only: bool,
+    progress: Progress | None,
+) -> _Found:
+    """A path that exists wins over a hub name; a name that is neither is an error."""
+    if source is None:
+        if not (DEMO / "config.json").is_file():
+            raise NoModel(
+                "no model is named and none comes with this version: name a checkpoint file, a "
+                "folder or a hub repository (owner/name)",
+                2,
+            )
+        return _Found(DEMO, "demo")
+    path = Path(source).expanduser()
+    try:
+        exists = path.exists()
+    except OSError as error:  # a name too long, a folder on the way that may not be entered
+        raise UnreadableFile(path, error.strerror or "cannot be read") from error
+    if exists and str(source):
+        return _Found(path, path.stem if path.is_file() else path.resolve().name, variant)
+    name = hub.parse_name(source) if isinstance(source, str) else None
+    if name is None:
+        raise NoModel(f"{source}: no such file or folder", 1)
+    path, choice, notes = hub.fetch(
+        name, dtype=dtype, local_files_only=local_files_only, progress=progress
+    )
+    chosen = None if choice.single else variant or choice.variant
+    return _Found(path, name.repo.partition("/")[2], chosen, notes)
+
+
+# Raw checkpoints and their twins --------------------------------------------------------------
+
+
+def _open(
+    found: _Found, dtype: str, *, ema: bool, cache: bool, progress: Progress | None
+) -> SourceModel:
+    """Open the source, or its twin, which is made first where there is none yet."""
+    options = {"ema": ema, "variant": found.variant}
+    if cache and not _is_maple_folder(found.path):
+        try:
+            key = twins.source_key(found.path, options)
+        except OSError as error:
+            raise UnreadableFile(found.path, error.strerror or "cannot be read") from error
+        twin = twins.find(key, lambda twin: twin.dtype == _stored(twin.source_dtype, dtype))
+        if twin is not None:
+            found.is_finite = _is_checked(twin, dtype)
+            return open_model(twin.path)
+    model = open_model(found.path, variant=found.variant, ema=ema)
+    found.is_finite = model.layout != "maple"
+    is_whole = all(part in model.components for part in REQUIRED)
+    if not cache or model.layout == "maple" or not is_whole:
+        return model
+    try:
+        twin = _make_twin(model, found, options, dtype, progress)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        found.notes.append(
+            f"not kept in the cache at {twins_folder()} ({reason}): it is converted at every start"
+        )
+        return model
+    except BaseException:
+        model.close()
+        raise
+    model.close()
+    found.notes += model.notes
+    found.notes.append(f"converted once into {twin.path}, which the next start reads")
+    found.is_finite = _is_checked(twin, dtype)
+    return open_model(twin.path)
+
+
+def _is_checked(twin: Twin, dtype: str) -> bool:
+    """Whether the values that a conversion found finite are so in ``dtype`` too."""
+    return twin.dtype == dtype or BYTES[twin.dtype] < BYTES[dtype]
+
+
+def _make_twin(
+    model: SourceModel,
+    found: _Found,
+    options: Mapping[str, Any],
+    dtype: str,
+    progress: Progress | None,
+) -> Twin:
+    source_dtype = _widest(model)
+    stored = _stored(source_dtype, dtype)
+    needed = sum(
+        info.size * min(BYTES[info.dtype], BYTES[stored])
+        for component in model.components.values()
+        for info in component.keys.values()
+    )
+    folder = twins_folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed * 1.02 + (64 << 20):
+        raise OSError(0, f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
+
+    def write(path: Path) -> None:
+        try:
+            convert(
+                found.path,
+                path,
+                dtype=None if stored == source_dtype else stored,
+                ema=bool(options["ema"]),
+                variant=found.variant,
+                progress=progress,
+            )
+        except UnreadableFile as error:
+            if error.path.resolve().is_relative_to(folder.resolve()):
+                raise OSError(0, error.reason) from error  # a fault of the cache, not of the source
+            raise
+
+    def waiting() -> None:
+        if progress is not None:
+            progress(0, 1, f"waiting for another maple that converts {found.name}")
+
+    return twins.make(
+        found.path,
+        options,
+        name=_plain(found.name),
+        dtype=stored,
+        source_dtype=source_dtype,
+        write=write,
+        waiting=waiting,
+    )
+
+
+def _widest(model: SourceModel) -> str:
+    """The widest float among the stored weights."""
+    dtypes = {
+        info.dtype for component in model.components.values() for info in component.keys.values()
+    }
+    return max(sorted(dtypes), key=lambda dtype: BYTES[dtype])
+
+
+def _stored(source_dtype: str, dtype: str) -> str:
+    """What a twin's weights are stored as: the narrower of the source's dtype and the run's."""
+    return dtype if BYTES[dtype] < BYTES[source_dtype] else source_dtype
+
+
+def _plain(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in name)[:60].lstrip(".") or "model"
+
+
+def _is_maple_folder(path: Path) -> bool:
+    return (path / "config.json").is_file() and (path / "unet.safetensors").is_file()
+
+
+# Strictly into modules ------------------------------------------------------------------------
+
+
+def _build(model: SourceModel, part: str, dtype: str) -> nn.Module:
+    """One network with its weights in ``dtype``."""
+    component = model.components[part]
+    config_class, module_class = _MODULES[part]
+    try:
+        module = module_class(config_class(**component.config))
+    except (TypeError, ValueError) as error:
+        raise InvalidCheckpoint(model.path, f"{part}: {error}") from error
+    _check_names(model.path, component, module)
+    if model.layout == "maple":
+        weights = dict(_lazily(model, part))
+    else:
+        weights = {name: _array(tensor) for name, tensor in component.tensors(dtype)}
+    cast = {name: value.astype(DTYPES[dtype]) for name, value in weights.items()}
+    _fill(model.path, part, module, cast)
+    return module
+
+
+def _check_names(path: Path, component: Component, module: nn.Module) -> None:
+    """The plan's names and shapes must be the module's, before any value is read."""
+    expected = {name: tuple(value.shape) for name, value in _parameters(module)}
+    planned = {name: tuple(info.shape) for name, info in component.keys.items()}
+    missing = sorted(expected.keys() - planned.keys())
+    unexpected = sorted(planned.keys() - expected.keys())
+    misshapen = [
+        (name, planned[name], shape)
+        for name, shape in expected.items()
+        if name in planned and planned[name] != shape
+    ]
+    if missing or unexpected or misshapen:
+        raise LayoutMismatch(path, missing, unexpected, misshapen)
+
+
+def _lazily(model: SourceModel, part: str) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of a maple folder's component; each is read when it is evaluated."""
+    file = model.path / f"{part}.safetensors"
+    try:
+        arrays = mx.load(str(file))
+    except RuntimeError as error:
+        raise InvalidCheckpoint(file, str(error)) from error
+    assert isinstance(arrays, dict)
+    for name, info in model.components[part].keys.items():
+        if name not in arrays:
+            raise LayoutMismatch(file, missing=[name])
+        if str(arrays[name].dtype).removeprefix("mlx.core.") != info.dtype:
+            raise InvalidCheckpoint(file, f"{name} changed its type while it was read")
+        yield name, arrays[name]
+
+
+def _array(tensor: Tensor) -> mx.array:
+    values = mx.array(tensor.array)
+    return values.view(mx.bfloat16) if tensor.dtype == "bfloat16" else values
+
+
+def _fill(path: Path, part: str, module: nn.Module, weights: Mapping[str, mx.array]) -> None:
+    """Put ``weights`` into ``module``; whatever does not fit is an error, in both directions."""
+    expected = dict(_parameters(module))
+    misshapen = [
+        (f"{part}.{name}", tuple(value.shape), tuple(expected[name].shape))
+        for name, value in weights.items()
+        if name in expected and value.shape != expected[name].shape
+    ]
+    missing = [f"{part}.{name}" for name in expected.keys() - weights.keys()]
+    unexpected = [f"{part}.{name}" for name in weights.keys() - expected.keys()]
+    if missing or unexpected or misshapen:
+        raise LayoutMismatch(path, missing, unexpected, misshapen)
+    for name, value in weights.items():
+        if not mx.issubdtype(value.dtype, mx.floating):
+            raise InvalidCheckpoint(path, f"{part}.{name} is {value.dtype}, not a weight")
+    module.load_weights(list(weights.items()), strict=True)
+    module.eval()
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
+    found = tree_flatten(module.parameters())
+    assert isinstance(found, list)
+    return found
+
+
+def _load_part(found: _Found, part: str, dtype: str) -> nn.Module:
+    """One network out of a file of its own, or out of a whole model."""
+    with open_model(found.path, variant=found.variant) as model:
+        if part not in model.components:
+            there = ", ".join(model.components)
+            raise UnsupportedCheckpoint(found.path, f"holds no {part} but {there}")
+        return _build(model, part, dtype)
+
+
+def _check_fit(path: Path, modules: Mapping[str, nn.Module]) -> None:
+    """Networks from different files must speak of the same latents."""
+    channels = cast(UNet, modules["unet"]).config.out_channels
+    for part in ("vae", "taesd"):
+        if part in modules:
+            found = cast("AutoencoderKL | TAESD", modules[part]).config.latent_channels
+            if found != channels:
+                raise UnsupportedCheckpoint(
+                    path, f"its latents have {channels} channels and the {part}'s have {found}"
+                )
+
+
+def _read_now(found: _Found, modules: Mapping[str, nn.Module]) -> None:
+    """Read what every picture needs now, so that a fault of the file shows here and not in a step.
+
+    The autoencoder's two halves stay lazy: a picture from text never reads the encoder. Values are
+    looked at where no conversion did: NaN anywhere ends in a black picture minutes later.
+    """
+    weights = [
+        (f"{part}.{name}", value)
+        for part in ("text_encoder", "unet")
+        for name, value in _parameters(modules[part])
+    ]
+    try:
+        mx.eval([value for _, value in weights])
+    except RuntimeError as error:
+        if "[read]" in str(error):
+            raise UnreadableFile(found.path, "could not be read to its end") from error
+        raise
+    if not found.is_finite:
+        # The extremes show NaN and infinities, and cost a fifth of looking at each value.
+        finite = [mx.isfinite(value.max()) & mx.isfinite(value.min()) for _, value in weights]
+        for (name, _), is_finite in zip(weights, np.array(mx.stack(finite)), strict=True):
+            if not is_finite:
+                raise InvalidCheckpoint(found.path, f"{name} holds NaN or infinite values")
+
+
+def _assemble(
+    model: SourceModel,
+    modules: Mapping[str, nn.Module],
+    found: _Found,
+    vae_name: str,
+    notes: list[str],
+) -> StableDiffusion:
+    try:
+        return StableDiffusion(
+            text_encoder=cast(CLIPTextEncoder, modules["text_encoder"]),
+            unet=cast(UNet, modules["unet"]),
+            vae=cast(AutoencoderKL, modules["vae"]),
+            taesd=cast("TAESD | None", modules.get("taesd")),
+            tokenizer=_tokenizer(model),
+            noise_schedule=_noise_schedule(model),
+            defaults=_defaults(model.defaults),
+            latent_rgb_factors=None if vae_name else model.latent_rgb_factors,
+            name=found.name,
+            sha256=(model.source or {}).get("sha256") or "",
+            vae_name=vae_name,
+            family=model.family,
+            layout=model.layout,
+            notes=notes,
+        )
+    except VocabularyError as error:
+        raise InvalidCheckpoint(error.path, error.reason) from error
+    except ValueError as error:
+        raise InvalidCheckpoint(found.path, str(error)) from error
+
+
+def _tokenizer(model: SourceModel) -> Tokenizer:
+    """The model's own vocabulary where it brings one, else CLIP's."""
+    files = model.tokenizer_files
+    return Tokenizer.from_files(files["vocab"], files["merges"]) if files else Tokenizer.bundled()
+
+
+def _noise_schedule(model: SourceModel) -> NoiseSchedule:
+    """The schedule that the file stores, else the one that its betas make."""
+    betas = model.scheduler
+    if model.alphas_cumprod is None:
+        return NoiseSchedule.from_betas(
+            betas["beta_schedule"],
+            betas["beta_start"],
+            betas["beta_end"],
+            betas["num_train_timesteps"],
+            zero_terminal_snr=betas["rescale_zero_terminal_snr"],
+            prediction=model.prediction,
+        )
+    schedule = NoiseSchedule.from_alphas_cumprod(model.alphas_cumprod, prediction=model.prediction)
+    ends_in_noise = schedule.alphas_cumprod[-1] < 1e-6
+    rescale = betas["rescale_zero_terminal_snr"] and not ends_in_noise
+    return schedule.with_zero_terminal_snr() if rescale else schedule
+
+
+def _defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model's files say of a plain drawing, held to what there is."""
+    for name, known in (("sampler", SAMPLERS), ("schedule", SCHEDULES)):
+        if (word := defaults.get(name)) is not None and word not in known:
+            raise ValueError(f"its default {name} is {word!r}, which this version does not have")
+    return dict(defaults)

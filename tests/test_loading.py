@@ -1,0 +1,372 @@
+"""From a path to modules: every container to the same arrays, strictly, with and without a twin."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from mlx.utils import tree_flatten
+from safetensors.numpy import load_file, save_file
+
+import mlx_maple
+from maple_convert import convert
+from maple_convert.errors import ConvertError, InvalidCheckpoint, LayoutMismatch
+from mlx_maple import loading, twins
+from mlx_maple.loading import NoModel, load
+
+PARTS = ("text_encoder", "unet", "vae")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAPLE_CACHE", str(tmp_path / "cache"))
+
+
+def arrays(sd):
+    found = {}
+    for part in PARTS:
+        for name, value in tree_flatten(getattr(sd, part).parameters()):
+            found[f"{part}.{name}"] = np.array(value.astype(mx.float32))
+    return found
+
+
+def same(one, other):
+    one, other = arrays(one), arrays(other)
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return load(tiny.folder() / "model.ckpt", cache=False)
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["twin", "direct"])
+@pytest.mark.parametrize("form", ["ckpt", "safetensors", "legacy", "diffusers", "maple"])
+def test_every_container_gives_the_same_arrays(form, cache, reference, tmp_path):
+    folder = tiny.folder()
+    if form == "legacy":
+        path = tmp_path / "old.ckpt"
+        tiny.write_legacy(path, {"state_dict": tiny.compvis()})
+    elif form in ("diffusers", "maple"):
+        path = tmp_path / form
+        convert(folder / "model.safetensors", path, to=form)
+    else:
+        path = folder / f"model.{form}"
+    sd = load(path, cache=cache)
+    assert same(sd, reference)
+    assert sd.info.parameters == reference.info.parameters
+    assert (len(twins.all_twins()) == 1) == (cache and form != "maple")
+    if cache:
+        assert same(load(path), reference)
+
+
+def test_names_are_imported_when_they_are_asked_for():
+    code = (
+        "import sys, mlx_maple; assert 'mlx.core' not in sys.modules; "
+        "assert set(mlx_maple.__all__) <= set(dir(mlx_maple)); "
+        "[getattr(mlx_maple, name) for name in mlx_maple.__all__]; "
+        "assert 'mlx.core' in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = mlx_maple.nothing
+
+
+# Types --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_everything_is_in_the_dtype_that_was_asked_for(dtype):
+    sd = load(tiny.maple_folder(), dtype=dtype)
+    found = {
+        value.dtype for part in PARTS for _, value in tree_flatten(getattr(sd, part).parameters())
+    }
+    assert found == {loading.DTYPES[dtype]}
+    assert sd.info.components["unet"].dtype == dtype
+
+
+def test_the_default_is_float32_on_the_cpu():
+    assert loading.default_dtype() == "float32"
+    assert loading.dtype_name(mx.bfloat16) == "bfloat16"
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32"):
+        load(tiny.maple_folder(), dtype="int8")
+
+
+@pytest.mark.parametrize(
+    ("source", "run", "stored"),
+    [
+        ("float32", "float16", "float16"),
+        ("float32", "float32", "float32"),
+        ("float16", "float32", "float16"),
+        ("float16", "bfloat16", "float16"),
+        ("float64", "float32", "float32"),
+    ],
+)
+def test_a_twin_is_as_narrow_as_it_can_be(source, run, stored, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(tiny.compvis(source), path)
+    sd = load(path, dtype=run)
+    (twin,) = twins.all_twins()
+    assert (twin.source_dtype, twin.dtype) == (source, stored)
+    weights = load_file(twin.path / "unet.safetensors").values()
+    assert {str(value.dtype) for value in weights} == {stored}
+    assert sd.info.components["unet"].dtype == run
+    assert same(sd, load(path, dtype=run, cache=False))
+
+
+# Twins --------------------------------------------------------------------------------------------
+
+
+def test_the_second_start_does_not_open_the_source(monkeypatch):
+    path = tiny.folder() / "model.ckpt"
+    first = load(path)
+    assert any("converted once into" in note for note in first.info.notes)
+    opened = []
+    real = loading.open_model
+    monkeypatch.setattr(
+        loading, "open_model", lambda p, **k: (opened.append(Path(p)), real(p, **k))[1]
+    )
+    second = load(path)
+    assert opened == [twins.all_twins()[0].path] and second.info.notes == ()
+    assert second.info.sha256 == first.info.sha256 and len(first.info.sha256) == 64
+
+
+def test_a_damaged_twin_is_made_again(reference):
+    path = tiny.folder() / "model.ckpt"
+    load(path)
+    (twin,) = twins.all_twins()
+    os.truncate(twin.path / "unet.safetensors", 1000)
+    assert same(load(path), reference)
+
+
+def test_without_a_cache_that_can_be_written_it_loads_all_the_same(
+    monkeypatch, tmp_path, reference
+):
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("MAPLE_CACHE", str(blocked / "cache"))
+    sd = load(tiny.folder() / "model.ckpt")
+    assert same(sd, reference)
+    assert any("not kept in the cache" in note for note in sd.info.notes)
+
+
+def test_without_room_on_the_disk_it_loads_all_the_same(monkeypatch, reference):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
+    sd = load(tiny.folder() / "model.ckpt")
+    assert same(sd, reference)
+    assert any("are needed and 0.00 GB are free" in note for note in sd.info.notes)
+    assert not twins.all_twins() and not twins.unfinished()
+
+
+def test_a_disk_that_fills_up_on_the_way_leaves_nothing(monkeypatch, reference):
+    real = loading.convert
+
+    def full(source, out, **options):
+        real(source, out, **options)
+        raise loading.UnreadableFile(out, "the disk is full; nothing was written")
+
+    monkeypatch.setattr(loading, "convert", full)
+    sd = load(tiny.folder() / "model.ckpt")
+    assert same(sd, reference)
+    assert any("the disk is full" in note for note in sd.info.notes)
+    assert not twins.all_twins() and not twins.unfinished()
+
+
+def test_a_source_that_cannot_be_converted_is_an_error_and_leaves_nothing(tmp_path):
+    state = tiny.compvis()
+    name = next(name for name in state if "input_blocks" in name)
+    state[name] = np.full_like(state[name], np.nan)
+    path = tmp_path / "nan.safetensors"
+    save_file(state, path)
+    for cache in (True, False):
+        with pytest.raises(InvalidCheckpoint, match="NaN"):
+            load(path, cache=cache)
+    assert not twins.all_twins() and not twins.unfinished()
+
+
+def test_progress_is_told_while_converting():
+    seen = []
+    load(tiny.folder() / "model.ckpt", progress=lambda *state: seen.append(state))
+    done, total, label = seen[-1]
+    assert done == total > 1e6 and label
+
+
+# Which source -------------------------------------------------------------------------------------
+
+
+def test_no_model_at_all_says_how_to_name_one(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "DEMO", tmp_path)
+    with pytest.raises(NoModel, match="name a checkpoint file") as caught:
+        load()
+    assert caught.value.exit_code == 2
+
+
+def test_the_embedded_model_is_the_default(monkeypatch):
+    monkeypatch.setattr(loading, "DEMO", tiny.maple_folder())
+    assert load().info.name == "demo"
+
+
+@pytest.mark.parametrize("name", ["nothing.ckpt", "./no/folder", "a b", "", "x" * 5000, "a\0b"])
+def test_a_path_that_is_not_there(name):
+    with pytest.raises((NoModel, ConvertError)) as caught:
+        load(name)
+    assert caught.value.exit_code == 1 and "\n" not in str(caught.value)
+
+
+def test_another_autoencoder_and_a_taesd(reference):
+    folder = tiny.folder()
+    sd = load(
+        tiny.maple_folder(), vae=folder / "vae.safetensors", taesd=folder / "taesd.safetensors"
+    )
+    assert same(sd, reference)  # the same weights, out of a file of their own
+    assert sd.taesd is not None and "taesd" in sd.info.components
+    with pytest.raises(ConvertError, match="holds no vae but taesd"):
+        load(tiny.maple_folder(), vae=folder / "taesd.safetensors")
+    with pytest.raises(ConvertError, match="no text_encoder and no unet: not a whole model"):
+        load(folder / "vae.safetensors")
+
+
+def test_a_model_without_autoencoder_takes_another(tmp_path, reference):
+    path = tmp_path / "no-vae.safetensors"
+    save_file({k: v for k, v in tiny.compvis().items() if "first_stage" not in k}, path)
+    with pytest.raises(ConvertError, match="no vae: not a whole model"):
+        load(path)
+    assert same(load(path, vae=tiny.folder() / "vae.safetensors"), reference)
+
+
+# Strictness of the fast road ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def maple(tmp_path):
+    path = tmp_path / "maple"
+    shutil.copytree(tiny.maple_folder(), path)
+    return path
+
+
+def rewrite(path, change):
+    """Change the UNet's arrays of a maple folder, keeping the file well formed."""
+    state = load_file(path / "unet.safetensors")
+    change(state)
+    save_file(state, path / "unet.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop("conv_in.bias"), "1 missing: conv_in.bias"),
+        (lambda s: s.update(extra=np.zeros(1, "f2")), "1 unexpected: extra"),
+        (lambda s: s.update({"conv_in.bias": np.zeros(31, "f2")}), "1 misshapen: conv_in.bias"),
+        (lambda s: s.update({"conv_in.bias": np.zeros(32, "i4")}), "conv_in.bias"),
+    ],
+    ids=["missing", "unexpected", "misshapen", "integers"],
+)
+def test_a_maple_folder_is_read_strictly(maple, change, words):
+    rewrite(maple, change)
+    with pytest.raises(ConvertError, match=words) as caught:
+        load(maple)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_of_a_maple_folder_are_looked_at(maple, value):
+    rewrite(maple, lambda state: state["conv_in.weight"].__setitem__((0, 0, 0, 0), value))
+    with pytest.raises(InvalidCheckpoint, match=r"unet\.conv_in\.weight holds NaN or infinite"):
+        load(maple)
+
+
+def test_values_too_large_for_the_run_are_found(tmp_path):
+    state = tiny.compvis("float32")
+    name = next(name for name in state if name.endswith("input_blocks.0.0.weight"))
+    state[name][0, 0, 0, 0] = 1e6
+    path = tmp_path / "large.safetensors"
+    save_file(state, path)
+    load(path, dtype="float32")
+    with pytest.raises(InvalidCheckpoint, match="too large for float16"):
+        load(path, dtype="float16")
+    convert(path, tmp_path / "bf16", dtype="bfloat16")
+    load(tmp_path / "bf16", dtype="bfloat16")
+    with pytest.raises(InvalidCheckpoint, match="NaN or infinite"):
+        load(tmp_path / "bf16", dtype="float16")
+
+
+def test_names_and_shapes_are_compared_both_ways():
+    module = load(tiny.maple_folder()).unet
+    weights = dict(tree_flatten(module.parameters()))
+    bias = weights.pop("conv_in.bias")
+    path = Path("x")
+    with pytest.raises(LayoutMismatch, match=r"1 missing: unet\.conv_in\.bias"):
+        loading._fill(path, "unet", module, weights)
+    with pytest.raises(LayoutMismatch, match=r"1 unexpected: unet\.more"):
+        loading._fill(path, "unet", module, {**weights, "conv_in.bias": bias, "more": bias})
+    with pytest.raises(LayoutMismatch, match=r"1 misshapen: unet\.conv_in\.bias"):
+        loading._fill(path, "unet", module, {**weights, "conv_in.bias": bias[:9]})
+    with pytest.raises(InvalidCheckpoint, match="not a weight"):
+        loading._fill(path, "unet", module, {**weights, "conv_in.bias": bias.astype(mx.int32)})
+
+
+def test_a_file_cut_short_after_its_header_was_read(maple, monkeypatch):
+    real = loading._check_fit
+
+    def cut(path, modules):
+        os.truncate(maple / "unet.safetensors", 5000)
+        real(path, modules)
+
+    monkeypatch.setattr(loading, "_check_fit", cut)
+    with pytest.raises(ConvertError, match="could not be read to its end") as caught:
+        load(maple)
+    assert caught.value.exit_code == 1
+
+
+def test_defaults_that_this_version_does_not_have(maple):
+    config = json.loads((maple / "config.json").read_text())
+    config["defaults"]["sampler"] = "dpm_9"
+    (maple / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InvalidCheckpoint, match="its default sampler is 'dpm_9'"):
+        load(maple)
+
+
+def test_parts_of_different_latents_do_not_go_together(tmp_path, monkeypatch):
+    monkeypatch.setitem(tiny.CONFIGS["vae"], "latent_channels", 8)
+    path = tmp_path / "vae.safetensors"
+    save_file(tiny.weights("vae", "diffusers"), path)
+    with pytest.raises(ConvertError, match="4 channels and the vae's have 8"):
+        load(tiny.maple_folder(), vae=path)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_file_that_may_not_be_read(tmp_path):
+    path = tmp_path / "model.ckpt"
+    shutil.copy(tiny.folder() / "model.ckpt", path)
+    path.chmod(stat.S_IWUSR)
+    with pytest.raises(ConvertError) as caught:
+        load(path)
+    assert caught.value.exit_code == 1
+
+
+# Schedules ----------------------------------------------------------------------------------------
+
+
+def test_a_stored_schedule_is_honoured(tmp_path):
+    alphas = np.linspace(0.99, 0.01, 500)
+    path = tmp_path / "model.safetensors"
+    save_file({**tiny.compvis(), "alphas_cumprod": alphas}, path)
+    for _ in range(2):  # from the source, then from its twin
+        assert np.allclose(load(path).noise_schedule.alphas_cumprod, alphas, atol=1e-7)
+
+
+def test_marks_of_v_prediction_and_zero_terminal_snr(tmp_path):
+    path = tmp_path / "model.safetensors"
+    marks = {"v_pred": np.zeros(0, "f4"), "ztsnr": np.zeros(0, "f4")}
+    save_file({**tiny.compvis(), **marks}, path)
+    for _ in range(2):
+        schedule = load(path).noise_schedule
+        assert schedule.prediction == "v_prediction" and schedule.alphas_cumprod[-1] < 1e-6
