@@ -15,6 +15,7 @@ from typing import Any, Literal, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
 
 from maple_convert import Component, SourceModel, convert, open_model

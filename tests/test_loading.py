@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
+import tiny_model
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
@@ -44,16 +44,16 @@ def same(one, other):
 
 @pytest.fixture(scope="module")
 def reference():
-    return load(tiny.folder() / "model.ckpt", cache=False)
+    return load(tiny_model.folder() / "model.ckpt", cache=False)
 
 
 @pytest.mark.parametrize("cache", [True, False], ids=["twin", "direct"])
 @pytest.mark.parametrize("form", ["ckpt", "safetensors", "legacy", "diffusers", "maple"])
 def test_every_container_gives_the_same_arrays(form, cache, reference, tmp_path):
-    folder = tiny.folder()
+    folder = tiny_model.folder()
     if form == "legacy":
         path = tmp_path / "old.ckpt"
-        tiny.write_legacy(path, {"state_dict": tiny.compvis()})
+        tiny_model.write_legacy(path, {"state_dict": tiny_model.compvis()})
     elif form in ("diffusers", "maple"):
         path = tmp_path / form
         convert(folder / "model.safetensors", path, to=form)
@@ -84,7 +84,7 @@ def test_names_are_imported_when_they_are_asked_for():
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_everything_is_in_the_dtype_that_was_asked_for(dtype):
-    sd = load(tiny.maple_folder(), dtype=dtype)
+    sd = load(tiny_model.maple_folder(), dtype=dtype)
     found = {
         value.dtype for part in PARTS for _, value in tree_flatten(getattr(sd, part).parameters())
     }
@@ -96,7 +96,7 @@ def test_the_default_is_float32_on_the_cpu():
     assert loading.default_dtype() == "float32"
     assert loading.dtype_name(mx.bfloat16) == "bfloat16"
     with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32"):
-        load(tiny.maple_folder(), dtype="int8")
+        load(tiny_model.maple_folder(), dtype="int8")
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_the_default_is_float32_on_the_cpu():
 )
 def test_a_twin_is_as_narrow_as_it_can_be(source, run, stored, tmp_path):
     path = tmp_path / "model.safetensors"
-    save_file(tiny.compvis(source), path)
+    save_file(tiny_model.compvis(source), path)
     sd = load(path, dtype=run)
     (twin,) = twins.all_twins()
     assert (twin.source_dtype, twin.dtype) == (source, stored)
@@ -125,7 +125,7 @@ def test_a_twin_is_as_narrow_as_it_can_be(source, run, stored, tmp_path):
 
 
 def test_the_second_start_does_not_open_the_source(monkeypatch):
-    path = tiny.folder() / "model.ckpt"
+    path = tiny_model.folder() / "model.ckpt"
     first = load(path)
     assert any("converted once into" in note for note in first.info.notes)
     opened = []
@@ -139,7 +139,7 @@ def test_the_second_start_does_not_open_the_source(monkeypatch):
 
 
 def test_a_damaged_twin_is_made_again(reference):
-    path = tiny.folder() / "model.ckpt"
+    path = tiny_model.folder() / "model.ckpt"
     load(path)
     (twin,) = twins.all_twins()
     os.truncate(twin.path / "unet.safetensors", 1000)
@@ -152,7 +152,7 @@ def test_without_a_cache_that_can_be_written_it_loads_all_the_same(
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("MAPLE_CACHE", str(blocked / "cache"))
-    sd = load(tiny.folder() / "model.ckpt")
+    sd = load(tiny_model.folder() / "model.ckpt")
     assert same(sd, reference)
     assert any("not kept in the cache" in note for note in sd.info.notes)
 
@@ -160,7 +160,7 @@ def test_without_a_cache_that_can_be_written_it_loads_all_the_same(
 def test_without_room_on_the_disk_it_loads_all_the_same(monkeypatch, reference):
     usage = shutil.disk_usage("/")._replace(free=1000)
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
-    sd = load(tiny.folder() / "model.ckpt")
+    sd = load(tiny_model.folder() / "model.ckpt")
     assert same(sd, reference)
     assert any("are needed and 0.00 GB are free" in note for note in sd.info.notes)
     assert not twins.all_twins() and not twins.unfinished()
@@ -174,14 +174,14 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(monkeypatch, reference):
         raise loading.UnreadableFile(out, "the disk is full; nothing was written")
 
     monkeypatch.setattr(loading, "convert", full)
-    sd = load(tiny.folder() / "model.ckpt")
+    sd = load(tiny_model.folder() / "model.ckpt")
     assert same(sd, reference)
     assert any("the disk is full" in note for note in sd.info.notes)
     assert not twins.all_twins() and not twins.unfinished()
 
 
 def test_a_source_that_cannot_be_converted_is_an_error_and_leaves_nothing(tmp_path):
-    state = tiny.compvis()
+    state = tiny_model.compvis()
     name = next(name for name in state if "input_blocks" in name)
     state[name] = np.full_like(state[name], np.nan)
     path = tmp_path / "nan.safetensors"
@@ -194,7 +194,7 @@ def test_a_source_that_cannot_be_converted_is_an_error_and_leaves_nothing(tmp_pa
 
 def test_progress_is_told_while_converting():
     seen = []
-    load(tiny.folder() / "model.ckpt", progress=lambda *state: seen.append(state))
+    load(tiny_model.folder() / "model.ckpt", progress=lambda *state: seen.append(state))
     done, total, label = seen[-1]
     assert done == total > 1e6 and label
 
@@ -210,7 +210,7 @@ def test_no_model_at_all_says_how_to_name_one(monkeypatch, tmp_path):
 
 
 def test_the_embedded_model_is_the_default(monkeypatch):
-    monkeypatch.setattr(loading, "DEMO", tiny.maple_folder())
+    monkeypatch.setattr(loading, "DEMO", tiny_model.maple_folder())
     assert load().info.name == "demo"
 
 
@@ -222,24 +222,26 @@ def test_a_path_that_is_not_there(name):
 
 
 def test_another_autoencoder_and_a_taesd(reference):
-    folder = tiny.folder()
+    folder = tiny_model.folder()
     sd = load(
-        tiny.maple_folder(), vae=folder / "vae.safetensors", taesd=folder / "taesd.safetensors"
+        tiny_model.maple_folder(),
+        vae=folder / "vae.safetensors",
+        taesd=folder / "taesd.safetensors",
     )
     assert same(sd, reference)  # the same weights, out of a file of their own
     assert sd.taesd is not None and "taesd" in sd.info.components
     with pytest.raises(ConvertError, match="holds no vae but taesd"):
-        load(tiny.maple_folder(), vae=folder / "taesd.safetensors")
+        load(tiny_model.maple_folder(), vae=folder / "taesd.safetensors")
     with pytest.raises(ConvertError, match="no text_encoder and no unet: not a whole model"):
         load(folder / "vae.safetensors")
 
 
 def test_a_model_without_autoencoder_takes_another(tmp_path, reference):
     path = tmp_path / "no-vae.safetensors"
-    save_file({k: v for k, v in tiny.compvis().items() if "first_stage" not in k}, path)
+    save_file({k: v for k, v in tiny_model.compvis().items() if "first_stage" not in k}, path)
     with pytest.raises(ConvertError, match="no vae: not a whole model"):
         load(path)
-    assert same(load(path, vae=tiny.folder() / "vae.safetensors"), reference)
+    assert same(load(path, vae=tiny_model.folder() / "vae.safetensors"), reference)
 
 
 # Strictness of the fast road ----------------------------------------------------------------------
@@ -248,7 +250,7 @@ def test_a_model_without_autoencoder_takes_another(tmp_path, reference):
 @pytest.fixture
 def maple(tmp_path):
     path = tmp_path / "maple"
-    shutil.copytree(tiny.maple_folder(), path)
+    shutil.copytree(tiny_model.maple_folder(), path)
     return path
 
 
@@ -284,7 +286,7 @@ def test_values_of_a_maple_folder_are_looked_at(maple, value):
 
 
 def test_values_too_large_for_the_run_are_found(tmp_path):
-    state = tiny.compvis("float32")
+    state = tiny_model.compvis("float32")
     name = next(name for name in state if name.endswith("input_blocks.0.0.weight"))
     state[name][0, 0, 0, 0] = 1e6
     path = tmp_path / "large.safetensors"
@@ -299,7 +301,7 @@ def test_values_too_large_for_the_run_are_found(tmp_path):
 
 
 def test_names_and_shapes_are_compared_both_ways():
-    module = load(tiny.maple_folder()).unet
+    module = load(tiny_model.maple_folder()).unet
     weights = dict(tree_flatten(module.parameters()))
     bias = weights.pop("conv_in.bias")
     path = Path("x")
@@ -335,17 +337,17 @@ def test_defaults_that_this_version_does_not_have(maple):
 
 
 def test_parts_of_different_latents_do_not_go_together(tmp_path, monkeypatch):
-    monkeypatch.setitem(tiny.CONFIGS["vae"], "latent_channels", 8)
+    monkeypatch.setitem(tiny_model.CONFIGS["vae"], "latent_channels", 8)
     path = tmp_path / "vae.safetensors"
-    save_file(tiny.weights("vae", "diffusers"), path)
+    save_file(tiny_model.weights("vae", "diffusers"), path)
     with pytest.raises(ConvertError, match="4 channels and the vae's have 8"):
-        load(tiny.maple_folder(), vae=path)
+        load(tiny_model.maple_folder(), vae=path)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
 def test_a_file_that_may_not_be_read(tmp_path):
     path = tmp_path / "model.ckpt"
-    shutil.copy(tiny.folder() / "model.ckpt", path)
+    shutil.copy(tiny_model.folder() / "model.ckpt", path)
     path.chmod(stat.S_IWUSR)
     with pytest.raises(ConvertError) as caught:
         load(path)
@@ -358,7 +360,7 @@ def test_a_file_that_may_not_be_read(tmp_path):
 def test_a_stored_schedule_is_honoured(tmp_path):
     alphas = np.linspace(0.99, 0.01, 500)
     path = tmp_path / "model.safetensors"
-    save_file({**tiny.compvis(), "alphas_cumprod": alphas}, path)
+    save_file({**tiny_model.compvis(), "alphas_cumprod": alphas}, path)
     for _ in range(2):  # from the source, then from its twin
         assert np.allclose(load(path).noise_schedule.alphas_cumprod, alphas, atol=1e-7)
 
@@ -366,7 +368,7 @@ def test_a_stored_schedule_is_honoured(tmp_path):
 def test_marks_of_v_prediction_and_zero_terminal_snr(tmp_path):
     path = tmp_path / "model.safetensors"
     marks = {"v_pred": np.zeros(0, "f4"), "ztsnr": np.zeros(0, "f4")}
-    save_file({**tiny.compvis(), **marks}, path)
+    save_file({**tiny_model.compvis(), **marks}, path)
     for _ in range(2):
         schedule = load(path).noise_schedule
         assert schedule.prediction == "v_prediction" and schedule.alphas_cumprod[-1] < 1e-6
