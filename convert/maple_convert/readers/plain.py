@@ -24,8 +24,6 @@ LEFT_OUT = "…"
 MAPPINGS = frozenset(
     {"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"}
 )
-SCALARS = ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")  # before, since numpy 2
-ARRAYS = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 NUMBERS = re.compile(r"[fiu][1248]|b1")
 
 
@@ -123,11 +121,11 @@ class PlainValues:
         return node  # None, bool, int, float
 
     def _call(self, node: Call, depth: int) -> object:
-        known = self._tensor(node)
-        if known is None:
-            known = _number(node) if node.name in SCALARS else _array(node)
-        if known is not None:
+        if (known := self._tensor(node)) is not None:
             return known
+        decode = DECODERS.get(node.name)
+        if decode is not None and (decoded := decode(node)) is not None:
+            return decoded
         if node.name in MAPPINGS:
             return self._mapping(as_pairs(node) or [], depth)
         args = node.args.values if isinstance(node.args, Items) else []
@@ -159,7 +157,7 @@ class PlainValues:
         return values
 
 
-# numpy's own pickles, decoded by name. Numbers only: an object array holds further pickles.
+# Bytes and numpy's own pickles, decoded by name. Numbers only: an object array holds more pickles.
 
 
 def _dtype(node: object) -> np.dtype[Any] | None:
@@ -175,7 +173,7 @@ def _dtype(node: object) -> np.dtype[Any] | None:
 
 def _raw(node: object) -> bytes | None:
     """Bytes; protocol 2 writes them as _codecs.encode(text, "latin1"), Python 2 as text."""
-    if isinstance(node, Call) and node.name == "_codecs.encode":
+    if isinstance(node, Call) and node.name == "_codecs.encode" and _at(node.args, 1) == "latin1":
         node = _at(node.args, 0)
     if isinstance(node, str):
         try:
@@ -194,8 +192,6 @@ def _number(node: Call) -> int | float | bool | None:
 
 def _array(node: Call) -> npt.NDArray[Any] | None:
     """_reconstruct(ndarray, (0,), b"b") with the state (1, shape, dtype, Fortran order, bytes)."""
-    if node.name not in ARRAYS:
-        return None
     shape, dtype, raw = _at(node.state, 1), _dtype(_at(node.state, 2)), _raw(_at(node.state, 4))
     if not isinstance(shape, Items) or dtype is None or raw is None or len(shape.values) > MAX_NDIM:
         return None
@@ -215,3 +211,12 @@ def _at(node: object, index: int) -> object:
     if isinstance(node, Items) and index < len(node.values):
         return node.values[index]
     return None
+
+
+DECODERS: dict[str, Callable[[Call], object | None]] = {
+    "_codecs.encode": _raw,
+    "numpy.core.multiarray.scalar": _number,  # before numpy 2, and since
+    "numpy._core.multiarray.scalar": _number,
+    "numpy.core.multiarray._reconstruct": _array,
+    "numpy._core.multiarray._reconstruct": _array,
+}
