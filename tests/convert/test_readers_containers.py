@@ -264,7 +264,7 @@ def test_strangers_objects_are_inert_stubs(tmp_path):
     assert objects["path"] == Stub("pathlib.PosixPath", ("/", "tmp"))
     assert objects["size"] == (1, 2)
     assert objects["dtype"] == Stub("torch.float16")
-    assert len(objects["many"]) < 20_000 and objects["many"][-1] == Stub("…")
+    assert objects["many"] == [*range(1000), Stub("…")]
     assert "bottom" not in repr(objects["deep"])
     assert len(objects["long"]) < 2000
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from maple_convert.readers.pickle_tree import Call, Global, Items, Pairs, PersistentId
 
 MAX_NODES = 10_000  # kept as values, for one checkpoint
+MAX_LENGTH = 1_000  # of one container, so that a long list leaves room for the rest
 MAX_DEPTH = 16
 MAX_TEXT = 1_000  # characters or bytes of one value
 MAX_NDIM = 32  # numpy 1's limit
@@ -142,18 +143,20 @@ class PlainValues:
 
     def _values(self, nodes: list[object], depth: int) -> list[object]:
         values: list[object] = []
-        for node in nodes:
+        for node in nodes[:MAX_LENGTH]:
             values.append(self.value(node, depth + 1))
             if self._left < 0:
-                break
-        return values
+                return values
+        return values + [Stub(LEFT_OUT)] * (len(nodes) > MAX_LENGTH)
 
     def _mapping(self, pairs: list[tuple[object, object]], depth: int) -> dict[str, object]:
         values: dict[str, object] = {}
-        for key, node in pairs:
+        for key, node in pairs[:MAX_LENGTH]:
             values[label(key)[:MAX_TEXT]] = self.value(node, depth + 1)
             if self._left < 0:
-                break
+                return values
+        if len(pairs) > MAX_LENGTH:
+            values[LEFT_OUT] = Stub(LEFT_OUT)
         return values
 
 
