@@ -23,7 +23,13 @@ MAX_NDIM = 32  # numpy 1's limit
 LEFT_OUT = "…"
 
 MAPPINGS = frozenset(
-    {"collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict"}
+    {
+        "collections.OrderedDict",
+        "collections.defaultdict",
+        "collections.Counter",
+        "builtins.dict",
+        "__builtin__.dict",
+    }
 )
 NUMBERS = re.compile(r"[fiu][1248]|b1")
 
@@ -186,6 +192,11 @@ def _raw(node: object) -> bytes | None:
     return node if isinstance(node, bytes) else None
 
 
+def _no_bytes(node: Call) -> bytes | None:
+    """bytes(), as protocol 2 writes b""."""
+    return b"" if isinstance(node.args, Items) and not node.args.values else None
+
+
 def _number(node: Call) -> int | float | bool | None:
     dtype, raw = _dtype(_at(node.args, 0)), _raw(_at(node.args, 1))
     if dtype is None or raw is None or len(raw) != dtype.itemsize:
@@ -218,6 +229,8 @@ def _at(node: object, index: int) -> object:
 
 DECODERS: dict[str, Callable[[Call], object | None]] = {
     "_codecs.encode": _raw,
+    "__builtin__.bytes": _no_bytes,
+    "builtins.bytes": _no_bytes,
     "numpy.core.multiarray.scalar": _number,  # before numpy 2, and since
     "numpy._core.multiarray.scalar": _number,
     "numpy.core.multiarray._reconstruct": _array,
