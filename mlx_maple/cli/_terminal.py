@@ -129,9 +129,8 @@ def seconds(value: float) -> str:
 
 
 def size(count: float) -> str:
-    """A size as disks are sold: "912 B", "4.27 GB"."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit in ("B", "kB") else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
+    """A size as disks are sold: "912 B", "52 kB", "4.27 GB"."""
+    unit, units = "B", iter(("kB", "MB", "GB", "TB"))
+    while count >= 999.5 and unit != "TB":
+        count, unit = count / 1000, next(units)
+    return f"{count:.3g} {unit}" if count < 999.5 else f"{count:.0f} {unit}"

@@ -93,7 +93,14 @@ def test_durations(value, text):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(912, "912 B"), (4_265_380_512, "4.27 GB"), (52_300, "52 kB"), (1.5e13, "1.5e+04 GB")],
+    [
+        (912, "912 B"),
+        (52_300, "52.3 kB"),
+        (999_600, "1 MB"),
+        (4_265_380_512, "4.27 GB"),
+        (1.37e12, "1.37 TB"),
+        (5e15, "5000 TB"),
+    ],
 )
 def test_sizes(count, text):
     assert _terminal.size(count) == text
