@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from maple_convert.errors import UnsupportedCheckpoint, one_line
 from maple_convert.layouts import LAYOUTS, View, files, unet
 from maple_convert.tensors import TensorInfo
 
@@ -54,7 +54,7 @@ class Facts:
         components: the components found.
         unet: facts of the UNet, where there is one.
         text: the kinds of text encoder found: "CLIP", "OpenCLIP", "BERT", "XLM-RoBERTa".
-        others: things found that are no part of a plain Stable Diffusion model, by name.
+        others: parts of a folder that no family known here has.
     """
 
     path: Path
@@ -265,7 +265,6 @@ class Family:
         u = facts.unet
         return (
             u is not None
-            and not facts.others
             and u.channels == self.channels
             and u.projections == self.projections
             and u.label == self.label
@@ -403,7 +402,7 @@ def identify(facts: Facts) -> tuple[str, str]:
     """
     path = facts.path
     if facts.others:
-        raise UnsupportedCheckpoint(path, f"this is {' and '.join(facts.others)}")
+        raise UnsupportedCheckpoint(path, f"a pipeline with {' and '.join(facts.others)}")
     if facts.unet is None:
         if facts.text - _CLIP:
             kinds = " and ".join(sorted(facts.text))
@@ -481,18 +480,12 @@ def gather(
         tensors: everything that a single file holds; None for a folder.
     """
     facts = Facts(path)
-    # What is no plain model is named before anything of a model is asked of it.
-    wholes = [s.view for s in sections] if tensors is None else [View(path, tensors)]
-    for whole in wholes:
-        for other in OTHERS:
-            if (name := other.evidence(whole)) is not None:
-                facts.others.append(f"{other.name} ({one_line(name, 80)})")
+    if tensors is not None:
+        whole = View(path, tensors)
         for kind, places in _TEXT_PLACES.items():
             for place in filter(whole.holds, places):
                 facts.text.add(kind)
-                facts.lines.append(f"{whole.shown(place)} holds a text encoder of kind {kind}")
-    if facts.others:
-        return facts
+                facts.lines.append(f"{place} holds a text encoder of kind {kind}")
     for section in sections:
         view = section.view
         where = (view.folder + view.prefix).rstrip("./") or "the file"
@@ -513,12 +506,23 @@ def gather(
     return facts
 
 
+def refuse_others(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+    """Name what is no plain model, before anything of a model is asked of it.
+
+    Raises:
+        UnsupportedCheckpoint: if any of ``OTHERS`` is there.
+    """
+    whole = View(path, tensors)
+    found = ((other, other.evidence(whole)) for other in OTHERS)
+    names = [f"{other.name} ({one_line(name, 80)})" for other, name in found if name is not None]
+    if names:
+        raise UnsupportedCheckpoint(path, f"this is {' and '.join(names)}")
+
+
 def refuse_unknown(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
     """Say what a file holds in which no component was found."""
-    if not tensors:
-        raise InvalidCheckpoint(path, "holds no tensors")
     facts = gather(path, [], tensors)
-    if facts.others or facts.text:
+    if facts.text:
         identify(facts)
     names = [one_line(name, 60) for name in list(tensors)[:3]]
     shown = ", ".join(names + ["…"] * (len(tensors) > len(names)))

@@ -25,12 +25,13 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
     """Open a checkpoint of a whole model or of some of its components."""
     checkpoint = stack.enter_context(open_checkpoint(path))
     tensors = checkpoint.tensors
+    detect.refuse_others(path, tensors)
     sections = detect.find_sections(path, tensors)
     if not sections:
         detect.refuse_unknown(path, tensors)
     halves = [section for section in sections if section.component in TAESD_HALVES]
     facts = detect.gather(path, sections, tensors)
-    if halves and not facts.others and len(sections) == 1:
+    if halves and len(sections) == 1:
         return _open_taesd_pair(checkpoint, halves[0], stack)
     family, title = detect.identify(facts)
     configs: dict[str, dict[str, Any]] = {}

@@ -105,8 +105,7 @@ def _open_diffusers(path: Path, stack: ExitStack, variant: str | None) -> Source
     _require_variant(model, variant)
     facts = detect.gather(path, [part[0] for part in sections])
     facts.lines.insert(0, f"model_index.json names {one_line(repr(pipeline), 60)}")
-    if unknown:
-        facts.others.append(f"a pipeline with {', '.join(unknown)}")
+    facts.others += unknown
     model.family, model.title = detect.identify(facts)
     model.evidence = facts.lines
     if pipeline != _PLAIN_PIPELINE:
@@ -155,6 +154,7 @@ def _open_part(
     model.files.append(weights)
     model.notes += checkpoint.notes
     settings = _read_object(folder / "config.json")
+    detect.refuse_others(weights, checkpoint.tensors)
     shown = "" if folder == model.path else f"{folder.name}/"
     sections = detect.find_sections(weights, checkpoint.tensors, shown)
     if [section.component for section in sections] != [known.component]:

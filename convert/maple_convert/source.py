@@ -97,7 +97,7 @@ class Component:
         """
         for slot in self.slots:
             tensor = slot.read(dtype)
-            yield slot.row.native, Tensor(tensor.dtype, np.ascontiguousarray(tensor.array))
+            yield slot.row.native, Tensor(tensor.dtype, np.asarray(tensor.array, order="C"))
 
 
 @dataclass
@@ -227,11 +227,11 @@ def in_file_order(slots: Sequence[Slot], tensors: Mapping[str, TensorInfo]) -> l
 _CHUNK = 1 << 18  # elements: small enough for the caches, large enough that Python costs little
 
 # Exponent bits of each floating type: all ones in an infinity or NaN, and in nothing else.
-_EXPONENT: Mapping[str, np.unsignedinteger[Any]] = {
-    "float64": np.uint64(0x7FF0_0000_0000_0000),
-    "float32": np.uint32(0x7F80_0000),
-    "float16": np.uint16(0x7C00),
-    "bfloat16": np.uint16(0x7F80),
+_EXPONENT = {
+    "float64": (np.dtype(np.uint64), 0x7FF0_0000_0000_0000),
+    "float32": (np.dtype(np.uint32), 0x7F80_0000),
+    "float16": (np.dtype(np.uint16), 0x7C00),
+    "bfloat16": (np.dtype(np.uint16), 0x7F80),
 }
 
 
@@ -241,18 +241,18 @@ def _finite_cast(tensor: Tensor, dtype: str) -> Tensor | None:
     Works in pieces that stay in the processor's cache, so that the check costs next to nothing and
     the working memory is the result.
     """
-    exponent = _EXPONENT[dtype]
+    kind, exponent = _EXPONENT[dtype]
     flat = np.ravel(tensor.array)
     same = dtype == tensor.dtype
-    result = flat if same else np.empty(flat.size, STORAGE[dtype])
+    result: npt.NDArray[Any] = flat if same else np.empty(flat.size, STORAGE[dtype])
     for start in range(0, flat.size, _CHUNK):
         piece = slice(start, start + _CHUNK)
         if tensor.dtype == "float32" and dtype == "float16":
             round_to_half(flat[piece], result[piece])
         elif not same:
             result[piece] = Tensor(tensor.dtype, flat[piece]).astype(dtype).array
-        bits = np.frombuffer(result[piece], exponent.dtype)
-        if ((bits & exponent) == exponent).any():
+        bits: npt.NDArray[Any] = np.frombuffer(result[piece], kind)
+        if ((bits & kind.type(exponent)) == exponent).any():
             return None
     return Tensor(dtype, np.reshape(result, tensor.array.shape))
 

@@ -98,7 +98,7 @@ def _read_ahead(entries: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
 
     def prepare(entry: Entry) -> Tensor:
         tensor = entry.read()
-        return Tensor(tensor.dtype, np.ascontiguousarray(tensor.array))
+        return Tensor(tensor.dtype, np.asarray(tensor.array, order="C"))
 
     with ThreadPoolExecutor(1, thread_name_prefix="maple-read") as worker:
         ahead: Future[Tensor] | None = None

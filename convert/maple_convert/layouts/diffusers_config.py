@@ -350,14 +350,15 @@ def alphas_cumprod(scheduler: Config) -> npt.NDArray[np.float64] | None:
     if scheduler["rescale_zero_terminal_snr"]:
         return None
     if scheduler["beta_schedule"] == "scaled_linear":
-        return _falling(np.linspace(low**0.5, high**0.5, steps) ** 2)
+        return _falling(np.square(np.linspace(math.sqrt(low), math.sqrt(high), steps)))
     if scheduler["beta_schedule"] == "linear":
         return _falling(np.linspace(low, high, steps))
     return None
 
 
 def _falling(betas: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    return np.multiply.accumulate(1 - betas, dtype=np.float64)
+    falling: npt.NDArray[np.float64] = np.cumprod(1 - betas, dtype=np.float64)
+    return falling
 
 
 def trained_alphas(path: Path, config: Config) -> npt.NDArray[np.float64] | None:
