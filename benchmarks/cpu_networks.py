@@ -5,7 +5,8 @@
 Float32, random weights, a batch of two (one step with guidance). Every rival runs in a process of
 its own with the same number of threads; the processes take turns, so that a busy minute of the
 machine falls on all of them. A figure is the median over all turns of synchronised steps after
-warm-up. Rivals that are not installed are left out.
+warm-up; CPU seconds are those of all threads, and stand where other work disturbs the clock. Rivals
+that are not installed are left out.
 """
 
 import mlx_maple  # noqa: F401, I001  (first: it preloads OpenBLAS before mlx.core is imported)
@@ -42,12 +43,13 @@ class Case:
     latent_size: int
     turns: int
     steps: int  # timed ones a turn
+    warm_up: int = 1
 
 
 CASES = {
-    "tiny": Case((64, 128, 64, 64), 128, latent_size=16, turns=3, steps=15),
+    "tiny": Case((64, 128, 64, 64), 128, latent_size=16, turns=3, steps=15, warm_up=3),
     "full-32": Case((320, 640, 1280, 1280), 768, latent_size=32, turns=2, steps=3),
-    "full": Case((320, 640, 1280, 1280), 768, latent_size=64, turns=2, steps=2),
+    "full": Case((320, 640, 1280, 1280), 768, latent_size=64, turns=1, steps=3),
 }
 RIVALS = {
     "mlx-maple": "this project's UNet",
@@ -138,15 +140,16 @@ def worker(rival: str, case: Case, checkout: Path | None) -> dict[str, object]:
     else:
         assert checkout is not None
         step = mlx_examples_step(case, checkout)
-    for t in STEPS[:2]:
+    for t in STEPS[: case.warm_up]:
         step(t)
-    seconds = []
+    seconds, cpu_seconds = [], []
     for i in range(case.steps):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         step(STEPS[i % len(STEPS)])
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
-    return {"seconds": seconds, "peak_gib": peak}
+    return {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_gib": peak}
 
 
 def run_case(name: str, rivals: list[str], threads: int, checkout: Path | None) -> list[dict]:
@@ -169,12 +172,15 @@ def run_case(name: str, rivals: list[str], threads: int, checkout: Path | None) 
             turns[rival].append(json.loads(done.stdout.splitlines()[-1]))
     rows = []
     for rival, results in turns.items():
-        seconds = [s for result in results for s in result["seconds"]]
+        seconds, cpu_seconds = (
+            [s for result in results for s in result[key]] for key in ("seconds", "cpu_seconds")
+        )
         rows.append(
             {
                 "case": name,
                 "rival": rival,
                 "median_s": statistics.median(seconds),
+                "median_cpu_s": statistics.median(cpu_seconds),
                 "fastest_s": min(seconds),
                 "slowest_s": max(seconds),
                 "steps": len(seconds),
@@ -247,20 +253,20 @@ def main() -> None:
         print(json.dumps(worker(args.worker, CASES[cases[0]], args.mlx_examples)))
         return
 
-    report = {"facts": facts(args.threads), "rows": []}
+    report: dict = {"facts": facts(args.threads), "rows": []}
     rivals = args.rival or available(args.mlx_examples)
     for name in cases:
         report["rows"] += run_case(name, rivals, args.threads, args.mlx_examples)
+    report["facts"]["load_after"] = [round(load, 2) for load in os.getloadavg()]
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.write_text(json.dumps(report, indent=1) + "\n")
 
     print(json.dumps(report["facts"]))
-    print(f"{'case':<9} {'rival':<24} {'s/step':>8} {'fastest':>8} {'slowest':>8} {'peak GiB':>9}")
+    columns = ("median_s", "median_cpu_s", "fastest_s", "slowest_s", "peak_gib")
+    print(f"{'case':<8} {'rival':<24}" + "".join(f"{column:>13}" for column in columns))
     for row in report["rows"]:
-        print(
-            f"{row['case']:<9} {row['rival']:<24} {row['median_s']:>8.3f} {row['fastest_s']:>8.3f}"
-            f" {row['slowest_s']:>8.3f} {row['peak_gib']:>9.2f}"
-        )
+        figures = "".join(f"{row[column]:>13.3f}" for column in columns)
+        print(f"{row['case']:<8} {row['rival']:<24}{figures}")
 
 
 if __name__ == "__main__":

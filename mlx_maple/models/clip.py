@@ -5,8 +5,8 @@ Source   Radford et al. 2021 (arXiv:2103.00020); openai/CLIP @dcba3cb clip/model
          of class CLIP; names and the choice of states as in transformers 5.23.0
          models/clip/modeling_clip.py.
 Differs  Every wanted state comes from one call, and none is computed that is not used.
-         Tolerances: tests/parity/test_clip.py.
-Names    convert/maple_convert/layouts maps published checkpoints onto these.
+         Tolerances: tests/parity/test_clip_parity.py.
+Names    convert/maple_convert/layouts/clip.py maps published checkpoints onto these.
 """
 
 from collections.abc import Callable

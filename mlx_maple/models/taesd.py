@@ -2,11 +2,11 @@
 
 Legend   B batch; H, W pixel rows and columns; h, w = H/8, W/8; C channels; L latent channels.
          Channels last.
-Source   madebyollin/taesd @main taesd.py (no paper); weights MIT, distilled from SD's VAE.
-Differs  Pictures are [-1, 1] here, [0, 1] in the source; its latents are already scaled ones. Names
-         are those of diffusers 0.42.1 (AutoencoderTiny), where the decoder has no entry for the
-         clamp: its indices are one less than in the source. Tolerances: tests/parity/test_taesd.py.
-Names    convert/maple_convert/layouts maps published checkpoints onto these.
+Source   madebyollin/taesd @5cccb12 taesd.py (no paper); weights MIT, distilled from SD's VAE.
+Differs  Pictures are [-1, 1] here, [0, 1] in the source; its latents are already scaled ones.
+         Tolerances: tests/parity/test_taesd_parity.py.
+Names    Those of diffusers 0.42.1 (AutoencoderTiny), whose decoder does not count the clamp: its
+         indices are one less than in the source. convert/maple_convert/layouts/taesd.py maps both.
 """
 
 from dataclasses import dataclass

@@ -6,8 +6,8 @@ Source   Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.
          al. 2022 (arXiv:2112.10752), section 3.3; CompVis/stable-diffusion @21f890f
          ldm/modules/diffusionmodules/openaimodel.py, class UNetModel.
 Differs  Blocks are cut as in diffusers 0.42.1 (models/unets/unet_2d_condition.py), and bear its
-         names; 1x1 convolutions are Linear layers. Tolerances: tests/parity/test_unet.py.
-Names    convert/maple_convert/layouts maps published checkpoints onto these.
+         names; 1x1 convolutions are Linear layers. Tolerances: tests/parity/test_unet_parity.py.
+Names    convert/maple_convert/layouts/unet.py maps published checkpoints onto these.
 """
 
 from dataclasses import dataclass
@@ -71,8 +71,10 @@ class UNetConfig:
         checks.multiples(
             "UNetConfig", "block_out_channels", widths, self.norm_num_groups, "norm_num_groups"
         )
-        for width, heads in zip(widths, self.num_attention_heads, strict=True):
-            checks.multiples("UNetConfig", "block_out_channels", [width], heads, "heads there")
+        depths = (*self.transformer_layers[:-1], self.mid_transformer_layers)
+        for width, heads, depth in zip(widths, self.num_attention_heads, depths, strict=True):
+            if depth:  # heads are told for levels without transformers too, and mean nothing there
+                checks.multiples("UNetConfig", "block_out_channels", [width], heads, "heads there")
 
 
 class DownBlock(nn.Module):

@@ -7,8 +7,8 @@ Source   Kingma and Welling 2013 (arXiv:1312.6114); Rombach et al. 2022 (arXiv:2
          Decoder) and ldm/models/autoencoder.py (AutoencoderKL).
 Differs  Latents here are always the scaled ones, scaling_factor times what the convolutions speak.
          Blocks are cut and named as in diffusers 0.42.1; 1x1 convolutions are Linear layers.
-         Tolerances: tests/parity/test_vae.py.
-Names    convert/maple_convert/layouts maps published checkpoints onto these.
+         Tolerances: tests/parity/test_vae_parity.py.
+Names    convert/maple_convert/layouts/vae.py maps published checkpoints onto these.
 """
 
 import math

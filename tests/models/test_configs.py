@@ -75,3 +75,10 @@ def test_long_nonsense_makes_a_short_message():
 def test_what_does_not_fit(config: type, facts: dict[str, object], message: str):
     with pytest.raises(ValueError, match=message):
         config(**facts)
+
+
+def test_heads_mean_nothing_without_transformers():
+    config = {"block_out_channels": (40, 24), "norm_num_groups": 8, "num_attention_heads": (3, 2)}
+    UNetConfig(**config, transformer_layers=(0, 1))
+    with pytest.raises(ValueError, match=r"multiples of 3 \(heads there\), got \[40\]"):
+        UNetConfig(**config, transformer_layers=(1, 0))

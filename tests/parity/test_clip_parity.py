@@ -143,6 +143,7 @@ def _same_arrays(clip: CLIPTextEncoder, model: torch.nn.Module) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_true_size(parity_record):
     """CLIP ViT-L/14's text half: 123,060,480 parameters."""
     ids = _ids(VIT_L)

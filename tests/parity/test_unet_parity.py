@@ -216,6 +216,7 @@ class TestControls:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_true_size(parity_record):
     """SD 1.4's UNet: 859,520,964 parameters, 512x512 and an odd size. 8 GB, minutes."""
     cases = {

@@ -167,6 +167,7 @@ def test_logvar_is_clipped(parity_record):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_true_size(parity_record):
     """SD 1.x's autoencoder: 83,653,863 parameters, 512x512 and an odd size. Minutes."""
     cases = {"512x512": (64, 64), "152x216": (19, 27)}
