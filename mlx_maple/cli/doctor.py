@@ -60,7 +60,7 @@ def examine() -> dict[str, object]:
         "default_dtype": loading.default_dtype(),
         "matrix_library": _matrix_library(backend),
         "hub": _hub(),
-        "model_cache": f"{cache} ({_free(cache)} free)",
+        "model_cache": f"{cache} ({_free(cache)})",
     }
     return {**found, "advice": _advice(backend, memory)}
 
@@ -149,9 +149,9 @@ def _free(folder: Path) -> str:
     place = folder
     while not place.exists():
         place = place.parent
-    if not os.access(place, os.W_OK):
-        return "not writable, so that nothing is kept between runs;"
-    return _terminal.size(shutil.disk_usage(place).free)
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        return "cannot be written, so that nothing is kept between runs"
+    return f"{_terminal.size(shutil.disk_usage(place).free)} free"
 
 
 def _version(package: str) -> str:

@@ -1,0 +1,128 @@
+"""The smaller verbs: convert, inspect, models, doctor."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_model
+from safetensors.numpy import load_file
+
+from mlx_maple import hub as hub_module
+from mlx_maple import twins
+from mlx_maple.cli import main
+from mlx_maple.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+
+@pytest.fixture
+def maple(capsys):
+    def run(*arguments):
+        code = main([str(argument) for argument in arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+CKPT = "model.ckpt"
+
+
+def test_convert_there_and_back(maple):
+    source = tiny_model.folder() / CKPT
+    code, out, _ = maple("convert", source, "a", "--quiet")
+    assert code == 0 and out.startswith("a: maple layout")
+    code, out, _ = maple("convert", "a", "b.safetensors", "--to", "compvis", "--json")
+    assert code == 0 and json.loads(out)["layout"] == "compvis"
+    back, original = load_file("b.safetensors"), tiny_model.compvis()
+    assert back.keys() == original.keys()
+    assert all(np.array_equal(back[name], original[name]) for name in back)
+
+
+def test_convert_to_diffusers_brings_clips_vocabulary(maple):
+    assert maple("convert", tiny_model.folder() / CKPT, "a", "--to", "diffusers")[0] == 0
+    own = Tokenizer.from_files("a/tokenizer/vocab.json", "a/tokenizer/merges.txt")
+    text = "a red maple leaf, Käse 木 🍁"
+    assert own.encode(text) == Tokenizer.bundled().encode(text)
+
+
+def test_inspect(maple):
+    code, out, _ = maple("inspect", tiny_model.folder() / CKPT)
+    assert code == 0 and "Stable Diffusion 1.x" in out and "torch zip" in out
+    code, out, _ = maple("inspect", tiny_model.folder() / CKPT, "--json", "--keys")
+    assert code == 0 and json.loads(out)["layout"] == "compvis"
+
+
+@pytest.mark.parametrize("verb", ["convert", "inspect"])
+@pytest.mark.parametrize(
+    ("name", "data", "code"),
+    [("nothing", None, 1), ("page.ckpt", b"<!DOCTYPE html><html>", 3), ("empty.ckpt", b"", 3)],
+)
+def test_files_that_cannot_be_used(maple, verb, name, data, code):
+    if data is not None:
+        Path(name).write_bytes(data)
+    found, out, err = maple(verb, name, *(["out"] if verb == "convert" else []))
+    assert (found, out) == (code, "") and err.startswith(f"maple: {name}: ")
+    assert err.count("\n") == 1 and not Path("out").exists()
+
+
+def test_models_lists_twins_and_clears_them(maple):
+    assert maple("models")[1] == f"0 kept, 0 B; twins in {twins.twins_folder()}\n"
+    assert maple("models", "path")[1] == f"{twins.twins_folder()}\n"
+    source = tiny_model.folder() / CKPT
+    for dtype in ("float16", "float32"):
+        draw = ("generate", "x", "-m", source, "-s", 1, "-W", 64, "-H", 64, "--dtype", dtype)
+        assert maple(*draw, "--quiet")[0] == 0
+    (twin,) = twins.all_twins()  # float16 serves both
+    code, out, _ = maple("models", "list")
+    assert code == 0 and twin.path.name in out and str(source) in out and "8.86 MB" in out
+    listed = json.loads(maple("models", "list", "--json")[1])["models"]
+    assert [(model["kind"], model["name"]) for model in listed] == [("twin", twin.path.name)]
+    code, _, err = maple("models", "clear", "nothing")
+    assert code == 1 and twin.path.name in err
+    assert maple("models", "clear", twin.path.name)[1] == "removed 1, 8.86 MB\n"
+    assert not twins.all_twins() and not twin.path.exists()
+
+
+def test_models_clears_what_a_killed_conversion_left(maple):
+    left = twins.twins_folder() / f"{twins.UNFINISHED}0123456789abcdef"
+    left.mkdir(parents=True)
+    (left / "unet.safetensors").write_bytes(b"half")
+    assert "what a killed one left" in maple("models")[1]
+    assert maple("models", "clear", "--all")[1] == "removed 1, 4 B\n"
+    assert not left.exists()
+    assert maple("models", "clear", "--all", "name")[0] == 2
+
+
+def test_models_lists_downloads_and_clears_one_by_name(maple, hub):
+    hub.repos["some/model"] = {"model.ckpt": (tiny_model.folder() / CKPT).read_bytes()}
+    hub.repos["some/words"] = {"config.json": b"{}", "model.safetensors": b"language"}
+    for repo in hub.repos:
+        from huggingface_hub import hf_hub_download
+
+        for file in hub.repos[repo]:
+            hf_hub_download(repo, file)
+    _, out, _ = maple("models")
+    assert "some/model" in out and "some/words" not in out
+    assert maple("models", "clear", "--all")[1] == "removed 0, 0 B\n"
+    assert maple("models", "clear", "some/model")[1].startswith("removed 1, 8.92 MB")
+    assert not hub_module._repo_cache(hub_module.HubName("some/model")).exists()
+
+
+def test_doctor(maple, monkeypatch):
+    code, out, _ = maple("doctor")
+    assert code == 0 and "mlx backend      cpu" in out and "default dtype    float32" in out
+    found = json.loads(maple("doctor", "--json")[1])
+    assert found["mlx_backend"] == "cpu" and isinstance(found["advice"], list)
+    assert any("tens of seconds" in line for line in found["advice"])
+    monkeypatch.setattr("mlx_maple.cli.doctor._OPENBLAS", None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    Path("file").write_text("")
+    monkeypatch.setenv("MAPLE_CACHE", str(Path("file/cache").absolute()))
+    out = maple("doctor")[1]
+    assert "the reference BLAS (slow)" in out and "libopenblas0-pthread" in out
+    assert "g++ was not found" in out and "cannot be written" in out
