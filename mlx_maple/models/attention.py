@@ -5,9 +5,9 @@ Legend   B batch; h, w rows and columns; C channels; T tokens (pixels in reading
 Source   Vaswani et al. 2017 (arXiv:1706.03762); Shazeer 2020, GLU variants (arXiv:2002.05202);
          Rombach et al. 2022 (arXiv:2112.10752), section 3.3; CompVis/stable-diffusion @21f890f
          ldm/modules/attention.py.
-Differs  1x1 convolutions are Linear layers on pixels. Parameter names are those of diffusers 0.42.1
-         without torch's containers: `to_out` for `to_out.0`, `ff.proj_in` for `ff.net.0.proj`,
-         `ff.proj_out` for `ff.net.2`.
+Differs  1x1 convolutions are Linear layers on pixels.
+Names    Those of diffusers 0.42.1 without torch's containers: to_out for to_out.0, ff.proj_in for
+         ff.net.0.proj, ff.proj_out for ff.net.2.
 """
 
 import mlx.core as mx

@@ -202,7 +202,7 @@ class CLIPTextEncoder(nn.Module):
         final = self.final_layer_norm(states[-1])
         last = final if clip_skip == 1 else self.final_layer_norm(states[-clip_skip])
 
-        # The first end of text, by its id. The reference's older `argmax(ids)` finds an added
+        # The first end of text, by its id. The reference's older ``argmax(ids)`` finds an added
         # token (textual inversion) instead, and padding repeats the id after the first.
         ends = mx.argmax(ids == self.config.eos_token_id, axis=-1)
         pooled = final[mx.arange(ids.shape[0]), ends]

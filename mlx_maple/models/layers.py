@@ -20,9 +20,10 @@ MAX_PERIOD = 10_000  # the slowest sinusoid turns once in 2 pi times this many t
 class GroupNorm(nn.Module):
     """Normalise each group of neighbouring channels of one sample: (B, h, w, C) to the same.
 
-    The groups and the biased variance are those of torch. `mlx.nn.GroupNorm` agrees only with
-    ``pytorch_compatible=True``, and then adds up a whole group in one float32 run, which on a
-    256x256 picture is wrong in the fourth digit; here a row is averaged first, then the rows.
+    The groups and the biased variance are those of torch. ``mlx.nn.GroupNorm`` agrees only with
+    ``pytorch_compatible=True``, and then, on the CPU, adds up a whole group in one float32 run: on
+    a 256x256 picture that is wrong in the fourth digit. Here a row is averaged first, then the
+    rows.
 
     Args:
         groups: G; must divide ``channels``.
@@ -56,8 +57,8 @@ class GroupNorm(nn.Module):
 def sinusoids(timesteps: mx.array, width: int) -> mx.array:
     """Places in time as waves of falling frequency: (B,) to (B, width), float32.
 
-    The cosines come first, then the sines (`flip_sin_to_cos` in diffusers), and the frequencies
-    reach 1 / MAX_PERIOD only in the limit (`freq_shift` 0). An odd width is padded with a zero.
+    The cosines come first, then the sines (``flip_sin_to_cos`` in diffusers), and the frequencies
+    reach 1 / MAX_PERIOD only in the limit (``freq_shift`` 0). An odd width is padded with a zero.
 
     Args:
         timesteps: (B,), 0 to 999, fractions allowed.

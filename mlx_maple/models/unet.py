@@ -34,7 +34,7 @@ class UNetConfig:
         block_out_channels: C at each level, fine to coarse. Each further level halves h and w.
         layers_per_block: residual blocks a level on the way down; one more on the way up.
         transformer_layers: depth of the transformers at each level; 0 means none there.
-        num_attention_heads: heads at each level. Published configs call it `attention_head_dim`.
+        num_attention_heads: heads at each level. Published configs call it ``attention_head_dim``.
         cross_attention_dim: D of the prompt's states.
         mid_transformer_layers: depth of the transformer in the middle.
         norm_num_groups: groups of every GroupNorm.
@@ -238,7 +238,7 @@ class UNet(nn.Module):
         Args:
             latents: (B, h, w, in_channels), scaled to the sampler's unit variance. Any h and w.
             timesteps: (B,), or one for the whole batch: 0 to 999, fractions allowed. Under
-                `mx.compile` pass an array, or each new number is traced again.
+                ``mx.compile`` pass an array, or each new number is traced again.
             context: (B, T, cross_attention_dim), the text encoder's states; any T.
 
         Returns:
