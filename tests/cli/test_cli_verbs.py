@@ -99,11 +99,11 @@ def test_models_clears_what_a_killed_conversion_left(maple):
 
 
 def test_models_lists_downloads_and_clears_one_by_name(maple, hub):
+    from huggingface_hub import hf_hub_download
+
     hub.repos["some/model"] = {"model.ckpt": (tiny_model.folder() / CKPT).read_bytes()}
     hub.repos["some/words"] = {"config.json": b"{}", "model.safetensors": b"language"}
-    for repo in hub.repos:
-        from huggingface_hub import hf_hub_download
-
+    for hub.commit, repo in (("1" * 40, "some/model"), ("2" * 40, "some/words")):
         for file in hub.repos[repo]:
             hf_hub_download(repo, file)
     _, out, _ = maple("models")
