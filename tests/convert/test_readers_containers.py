@@ -357,6 +357,19 @@ def test_opening_costs_the_metadata_only(tmp_path):
     assert int(kilobytes) < 20_000 and float(seconds) < 0.5
 
 
+def test_a_zip_beyond_4_gigabytes(tmp_path):
+    """Sizes and offsets of more than 32 bits, in a sparse file."""
+    size = (1 << 32) + 64
+    tree = {"large": np.zeros(size, np.uint8), "small": np.arange(5, dtype=np.int16)}
+    stream, storages = tf.pickled(tree)
+    records = [("a/data.pkl", stream), ("a/data/0", tf.Hole(size)), ("a/data/1", tree["small"])]
+    path = tf.write_records(tmp_path / "a.ckpt", records)
+    assert [key for key, _ in storages] == ["0", "1"] and path.stat().st_size > size
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.tensors["large"].nbytes == size
+        assert checkpoint.read("small").array.tolist() == [0, 1, 2, 3, 4]
+
+
 def test_one_tensor_at_a_time_is_all_that_memory_holds(tmp_path):
     """Streaming 400 MB in 40 tensors adds little more than one tensor to the peak."""
     path = tmp_path / "many.ckpt"

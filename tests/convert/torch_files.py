@@ -88,6 +88,13 @@ class TorchTensor:
         self.requires_grad = requires_grad
 
 
+class Hole:
+    """Zeros that a record has and the disk does not: they are skipped in a sparse file."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+
+
 def tensor(array: np.ndarray, dtype: str | None = None, **keywords: Any) -> TorchTensor:
     """A contiguous tensor with a storage of its own."""
     stride, step = [], 1
@@ -265,7 +272,8 @@ def write_records(path: Path | str, records: Sequence[tuple[str, Any]]) -> Path:
     with path.open("wb") as file:
         for name, data in records:
             raw = name.encode()
-            view = memoryview(data).cast("B") if len(data) else memoryview(b"")
+            hole = isinstance(data, Hole)
+            view = data if hole else memoryview(data).cast("B") if len(data) else memoryview(b"")
             start = file.tell()
             wide = max(start, view.nbytes) >= UINT32_MAX
             data_start = start + 30 + len(raw) + 4
@@ -277,10 +285,10 @@ def write_records(path: Path | str, records: Sequence[tuple[str, Any]]) -> Path:
                 "<4s5H3I2H", b"PK\3\4", 0, flags, 0, 0, 0, 0, 0, 0, len(raw), len(extra)
             )
             file.write(head + raw + extra)
-            crc = zlib.crc32(view)
+            crc = 0 if hole else zlib.crc32(view)
             if view.nbytes:
                 sizes = struct.pack("<2Q" if wide else "<2I", view.nbytes, view.nbytes)
-                file.write(view)
+                file.seek(view.nbytes, 1) if hole else file.write(view)
                 file.write(b"PK\7\x08" + struct.pack("<I", crc) + sizes)
             long = b""
             size, offset = view.nbytes, start

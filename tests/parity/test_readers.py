@@ -204,6 +204,18 @@ def test_a_pickled_module_gives_its_weights(tmp_path):
         assert count == 4 and not problems
 
 
+@pytest.mark.slow
+def test_torch_files_beyond_4_gigabytes(tmp_path, parity_record):
+    """torch's own zip64 fields: a record longer than 32 bits say, and records after it."""
+    large = torch.zeros((1 << 32) + 64, dtype=torch.uint8)
+    large[-1] = 7
+    tree = {"large": large, "after": torch.arange(1000.0), "last": torch.arange(3)}
+    torch.save(tree, tmp_path / "large.pt")
+    problems, count, size = differences(tmp_path / "large.pt", tree)
+    assert not problems
+    parity_record("reader, 4.3 GB from torch.save", tensors=count, bytes=size, differing=0)
+
+
 @pytest.mark.parametrize("broken", ["one byte", "strides", "offset", "order", "type"])
 def test_the_comparison_notices(broken, tmp_path, monkeypatch):
     """Negative controls: each kind of misreading shows as a difference."""
