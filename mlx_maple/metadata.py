@@ -288,7 +288,8 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Eta": "eta",
     "Eta DDIM": "eta",
 }
-_DISCARD = "Discard penultimate sigma"
+_DISCARD, _FIRST_PASS = "Discard penultimate sigma", "First pass size"
+_DOWNCAST = "Downcast alphas_cumprod"
 _HARMLESS = {  # facts about a picture that decide nothing of it, or that another key says again
     *("Batch size", "Batch pos", "Civitai metadata", "Civitai resources", "Created Date", "Hashes"),
     *("Init image hash", "User", "VAE hash"),
@@ -360,10 +361,10 @@ def from_parameters(text: str) -> Recipe:
         raise ValueError("the text holds no settings of A1111's kind (Steps: …, Sampler: …).")
     version = pairs.get("Version", "")
     is_ours = version.startswith(PROGRAM)
-    hires = any(key.startswith("Hires") for key in pairs)
+    hires = any(key.startswith(("Hires", _FIRST_PASS)) for key in pairs)
     notes: list[str] = []
     values: dict[str, Any] = {"version": version, "clip_skip": 1}
-    used = {"Version", "Sampler", "Schedule type", "Size", "Size-1", "Size-2", "RNG"}
+    used = {"Version", "Sampler", "Schedule type", "Size", _FIRST_PASS, "RNG"}
 
     for key, name in _PLAIN.items():
         if key in pairs:
@@ -375,10 +376,12 @@ def from_parameters(text: str) -> Recipe:
             values[name] = pairs[key]
     if values.get("seed") == -1:
         del values["seed"]  # A1111's word for "any"
-    if "Size" in pairs:
-        if not (size := _SIZE.fullmatch(pairs["Size"])):
-            raise ValueError(f"Size must be WIDTHxHEIGHT, got {_short(pairs['Size'])}.")
-        for name, digits in zip(("width", "height"), size.groups(), strict=True):
+    # In the oldest form of the hires fix, Size is that of its second drawing.
+    first_pass = pairs.get(_FIRST_PASS, "0x0")
+    if size := pairs.get("Size") if first_pass == "0x0" else first_pass:
+        if not (sides := _SIZE.fullmatch(size)):
+            raise ValueError(f"Size must be WIDTHxHEIGHT, got {_short(size)}.")
+        for name, digits in zip(("width", "height"), sides.groups(), strict=True):
             values[name] = check_number(name, int(digits))
     if "Denoising strength" in pairs:
         used.add("Denoising strength")
@@ -413,6 +416,13 @@ def from_parameters(text: str) -> Recipe:
         notes.append("weights and BREAK in the prompt, as in (word:1.2), are read as plain text")
     if hires:
         notes.append("was enlarged by A1111's hires fix: only its first drawing is repeated")
+    if pairs.get(_DOWNCAST) == "True" or (version and not is_ours and not _is_since(version, 1, 8)):
+        used.add(_DOWNCAST)
+        notes.append("A1111 rounded its noise schedule to float16 (before 1.8): details may differ")
+    if "strength" in values and not is_ours:
+        notes.append("A1111 starts from a random sample of the image's latents, we from their mean")
+    if "mask_blur" in values and not is_ours:
+        notes.append("A1111 blends a mask into each prediction, we into each step's latents")
     unread = [key for key in pairs if key not in used and key not in _HARMLESS]
     if unread := [key for key in unread if not key.startswith("Hires")]:
         notes.append(f"not read, and perhaps part of the picture: {_listed(unread)}")
@@ -443,7 +453,7 @@ def _sampler(
     if row.discards and not is_ours:
         chosen["discard_penultimate"] = True
     if asked.lower() in ("", "automatic") or (row.keeps_times and not is_ours):
-        is_old = not asked and not _is_since_1_9(pairs.get("Version", ""))
+        is_old = not asked and not _is_since(pairs.get("Version", ""), 1, 9)
         return {**chosen, "schedule": row.earlier if is_old else row.automatic}
     schedule = _SCHEDULE_WORDS.get(asked.lower())
     if schedule is None:
@@ -465,9 +475,10 @@ def _times(steps: int) -> range:
     return range(0, 1000, max(1000 // steps, 1))
 
 
-def _is_since_1_9(version: str) -> bool:
+def _is_since(version: str, major: int, minor: int) -> bool:
+    """Whether an A1111 of that version wrote it; other programs' versions count as new."""
     found = re.match(r"v?(\d{1,4})\.(\d{1,4})", version)
-    return found is not None and (int(found[1]), int(found[2])) >= (1, 9)
+    return bool(version) and (found is None or (int(found[1]), int(found[2])) >= (major, minor))
 
 
 def _split(text: str) -> tuple[str, str, dict[str, str]]:

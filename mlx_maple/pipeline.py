@@ -42,6 +42,7 @@ from mlx_maple.text.tokenizer import Tokenizer
 
 MAX_COUNT = 256  # pictures of one call
 PREVIEWS = ("linear", "taesd")
+LEFT_OUT = 200  # characters of a prompt's end that a note repeats
 # img2img without a size: at most this many times the pixels that the model was made for
 LARGEST_SHARE = 2.25
 # What a model of the family does where its own files do not say.
@@ -517,7 +518,6 @@ class StableDiffusion:
         noise, clean, draw = _start(job, posterior)
         blend = _keep_outside(job, self.vae.config.downscale, noise, clean)
         x = job.plan.initial(noise, None if job.is_fresh else clean)
-        mx.eval(x)
         # A GPU works on one step while this side describes the next and the caller looks at the
         # last; a CPU would only get in its own way.
         ahead = 0 if _on_cpu() else 1
@@ -602,7 +602,9 @@ class StableDiffusion:
         """A prompt's states (1, T, D)."""
         encoded = encode_prompt(self.tokenizer, text)
         if encoded.truncated:
-            notes.append(f"the {name} is too long; left out: {encoded.truncated.strip()}")
+            end = " ".join(encoded.truncated.split())
+            end = end if len(end) <= LEFT_OUT else f"{end[:LEFT_OUT]}…"
+            notes.append(f"the {name} is too long; left out: {end}")
         states = self.text_encoder(mx.array(encoded.ids), clip_skip=clip_skip).last
         states = states.reshape(1, -1, states.shape[-1])  # chunks one after the other
         mx.eval(states)
@@ -633,7 +635,8 @@ class StableDiffusion:
         if fault := _fault(pixels):
             dtype = _dtype(self.vae)
             if not bool(mx.isfinite(latents).all()):
-                notes.append("the latents hold NaN: the picture is lost (the UNet overflowed)")
+                name = _name(_dtype(self.unet))
+                notes.append(f"the latents are not finite, the picture is lost (UNet in {name})")
             elif dtype == mx.float32:
                 notes.append(f"the picture was decoded {fault}")
             else:

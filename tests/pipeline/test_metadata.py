@@ -280,6 +280,20 @@ def test_hires_fix_keeps_its_strength_to_itself():
     assert not [note for note in recipe.notes if "not read" in note]
 
 
+@pytest.mark.parametrize(
+    ("pairs", "size"),
+    [
+        ("Size: 1024x768, First pass size: 512x384", (512, 384)),
+        ("Size: 1024x768, First pass size: 0x0", (1024, 768)),
+        ("Size: 512x384, Hires resize: 1024x768", (512, 384)),
+    ],
+)
+def test_the_size_of_the_first_drawing(pairs, size):
+    recipe = from_parameters(block(f"Steps: 20, Sampler: Euler, Seed: 1, {pairs}"))
+    assert (recipe.settings.width, recipe.settings.height) == size
+    assert [note for note in recipe.notes if "hires fix" in note]
+
+
 def test_network_tags_are_said_and_are_no_text():
     recipe = from_parameters(
         block("Steps: 20, Sampler: Euler, Seed: 1", prompt="a cat <lora:foo:0.8>, <hypernet:bar>x")
@@ -307,6 +321,10 @@ def test_our_own_block_is_taken_at_its_word():
         ("Sampler: Euler, Schedule type: Turbo, Steps: 20, Seed: 1", "not known here"),
         ("Sampler: Euler, Steps: 20, ControlNet 0: something", "ControlNet 0"),
         ("Sampler: Euler, Steps: 20, RNG: Dice", "not known here"),
+        ("Sampler: Euler, Steps: 20, Seed: 1, Version: v1.7.0", "float16"),
+        ("Sampler: Euler, Steps: 20, Downcast alphas_cumprod: True, Version: v1.8.0", "float16"),
+        ("Sampler: Euler, Steps: 20, Denoising strength: 0.5", "random sample"),
+        ("Sampler: Euler, Steps: 20, Denoising strength: 0.5, Mask blur: 4", "into each step"),
     ],
 )
 def test_what_cannot_be_repeated_is_said(last, word):
@@ -316,6 +334,8 @@ def test_what_cannot_be_repeated_is_said(last, word):
 def test_what_can_be_repeated_is_not_commented_on():
     last = "Steps: 20, Sampler: DDIM, CFG scale: 7, Seed: 1, Size: 512x512, RNG: CPU, User: me"
     assert from_parameters(block(last)).notes == []
+    assert from_parameters(block(f"{last}, Version: v1.8.0")).notes == []
+    assert from_parameters(block(f"{last}, Version: f2.0.1v1.10.1")).notes == []
 
 
 def test_a_line_after_the_settings_is_passed_over():

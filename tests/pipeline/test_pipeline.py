@@ -262,6 +262,8 @@ def test_a_prompt_that_is_too_long_is_told(sd):
         "the negative prompt is too long; left out: leaf leaf leaf leaf leaf",
     ]
     assert sd(long, negative_prompt=long, guidance_scale=1, steps=1, width=64).notes[1:] == []
+    note = sd("a\n" * 5000, steps=1, width=64).notes[0]
+    assert note.endswith("…") and "\n" not in note and len(note) < 300
 
 
 # From pictures -----------------------------------------------------------------------------------
@@ -575,7 +577,7 @@ def test_latents_of_nan_are_told_and_not_decoded_again(sd, monkeypatch):
 
     monkeypatch.setattr(UNet, "__call__", overflow)
     result = sd("a", steps=1, width=64)
-    assert len(result.notes) == 1 and "hold NaN" in result.notes[0]
+    assert len(result.notes) == 1 and "not finite" in result.notes[0]
     assert result.images[0].getbbox() is None
 
 
