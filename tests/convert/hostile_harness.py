@@ -29,7 +29,7 @@ from maple_convert.errors import ConvertError
 from maple_convert.readers import open_checkpoint, read_json
 
 CHANGING = ("open for writing", "os.mkdir", "os.rmdir", "os.remove", "os.rename", "os.chmod")
-SHOWN = 5  # events told of one case
+SHOWN = 100  # events told of one case
 MEMORY = 500 << 20  # bytes that a case may add to the address space
 SECONDS = 20  # until a case is killed; the tests ask for far less
 NOBODY = 65534
