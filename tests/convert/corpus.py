@@ -844,7 +844,7 @@ def record_compressed_only_locally(folder):
     return patched(folder, content, content.index(b"model/data/0") - 30 + 8, b"\x08\0")
 
 
-@hostile("no data.pkl")
+@hostile("data.pkl")
 def zip_of_something_else(folder):
     """An office document, say."""
     records = [("word/document.xml", b"<w/>"), ("[Content_Types].xml", b"<t/>")]

@@ -269,6 +269,19 @@ def test_strangers_objects_are_inert_stubs(tmp_path):
     assert len(objects["long"]) < 2000
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["code.model.Net", "trace.data.Set", "__main__.Config", "copyreg.__newobj__",
+     "argparse.Namespace",     "functools.partial", "builtins.getattr", "builtins.set", "torch.jit.ScriptModule",
+     "pathlib.PosixPath", "torch.optim.lr_scheduler.LambdaLR", "numpy.random._pickle.__x"],
+)  # fmt: skip
+def test_names_that_real_checkpoints_carry_are_no_reason_to_refuse(name, tmp_path):
+    module, _, last = name.rpartition(".")
+    tree = {"w": np.ones(1, np.float32), "x": Call(Global(module, last), (1,))}
+    with open_checkpoint(tf.write_torch_zip(tmp_path / "a.pt", tree)) as checkpoint:
+        assert checkpoint.objects["x"] == Stub(name, (1,))
+
+
 def test_numpy_arrays_among_the_objects(tmp_path):
     array = np.arange(6, dtype=">i4").reshape(2, 3)
     args = (Global("numpy", "ndarray"), (0,), b"b")

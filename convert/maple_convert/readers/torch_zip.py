@@ -113,7 +113,9 @@ def _root(file: SourceFile, records: dict[str, Record]) -> str:
         raise UnsupportedCheckpoint(file.path, "is a NumPy .npz archive, not a torch checkpoint")
     if not roots:
         inner = next((n for n in records if n.endswith((".ckpt", ".safetensors", ".pt"))), None)
-        hint = f"unpack {quoted(inner)} from it first" if inner else "it has no data.pkl"
+        hint = (
+            f"unpack {quoted(inner)} from it first" if inner else "it has no */data.pkl"
+        )
         reason = f"is a zip archive that torch.save did not write: {hint}"
         raise UnsupportedCheckpoint(file.path, reason)
     if len(roots) > 1:
