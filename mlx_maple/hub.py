@@ -277,7 +277,7 @@ def _download(name: HubName, dtype: str, progress: Progress | None) -> tuple[Pat
 
         def report(count: int, file: str = file, before: int = done) -> None:
             if progress is not None:
-                progress(before + count, total, file)
+                progress(before + count, total, f"downloading {file}")
 
         report(0)
         if sizes[file] >= RESUMED_FROM:
@@ -285,7 +285,7 @@ def _download(name: HubName, dtype: str, progress: Progress | None) -> tuple[Pat
         hf_hub_download(name.repo, file, revision=commit)
         done += sizes[file]
     if progress is not None and missing:
-        progress(total, total, str(name))
+        progress(total, total, f"downloading {name}")
     if _cached_commit(name) != commit:  # so that the name is found again without a network
         hf_hub_download(name.repo, choice.files[0], revision=name.revision)
     return snapshot / choice.single if choice.single else snapshot, choice

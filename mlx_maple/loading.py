@@ -266,6 +266,10 @@ def _make_twin(
     if free < needed * 1.02 + (64 << 20):
         raise OSError(0, f"{needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free")
 
+    def converting(done: int, total: int, label: str) -> None:
+        if progress is not None:
+            progress(done, total, f"converting {label}")
+
     def write(path: Path) -> None:
         try:
             convert(
@@ -274,7 +278,7 @@ def _make_twin(
                 dtype=None if stored == source_dtype else stored,
                 ema=bool(options["ema"]),
                 variant=found.variant,
-                progress=progress,
+                progress=converting,
             )
         except UnreadableFile as error:
             if error.path.resolve().is_relative_to(folder.resolve()):
@@ -310,7 +314,9 @@ def _stored(source_dtype: str, dtype: str) -> str:
 
 
 def _plain(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "._" else "_" for c in name)[:60].lstrip(".") or "model"
+    return (
+        "".join(c if c.isalnum() or c in "._-" else "_" for c in name)[:60].lstrip(".") or "model"
+    )
 
 
 def _is_maple_folder(path: Path) -> bool:

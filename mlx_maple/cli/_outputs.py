@@ -54,7 +54,9 @@ class Outputs:
             value = fields[match[1]]
             if match[2] is not None:
                 return str(value).zfill(int(match[2]))
-            return slug(str(value)) if isinstance(value, str) else f"{value:g}"
+            if isinstance(value, str):
+                return slug(value)
+            return f"{value:g}" if isinstance(value, float) else str(value)
 
         return Path(_FIELD.sub(fill, self.pattern))
 

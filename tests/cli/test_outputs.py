@@ -36,12 +36,19 @@ def save(path):
         ("pictures/", "pictures/a-red-maple-leaf-on-yellow-7.png"),
         ("pictures", "pictures/a-red-maple-leaf-on-yellow-7.png"),
         ("{date}/{index:4}-{seed}.jpg", "2031-05-07/0003-7.jpg"),
+        ("{seed}-{seed:2}.png", "7-07.png"),
         ("{sampler}-{steps}-{guidance}-{width}x{height}.png", "ddim-20-7.5-512x640.png"),
     ],
 )
 def test_patterns(tmp_path, monkeypatch, text, expected):
     monkeypatch.chdir(tmp_path)
     assert str(parse_output(text, False).path(FIELDS)) == expected
+
+
+@pytest.mark.parametrize("seed", [0, -5, 4294967295, 2**64 - 1])
+def test_a_seed_is_written_whole(seed):
+    name = Outputs("{seed}.png").path({**FIELDS, "seed": seed})
+    assert name.stem == str(seed)
 
 
 @pytest.mark.parametrize(
