@@ -272,7 +272,8 @@ def test_strangers_objects_are_inert_stubs(tmp_path):
 @pytest.mark.parametrize(
     "name",
     ["code.model.Net", "trace.data.Set", "__main__.Config", "copyreg.__newobj__",
-     "argparse.Namespace",     "functools.partial", "builtins.getattr", "builtins.set", "torch.jit.ScriptModule",
+     "argparse.Namespace", "functools.partial", "builtins.getattr", "builtins.set",
+     "torch.jit.ScriptModule",
      "pathlib.PosixPath", "torch.optim.lr_scheduler.LambdaLR", "numpy.random._pickle.__x"],
 )  # fmt: skip
 def test_names_that_real_checkpoints_carry_are_no_reason_to_refuse(name, tmp_path):
