@@ -12,6 +12,7 @@ This is the only place that evaluates: the networks and samplers below only desc
 step is one evaluation. Nothing here knows where a model came from.
 """
 
+import math
 import secrets
 import time
 from collections import deque
@@ -31,12 +32,14 @@ from mlx_maple import images, metadata
 from mlx_maple.metadata import Settings, check_number
 from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet
 from mlx_maple.sampling import NoiseSchedule, Plan, Step, guided, make_plan
+from mlx_maple.sampling.denoiser import Model
 from mlx_maple.sampling.noise import (
     NOISE_SOURCES,
     initial_noise,
     noise_generator,
     step_noise_generator,
 )
+from mlx_maple.sampling.schedule import SigmaGrid
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
@@ -516,7 +519,11 @@ class StableDiffusion:
             clock.mark("encode")
 
         noise, clean, draw = _start(job, posterior)
-        blend = _keep_outside(job, self.vae.config.downscale, noise, clean)
+        blend = None
+        if job.mask is not None and clean is not None:
+            inside = images.latent_mask(job.mask, self.vae.config.downscale)
+            outside = _Outside(job.plan, mx.array(inside) > 0, noise, clean)
+            model, blend = outside.watched(model), outside.kept
         x = job.plan.initial(noise, None if job.is_fresh else clean)
         # A GPU works on one step while this side describes the next and the caller looks at the
         # last; a CPU would only get in its own way.
@@ -569,7 +576,7 @@ class StableDiffusion:
             ),
         )
 
-    def _model(self, job: _Job, notes: list[str]) -> Callable[[mx.array, float], mx.array]:
+    def _model(self, job: _Job, notes: list[str]) -> Model:
         """The guided UNet for a batch: (n, h, w, C) latents and a timestep to predictions.
 
         On the CPU pictures go through the network one by one: BLAS rounds differently with the size
@@ -582,7 +589,7 @@ class StableDiffusion:
             text = settings.negative_prompt
             negative = self._states(text, job.clip_skip, "negative prompt", notes)
 
-        def of(copies: int) -> Callable[[mx.array, float], mx.array]:
+        def of(copies: int) -> Model:
             both = [None if s is None else mx.repeat(s, copies, 0) for s in (positive, negative)]
             assert both[0] is not None
             return guided(self.unet, both[0], both[1], scale, _dtype(self.unet))
@@ -709,22 +716,50 @@ def _waited(step: Step) -> Step:
     return step
 
 
-def _keep_outside(
-    job: _Job, factor: int, noise: mx.array, clean: mx.array | None
-) -> Callable[[Step], mx.array] | None:
-    """After each step, outside the mask: the picture's own latents at that step's noise level.
+class _Outside:
+    """Outside the mask stands the picture, noised to the level of each moment.
 
-    The noise is the starting noise every time, and the last step leaves the clean latents, as in
-    diffusers' inpainting with a 4-channel UNet.
+    That is all a network without a mask channel needs: samplers work on each number by itself, so
+    what it sees outside decides how the inside goes on. The noise is the starting noise every time,
+    and the last step leaves the clean latents. Some samplers call the network again within a step;
+    it sees the picture there too. All of it as in diffusers' inpainting with a 4-channel UNet, but
+    that diffusers' KDPM2 (dpm2) takes the wrong level within a step.
     """
-    if job.mask is None or clean is None:
-        return None
-    inside = mx.array(images.latent_mask(job.mask, factor)) > 0
 
-    def blend(step: Step) -> mx.array:
-        return mx.where(inside, step.latents, job.plan.noised(clean, noise, step.index))
+    def __init__(self, plan: Plan, inside: mx.array, noise: mx.array, clean: mx.array) -> None:
+        self._plan = plan
+        self._inside = inside
+        self._noise = noise
+        self._clean = clean
+        self._is_within_a_step = False
+        self._sigmas: dict[float, float] = {}
+        if isinstance(plan.grid, SigmaGrid):
+            self._sigmas = dict(zip(plan.grid.timesteps, plan.grid.sigmas, strict=False))
 
-    return blend
+    def kept(self, step: Step) -> mx.array:
+        """The latents to go on from after a step."""
+        self._is_within_a_step = False
+        known = self._plan.noised(self._clean, self._noise, step.index)
+        return mx.where(self._inside, step.latents, known)
+
+    def watched(self, model: Model) -> Model:
+        """The model, seeing the picture in calls within a step too."""
+
+        def call(latents: mx.array, timestep: float) -> mx.array:
+            if self._is_within_a_step:
+                known = self._at(timestep)
+                latents = mx.where(self._inside, latents, known)
+            self._is_within_a_step = True
+            return model(latents, timestep)
+
+        return call
+
+    def _at(self, timestep: float) -> mx.array:
+        """The picture at a timestep's level, in the network's scale of unit variance."""
+        sigma = self._sigmas.get(timestep)
+        if sigma is None:  # a level between the plan's own
+            sigma = float(self._plan.grid.schedule.sigma_at(np.array(timestep)))
+        return (self._clean + sigma * self._noise) / math.sqrt(1 + sigma**2)
 
 
 def _start(

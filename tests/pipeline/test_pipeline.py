@@ -363,15 +363,40 @@ def test_the_picture_shows_through_in_every_step(sd):
     job = checked(sd, arguments)
     noise = mx.array(initial_noise("torch", 1, (8, 16, 4))[None])
     clean = sd._encode(picture(), [])[0]
-    blend = pipeline._keep_outside(job, 8, noise, clean)
+    inside = mx.array(images.latent_mask(job.mask, 8)) > 0
+    outside = pipeline._Outside(job.plan, inside, noise, clean)
     seen = []
     for step in job.plan.sample(sd._model(job, []), job.plan.initial(noise, clean)):
-        blended = np.array(blend(step))
+        blended = np.array(outside.kept(step))
         known = np.array(job.plan.noised(clean, noise, step.index))
         assert same(blended[:, :, :8], known[:, :, :8])
         assert same(blended[:, :, 8:], np.array(step.latents)[:, :, 8:])
         seen.append(np.abs(known - np.array(clean)).mean())
     assert seen == sorted(seen, reverse=True) and seen[-1] == 0 and len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    ("sampler", "schedule"),
+    [("plms", "leading"), ("heun", "linspace"), ("dpm2", "karras"), ("dpmpp_sde", "karras")],
+)
+def test_the_network_sees_the_picture_in_every_call(sd, monkeypatch, sampler, schedule):
+    """At the level of the timestep that it is told, whether a step begins there or not."""
+    arguments = {"image": picture(), "mask": right_half(), "mask_blur": 0, "strength": 0.75}
+    arguments |= {"sampler": sampler, "schedule": schedule, "steps": 6, "seed": 1}
+    noise = initial_noise("torch", 1, (8, 16, 4))[None]
+    clean = np.array(sd._encode(picture(), [])[0])
+    errors = []
+
+    def spy(self, latents, timesteps, context):
+        sigma = float(sd.noise_schedule.sigma_at(np.array(float(timesteps[0]))))
+        known = (clean + sigma * noise) / np.sqrt(1 + sigma**2)
+        errors.append(np.abs(np.array(latents)[:1] - known)[:, :, :8].max())
+        return latents
+
+    monkeypatch.setattr(UNet, "__call__", spy)
+    told = list(sd.generate("a", **arguments))
+    assert len(errors) > told[-1].total
+    assert max(errors) < (0.02 if schedule == "linspace" else 1e-4)  # that one interpolates sigma
 
 
 # Previews ----------------------------------------------------------------------------------------
