@@ -376,9 +376,9 @@ def test_other_layouts_of_one_weight_are_not_guessed(key, at, save):
 
 
 def test_any_one_missing_key_is_missed_by_name():
-    """Every single key of a whole file, taken out alone."""
+    """Every fourth key of a whole file, taken out alone."""
     whole = {key: TensorInfo("float32", value.shape) for key, value in tiny.compvis().items()}
-    for key in whole:
+    for key in list(whole)[::4]:
         with pytest.raises(LayoutMismatch) as caught:
             open_in_memory({name: info for name, info in whole.items() if name != key})
         assert key in caught.value.missing

@@ -84,7 +84,7 @@ def infer(view: View, spelling: str) -> dict[str, Any]:
     return {
         "vocab_size": view.axis(f"{prefix}embeddings.token_embedding.weight", 0, 2),
         "hidden_size": view.axis(f"{prefix}embeddings.token_embedding.weight", 1, 2),
-        "intermediate_size": view.axis(f"{prefix}encoder.layers.0.mlp.fc1.weight", 0, 2),
+        "intermediate_size": view.axis(f"{prefix}encoder.layers.0.mlp.fc1.bias", 0, 1),
         "num_hidden_layers": view.count(f"{prefix}encoder.layers"),
         "max_position_embeddings": view.axis(f"{prefix}embeddings.position_embedding.weight", 0, 2),
         "projection_dim": view.axis("text_projection.weight", 0, 2) if projected else None,

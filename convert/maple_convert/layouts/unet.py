@@ -163,8 +163,12 @@ def places(config: Mapping[str, Any]) -> list[Place]:
 
 @dataclass(frozen=True)
 class Level:
-    """One resolution of the downward path: the names of its blocks in the file's spelling."""
+    """One resolution of the downward path: the names of its blocks in the file's spelling.
 
+    ``first`` is the name that its first ResNet block must have, whether or not it is there.
+    """
+
+    first: str
     resnets: list[str]
     transformers: list[str]
 
@@ -175,11 +179,11 @@ def walk(view: View, spelling: str) -> list[Level]:
 
 
 def _walk_compvis(view: View) -> list[Level]:
-    levels = [Level([], [])]
+    levels = [Level("input_blocks.1.0", [], [])]
     for n in range(1, view.count("input_blocks")):
         block = f"input_blocks.{n}"
         if view.holds(f"{block}.0.op"):
-            levels.append(Level([], []))
+            levels.append(Level(f"input_blocks.{n + 1}.0", [], []))
             continue
         levels[-1].resnets.append(f"{block}.0")
         if view.holds(f"{block}.1"):
@@ -193,7 +197,8 @@ def _walk_diffusers(view: View) -> list[Level]:
         block = f"down_blocks.{i}"
         resnets = [f"{block}.resnets.{j}" for j in range(view.count(f"{block}.resnets"))]
         attentions = view.count(f"{block}.attentions")
-        levels.append(Level(resnets, [f"{block}.attentions.{j}" for j in range(attentions)]))
+        transformers = [f"{block}.attentions.{j}" for j in range(attentions)]
+        levels.append(Level(f"{block}.resnets.0", resnets, transformers))
     return levels
 
 
@@ -212,9 +217,7 @@ def infer(view: View, spelling: str) -> dict[str, Any]:
     return {
         "in_channels": view.axis(f"{root['conv_in']}.weight", 1, 4),
         "out_channels": view.axis(f"{root['conv_out']}.weight", 0, 4),
-        "block_out_channels": [
-            view.axis(f"{(level.resnets or ['?'])[0]}.{bias}", 0, 1) for level in levels
-        ],
+        "block_out_channels": [view.axis(f"{level.first}.{bias}", 0, 1) for level in levels],
         "layers_per_block": max((len(level.resnets) for level in levels), default=0),
         "transformer_layers": [
             max((_depth(view, name) for name in level.transformers), default=0) for level in levels
