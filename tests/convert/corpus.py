@@ -649,6 +649,13 @@ def index_nested_somewhat_deep(folder):
     return write(folder / "model.safetensors.index.json", text)
 
 
+@hostile("too many")
+def index_of_ten_million_lists(folder):
+    """JSON whose parsed form is twenty times its text."""
+    text = b'{"weight_map": {"x": [' + b"[]," * 10_000_000 + b"[]]}}"
+    return write(folder / "model.safetensors.index.json", text)
+
+
 @hostile("too much for a JSON file")
 def index_of_a_gigabyte(folder):
     """A JSON text too large to parse, sparse on the disk."""
@@ -897,6 +904,23 @@ def picture_with_a_zip_behind(folder):
 def zip_with_a_prefix(folder):
     """Bytes before the first record shift every offset; lenient readers add the shift."""
     return write(folder / "model.ckpt", b"PK\3\4" + bytes(60) + good_zip(folder))
+
+
+@hostile("not at its beginning")
+def zip_behind_something_that_begins_like_one(folder):
+    """A prefix that the directory's offsets allow for: room for another file in front."""
+    prefix = b"PK\3\4" + bytes(60)
+    content = bytearray(prefix + good_zip(folder))
+    for name in (b"model/data.pkl", b"model/byteorder", b"model/data/0", b"model/data/1",
+                 b"model/version", b"model/.format_version", b"model/.storage_alignment",
+                 b"model/.data/serialization_id"):  # fmt: skip
+        entry = content.rindex(name) - 46
+        (offset,) = struct.unpack_from("<I", content, entry + 42)
+        struct.pack_into("<I", content, entry + 42, offset + len(prefix))
+    for at, size in ((-98 + 48, "Q"), (-42 + 8, "Q"), (-22 + 16, "I")):
+        (offset,) = struct.unpack_from(f"<{size}", content, len(content) + at)
+        struct.pack_into(f"<{size}", content, len(content) + at, offset + len(prefix))
+    return write(folder / "model.ckpt", bytes(content))
 
 
 @hostile("no end record")

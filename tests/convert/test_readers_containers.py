@@ -76,6 +76,7 @@ def test_every_type_in_every_container_whatever_its_name(kind, suffix, tmp_path)
             assert checkpoint.tensors[name] == TensorInfo(name, (2, 3))
             value = checkpoint.read(name)
             assert value.dtype == name and value.array.dtype == STORAGE[name]
+            assert isinstance(value.array, np.ndarray)
             assert value.array.flags.c_contiguous and value.array.flags.owndata
             np.testing.assert_array_equal(value.array, array)
 
@@ -457,6 +458,15 @@ def test_bools_are_true_or_false_whatever_their_bytes(tmp_path):
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.read("x").array.tolist() == [False, True, True, True]
         assert checkpoint.read("x").array.view(np.uint8).tolist() == [0, 1, 1, 1]
+
+
+def test_zero_dim_tensors_are_arrays(tmp_path):
+    tree = {name: tf.tensor(array[0, 0].reshape(()), name) for name, array in TYPES.items()}
+    with open_checkpoint(tf.write_torch_zip(tmp_path / "a.pt", tree)) as checkpoint:
+        for name in TYPES:
+            value = checkpoint.read(name).array
+            assert isinstance(value, np.ndarray) and value.shape == ()
+            assert value.dtype == STORAGE[name] and value == TYPES[name][0, 0]
 
 
 def test_bytes_after_a_legacy_file_are_noted(tmp_path):

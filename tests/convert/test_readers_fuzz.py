@@ -1,6 +1,8 @@
 """Properties of the readers over generated input, and a bounded run of the fuzzer."""
 
 import json
+import pickle
+import pickletools
 import struct
 from collections import OrderedDict
 
@@ -14,7 +16,8 @@ from hypothesis import strategies as st
 
 from maple_convert.errors import ConvertError
 from maple_convert.readers import open_checkpoint
-from maple_convert.readers.pickle_tree import PickleFault, parse_pickle
+from maple_convert.readers.pickle_tree import _OPCODES, PickleFault, parse_pickle
+from maple_convert.readers.plain import PlainValues
 from maple_convert.tensors import STORAGE
 
 QUICK = settings(
@@ -68,13 +71,44 @@ def test_any_bytes_as_a_pickle(data):
         pass
 
 
-@settings(QUICK, max_examples=60)
-@given(st.dictionaries(st.text(max_size=5), st.recursive(
+TREES = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**80), 2**80) | st.text(max_size=8)
     | st.floats(allow_nan=False) | st.binary(max_size=8),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner,
                                                                 max_size=4),
-    max_leaves=12), max_size=6), st.sampled_from([2, 3, 4, 5]))  # fmt: skip
+    max_leaves=12)  # fmt: skip
+
+
+def plain(data: bytes) -> object:
+    return PlainValues(lambda node: None).value(parse_pickle(data).root)
+
+
+@settings(QUICK, max_examples=60)
+@given(TREES, st.integers(0, 5))
+def test_pickles_read_without_unpickling_equal_unpickled_ones(tree, protocol):
+    assert plain(pickle.dumps(tree, protocol)) == tree
+
+
+@pytest.mark.parametrize(
+    "text",
+    [rb"'abc'", rb'"it\'s"', rb"'\x41\xe9\n\t\\'", rb"'\'quoted\''", rb"''", rb"'\r\0\a\b\f\v'"],
+)
+def test_python_2_strings(text):
+    """STRING holds Python 2's repr; what is not UTF-8 is taken byte by byte."""
+    data = b"S" + text + b"\n."
+    assert plain(data) == pickle.loads(data, encoding="latin1")
+
+
+def test_the_set_of_opcodes_is_python_s_but_for_two():
+    """Out-of-band buffers are refused; everything else that Python knows, this does."""
+    known = {ord(op.code): op.name for op in pickletools.opcodes}
+    missing = {name for code, name in known.items() if code not in _OPCODES}
+    assert missing == {"STOP", "NEXT_BUFFER", "READONLY_BUFFER"}  # STOP is the loop's end
+    assert not set(_OPCODES) - set(known)
+
+
+@settings(QUICK, max_examples=60)
+@given(st.dictionaries(st.text(max_size=5), TREES, max_size=6), st.sampled_from([2, 3, 4, 5]))
 def test_plain_objects_come_back(tmp_path, tree, protocol):
     """What Python pickles besides tensors, read without unpickling, equals itself."""
     assume("w" not in tree and "state_dict" not in tree)

@@ -8,6 +8,7 @@ from maple_convert.errors import InvalidCheckpoint, quoted
 from maple_convert.readers.source import SourceFile
 
 MAX_BYTES = 32 << 20  # the largest tokenizer.json of a published pipeline is about 17 MB
+MAX_COMMAS = 2_000_000  # bounds what parsing may allocate: lists take twenty times their text
 MAX_DEPTH = 32
 MAX_DIGITS = 40  # Python's own bound is 4,300 digits, parsed in quadratic time
 
@@ -40,6 +41,8 @@ def read_json(path: Path | str, *, limit: int = MAX_BYTES) -> dict[str, Any]:
 
 def parse_object(text: bytes) -> dict[str, Any]:
     """One JSON object from UTF-8 bytes; JSONFault otherwise."""
+    if text.count(b",") > MAX_COMMAS:
+        raise JSONFault("lists too many things")
     try:
         value: object = json.loads(
             text.decode("utf-8"),

@@ -460,7 +460,16 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     return _ESCAPES.get(code, code if code in b"\\'\"" else b"\\" + code)
 
 
-_ESCAPES = {b"n": b"\n", b"r": b"\r", b"t": b"\t", b"0": b"\0", b"a": b"\a", b"b": b"\b"}
+_ESCAPES = {
+    b"n": b"\n",
+    b"r": b"\r",
+    b"t": b"\t",
+    b"0": b"\0",
+    b"a": b"\a",
+    b"b": b"\b",
+    b"f": b"\f",
+    b"v": b"\v",
+}
 
 # The closed set. A byte that is not a key here ends the parse.
 _OPCODES: dict[int, Callable[[_Machine], None]] = {

@@ -92,7 +92,7 @@ class Placement:
     strides: tuple[int, ...] | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class FileCheckpoint:
     """A checkpoint in one file: see ``maple_convert.tensors.Checkpoint``."""
 
@@ -123,7 +123,9 @@ class FileCheckpoint:
                 self.file.read_into(place.offset, array.data.cast("B"))
             else:
                 self._gather(array, place.offset, place.strides)
-        return Tensor(dtype, array != 0 if dtype == "bool" else array)
+        if dtype == "bool":
+            array = np.asarray(array != 0)  # asarray: a zero-dim comparison is no array
+        return Tensor(dtype, array)
 
     def _gather(self, out: npt.NDArray[Any], offset: int, strides: Sequence[int]) -> None:
         """Fill ``out`` from a strided view, holding at most about BLOCK bytes of the file."""

@@ -88,9 +88,8 @@ def _places(
         key, storage = view.storage.key, view.storage
         record = records.get(f"{root}/data/{key}")
         if record is None:
-            raise InvalidCheckpoint(
-                file.path, f"lacks the record data/{key}, of tensor {quoted(name)}"
-            )
+            reason = f"lacks the record {quoted(f'data/{key}')} of tensor {quoted(name)}"
+            raise InvalidCheckpoint(file.path, reason)
         expected = storage.size * STORAGE[storage.dtype].itemsize
         if record.size != expected:
             where = quoted(f"data/{key}")
@@ -113,9 +112,7 @@ def _root(file: SourceFile, records: dict[str, Record]) -> str:
         raise UnsupportedCheckpoint(file.path, "is a NumPy .npz archive, not a torch checkpoint")
     if not roots:
         inner = next((n for n in records if n.endswith((".ckpt", ".safetensors", ".pt"))), None)
-        hint = (
-            f"unpack {quoted(inner)} from it first" if inner else "it has no */data.pkl"
-        )
+        hint = f"unpack {quoted(inner)} from it first" if inner else "it has no */data.pkl"
         reason = f"is a zip archive that torch.save did not write: {hint}"
         raise UnsupportedCheckpoint(file.path, reason)
     if len(roots) > 1:
@@ -167,6 +164,8 @@ def read_directory(file: SourceFile) -> dict[str, Record]:
         records[name] = Record(name, data, length, method)
     if position != size:
         raise _damaged(file, "its directory has more bytes than entries")
+    if spans and min(spans)[0] != 0:
+        raise _damaged(file, "its first record is not at its beginning")
     reached = 0
     for header, end in sorted(spans):
         if header < reached:
@@ -230,9 +229,7 @@ def _name(file: SourceFile, raw: bytes) -> str:
         name = raw.decode("latin-1")
     parts = name.removesuffix("/").split("/")
     if "\\" in name or "\0" in name or any(part in ("", ".", "..") for part in parts):
-        raise _damaged(
-            file, f"it has a record with the name {quoted(name)}, which is no plain path"
-        )
+        raise _damaged(file, f"it has a record named {quoted(name)}, which is no plain path")
     return name
 
 
@@ -270,13 +267,9 @@ def _data_start(
         fields[i] for i in (0, 2, 3, 9, 10)
     )
     if signature != b"PK\3\4" or name_length != len(raw) or local[LOCAL.size :] != raw:
-        raise _damaged(
-            file, f"the local header of record {quoted(name)} does not match the directory"
-        )
+        raise _damaged(file, f"the local header of record {quoted(name)} names another")
     if flags & ENCRYPTED or local_method != method:
-        raise _damaged(
-            file, f"the local header of record {quoted(name)} disagrees about compression"
-        )
+        raise _damaged(file, f"the local header of record {quoted(name)} packs it otherwise")
     return header + LOCAL.size + name_length + extra_length
 
 
