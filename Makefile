@@ -46,6 +46,7 @@ demo: $(VENV)/.run
 	  echo "make demo: no checkpoint at $(WEIGHTS)/emoji-trial/emoji-trial.ckpt; set MAPLE_TEST_WEIGHTS" \
 	       "to the folder of test weights, or draw with a checkpoint of your own:" \
 	       "$(BIN)/maple generate \"a red maple leaf\" -m your-model.safetensors" >&2; exit 3; }
+	@mkdir -p out
 	$(BIN)/maple convert "$(WEIGHTS)/emoji-trial/emoji-trial.ckpt" out/emoji-trial
 	$(BIN)/maple generate "a red maple leaf on a yellow background" -m out/emoji-trial \
 	  --sampler ddim --schedule leading --steps 20 --guidance 5 --seed 7 -W 128 -H 128 -o out/demo.png --overwrite
