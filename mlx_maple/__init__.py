@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from mlx_maple.hub import HubError as HubError
+    from mlx_maple.loading import NoModel as NoModel
     from mlx_maple.loading import load as load
     from mlx_maple.pipeline import Info as Info
     from mlx_maple.pipeline import Progress as Progress
@@ -23,13 +24,14 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "load": "loading",
     "HubError": "hub",
+    "NoModel": "loading",
     "Info": "pipeline",
     "Progress": "pipeline",
     "Result": "pipeline",
     "StableDiffusion": "pipeline",
 }
 
-__all__ = ["HubError", "Info", "Progress", "Result", "StableDiffusion", "load"]
+__all__ = ["HubError", "Info", "NoModel", "Progress", "Result", "StableDiffusion", "load"]
 
 
 def __getattr__(name: str) -> object:

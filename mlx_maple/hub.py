@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import urlsplit
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
@@ -300,12 +301,12 @@ def _fetch_blob(name: HubName, commit: str, file: str, report: Callable[[int], N
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
-    metadata = get_hf_file_metadata(hf_hub_url(name.repo, file, revision=commit))
+    url = hf_hub_url(name.repo, file, revision=commit)
+    metadata = get_hf_file_metadata(url)
     if metadata.etag is None or metadata.size is None or not re.fullmatch(r"\w+", metadata.etag):
         return  # not as the hub describes its large files: left to hf_hub_download
-    url = hf_hub_url(name.repo, file, revision=commit)
     headers = build_hf_headers()
-    if metadata.location != url:
+    if urlsplit(metadata.location).netloc != urlsplit(url).netloc:
         # The content lies on another host, whose signed address needs no token and must not see it.
         url = metadata.location
         headers.pop("authorization", None)

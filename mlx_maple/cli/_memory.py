@@ -57,11 +57,13 @@ def free_memory() -> float | None:
 
 
 def _meminfo_available() -> float | None:
-    for line in _lines("/proc/meminfo"):
-        name, _, value = line.partition(":")
-        if name == "MemAvailable":
-            return float(value.split()[0]) * 1024
-    return None
+    """What can be had without another process losing anything, and what can be swapped out."""
+    rows = (line.partition(":") for line in _lines("/proc/meminfo"))
+    found = {name: value for name, _, value in rows}
+    if "MemAvailable" not in found:
+        return None
+    kilobytes = (found.get(name, "0 kB").split()[0] for name in ("MemAvailable", "SwapFree"))
+    return 1024.0 * sum(map(int, kilobytes))
 
 
 def _cgroup_free() -> float | None:

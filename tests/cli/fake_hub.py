@@ -18,6 +18,8 @@ class FakeHub:
         status: repositories that answer with an error: ``{repo: (code, X-Error-Code)}``.
         cut: ``{file: [bytes, …]}``, to break off after that many bytes, once for each entry.
         down: hang up on everyone.
+        cdn: send everyone who wants a file to another host, as the real hub does with large ones.
+        tokens: ``(host, Authorization)`` of every request for a file's content.
     """
 
     def __init__(self) -> None:
@@ -25,7 +27,8 @@ class FakeHub:
         self.requests: list[tuple[str, str, int]] = []
         self.status: dict[str, tuple[int, str]] = {}
         self.cut: dict[str, list[int]] = {}
-        self.down = False
+        self.down = self.cdn = False
+        self.tokens: list[tuple[str, str]] = []
         self.commit = COMMIT
         hub = self
 
@@ -75,6 +78,8 @@ class FakeHub:
             repo, revision, file = match.groups()
             if not self.refused(request, repo, revision):
                 self.send_file(request, repo, file, with_body)
+        elif match := re.fullmatch(r"/cdn/([^/]+/[^/]+)/(.+)", path):
+            self.send_file(request, match[1], match[2], with_body, is_cdn=True)
         else:
             self.send(request, 404, b"", {}, with_body)
 
@@ -89,19 +94,37 @@ class FakeHub:
         return bool(code)
 
     def send_file(
-        self, request: BaseHTTPRequestHandler, repo: str, file: str, with_body: bool
+        self,
+        request: BaseHTTPRequestHandler,
+        repo: str,
+        file: str,
+        with_body: bool,
+        is_cdn: bool = False,
     ) -> None:
         data = self.repos[repo].get(file)
         if data is None:
             self.send(request, 404, b"", {"X-Error-Code": "EntryNotFound"}, False)
             return
+        digest = hashlib.sha256(data).hexdigest()
+        if self.cdn and not is_cdn:
+            headers = {
+                "X-Repo-Commit": self.commit,
+                "X-Linked-Etag": f'"{digest}"',
+                "X-Linked-Size": str(len(data)),
+                "Location": f"http://localhost:{self.server.server_address[1]}/cdn/{repo}/{file}",
+            }
+            self.send(request, 302, b"", headers, False)
+            return
+        if with_body:
+            host, token = (request.headers.get(name, "") for name in ("Host", "Authorization"))
+            self.tokens.append((host.partition(":")[0], token))
         first = 0
         if found := re.match(r"bytes=(\d+)-", request.headers.get("Range", "")):
             first = int(found[1])
         self.requests.append((request.command, file, first))
         headers = {
             "X-Repo-Commit": self.commit,
-            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "ETag": f'"{digest}"',
             "Accept-Ranges": "bytes",
         }
         if first:

@@ -196,6 +196,18 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(hub, large):
     assert not list(partial[0].parent.glob("*.incomplete"))
 
 
+def test_a_token_goes_to_the_hub_and_to_no_other_host(hub, large, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    hub.repos[SD]["config.json"] = b"{}"
+    fetch(HubName(SD, file="a.ckpt"))
+    assert hub.tokens == [("127.0.0.1", "Bearer hf_secret")]
+    hub.tokens.clear()
+    hub.cdn, hub.commit, hub.repos[SD]["a.ckpt"] = True, "f" * 40, large[::-1]
+    path, _, _ = fetch(HubName(SD, file="a.ckpt"))
+    assert path.read_bytes() == large[::-1]
+    assert hub.tokens == [("localhost", "")]
+
+
 def test_a_download_that_arrives_damaged_is_not_used(hub, large):
     hub.cut["a.ckpt"] = [100_000] + [0] * 200
     with pytest.raises(HubError):
