@@ -699,7 +699,8 @@ def _evaluated(
         while step is not None:
             if blend is not None:
                 step = Step(step.index, blend(step), step.denoised)
-            mx.async_eval(step.latents, step.denoised)
+            if ahead:
+                mx.async_eval(step.latents, step.denoised)
             running.append(step)
             if len(running) > ahead:
                 yield _waited(running.popleft())

@@ -9,6 +9,7 @@ one thing that ports get wrong and must miss a bar.
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import diffusers
@@ -21,7 +22,7 @@ from PIL import Image, ImageDraw
 
 import mlx_maple
 from mlx_maple import images, pipeline
-from mlx_maple.sampling import SAMPLERS
+from mlx_maple.sampling import SAMPLERS, NoiseSchedule, make_plan
 from mlx_maple.text.prompt import encode_prompt
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sampling"))
@@ -244,7 +245,8 @@ LIVE = {  # every deterministic sampler, with a schedule of each reference
 
 
 def test_every_deterministic_sampler_is_live():
-    assert set(LIVE) == {name for name, sampler in SAMPLERS.items() if not sampler.draws}
+    plans = {name: make_plan(NoiseSchedule.from_betas(), name) for name in SAMPLERS}
+    assert set(LIVE) == {name for name, plan in plans.items() if not plan.draws}
 
 
 def network(pipe, prompt: str, negative: str, scale: float):
@@ -377,14 +379,23 @@ def test_any_multiple_of_8(parity_record, sd, pipe, width, height):
 
 @pytest.mark.parametrize("skip", [1, 2])
 def test_clip_skip(parity_record, sd, pipe, skip):
+    """Both prompts skip layers, as in A1111; diffusers' own pipeline forgets the negative one."""
     noise = unit_noise(5)
     result = sd(PROMPT, latents=noise, sampler="ddim", clip_skip=skip + 1, **USUAL)
+    encoder = pipe.text_encoder
+    # diffusers 0.42.1 looks for the norm where transformers had it before 5.6
+    inner = SimpleNamespace(final_layer_norm=encoder.final_layer_norm)
+    with mock.patch.object(encoder, "text_model", inner, create=True):
+        wanted, avoided = (
+            pipe.encode_prompt(prompt, "cpu", 1, False, clip_skip=skip)[0]
+            for prompt in (PROMPT, "")
+        )
     reference = theirs(
         pipe,
-        prompt=PROMPT,
+        prompt_embeds=wanted,
+        negative_prompt_embeds=avoided,
         **THEIRS,
         latents=nchw(noise),
-        clip_skip=skip,
     )
     compare(parity_record, f"clip skip {skip + 1} (diffusers' {skip})", result, *reference)
 
@@ -553,7 +564,7 @@ def test_inpainting(parity_record, sd, pipe, sampler, scheduler, strength):
 
 
 def test_inpainting_with_dpm2_but_for_a_slip_of_diffusers(parity_record, sd, pipe):
-    """In the middle of a step KDPM2DiscreteScheduler.add_noise takes the level of the step's end."""
+    """Within a step KDPM2DiscreteScheduler.add_noise takes the level of the step's end."""
 
     def at_the_end(self, timestep):
         middle = float(self._plan.grid.schedule.sigma_at(np.array(timestep)))
