@@ -281,7 +281,7 @@ def _reader(slot: Slot, weights: Weights, dtype: str) -> Callable[[], Tensor]:
 def _dtype_of(model: SourceModel, dtype: str | None) -> str:
     parts = model.components.values()
     dtypes = {_target(slot.info.dtype, dtype) for part in parts for slot in part.slots}
-    return dtypes.pop() if len(dtypes) == 1 else "mixed"
+    return dtypes.pop() if len(dtypes) == 1 else maple_folder.MIXED
 
 
 def _converter() -> str:

@@ -22,6 +22,7 @@ FORMAT_VERSION = 1
 CONFIG_NAME = "config.json"
 TOKENIZER_FILES = {"vocab": "tokenizer/vocab.json", "merges": "tokenizer/merges.txt"}
 DTYPES = ("float16", "bfloat16", "float32")
+MIXED = "mixed"  # instead of one of them
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise UnsupportedCheckpoint(path, "quantised folders are not read by this version")
     if config["prediction"] not in PREDICTIONS:
         raise InvalidCheckpoint(path, f"prediction is {_shown(config['prediction'])}")
-    if not isinstance(config["family"], str) or not config["family"].isprintable():
+    if not _text(config["family"]):
         raise InvalidCheckpoint(path, f"family is {_shown(config['family'])}")
     components = _table(path, "components", config["components"])
     if not components:
@@ -149,6 +150,15 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
             raise InvalidCheckpoint(path, f"unknown component {one_line(name, 60)!r}")
         check_component(path, name, _table(path, f"components.{name}", settings))
     check_use(path, config["scheduler"], config["defaults"], config["latent_rgb_factors"])
+    if config["dtype"] not in (*DTYPES, MIXED):
+        raise InvalidCheckpoint(path, f"dtype is {_shown(config['dtype'])}")
+    source = _table(path, "source", config["source"])
+    if set(source) != {"file", "sha256"} or not _text(source["file"]):
+        raise InvalidCheckpoint(path, f"source is {_shown(source)}")
+    if source["sha256"] is not None and not _text(source["sha256"]):
+        raise InvalidCheckpoint(path, f"source.sha256 is {_shown(source['sha256'])}")
+    if not _text(config["converter"]):
+        raise InvalidCheckpoint(path, f"converter is {_shown(config['converter'])}")
     if config["tokenizer"] not in (None, "tokenizer/"):
         raise InvalidCheckpoint(path, f"tokenizer is {_shown(config['tokenizer'])}")
     if config.get("alphas_cumprod") is not None:
@@ -258,6 +268,10 @@ def _allowed(value: object, rule: object) -> bool:
     return any(value is good or (value == good and isinstance(good, str)) for good in _tuple(rule))
 
 
+def _text(value: object) -> bool:
+    return isinstance(value, str) and 0 < len(value) < 1024
+
+
 def _tuple(rule: object) -> tuple[object, ...]:
     assert isinstance(rule, tuple)
     return cast("tuple[object, ...]", rule)
@@ -291,6 +305,7 @@ __all__ = [
     "DTYPES",
     "FORMAT",
     "FORMAT_VERSION",
+    "MIXED",
     "SETTINGS",
     "TOKENIZER_FILES",
     "check_alphas",

@@ -316,6 +316,9 @@ def _open_maple(path: Path, stack: ExitStack, config: Config) -> SourceModel:
         rows = LAYOUTS[name].rows(settings, NATIVE)
         slots = [Slot(row, checkpoint, row.native) for row in rows]
         match(weights, checkpoint.tensors, slots)
+        for key, info in checkpoint.tensors.items():
+            if info.dtype not in maple_folder.DTYPES:
+                raise InvalidCheckpoint(weights, f"{key} is {info.dtype}: not allowed here")
         slots = in_file_order(slots, checkpoint.tensors)
         model.components[name] = Component(name, dict(settings), slots)
         model.files.append(weights)
