@@ -9,8 +9,16 @@ step at 512x512, and 3.6 GB of resident memory for the decoder.
 """
 
 import resource
+import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_maple.cli import NO_MEMORY, Failure, _terminal
+
+if TYPE_CHECKING:
+    from mlx_maple.pipeline import StableDiffusion
 
 SCORES = 1.25  # what a guided step needs for each byte of its scores
 UNFOLDED = 13  # values at each pixel for each channel of the decoder's finest input: 9 + 2 * 2
@@ -47,6 +55,68 @@ class Demand:
             if min(smaller) >= STEP and self.bytes(*smaller) <= free:
                 return smaller
         return None
+
+
+def check(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> None:
+    """End before MLX does, on the CPU, when a picture is certain not to fit."""
+    import mlx.core as mx
+
+    free = free_memory()
+    if free is None or mx.default_device() != mx.Device(mx.DeviceType.cpu):
+        return
+    width, height = _size(sd, arguments)
+    demand = _demand(sd, arguments)
+    needed = demand.bytes(width, height)
+    if needed <= free:
+        return
+    fits = demand.largest(width, height, free)
+    advice = f"-W {fits[0]} -H {fits[1]} would fit" if fits else "close other programs"
+    raise Failure(
+        NO_MEMORY,
+        f"{width}x{height} needs about {_terminal.size(needed)} of memory beside the model's and "
+        f"{_terminal.size(free)} are free: {advice}",
+    )
+
+
+def _demand(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> Demand:
+    unet, vae = sd.unet.config, sd.vae.config
+    guidance = arguments.get("guidance_scale")
+    guidance = sd.defaults["guidance_scale"] if guidance is None else guidance
+    return Demand(
+        heads=unet.num_attention_heads[0] if unet.transformer_layers[0] else 0,
+        channels=vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)],
+        itemsize=4 if sd.info.components["unet"].dtype == "float32" else 2,
+        batch=1 if guidance == 1 else 2,
+    )
+
+
+def _size(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> tuple[int, int]:
+    """The size to draw at, as far as the command says it; else the model's own."""
+    width, height = arguments.get("width"), arguments.get("height")
+    own = sd.defaults["width"], sd.defaults["height"]
+    return own[0] if width is None else width, own[1] if height is None else height
+
+
+def refused(sd: "StableDiffusion", arguments: Mapping[str, Any], error: RuntimeError) -> Failure:
+    """What would fit, in words."""
+    width, height = _size(sd, arguments)
+    advice = []
+    if (count := arguments.get("count") or 1) > 1:
+        advice.append("--count 1")
+    if width * height > sd.defaults["width"] * sd.defaults["height"]:
+        advice.append(f"-W {sd.defaults['width']} -H {sd.defaults['height']}")
+    if sd.info.components["unet"].dtype == "float32":
+        advice.append("--dtype float16")
+    if not advice:
+        advice.append("a smaller size, or closing other programs")
+    what = f"{width}x{height}" + (f", {count} at once" if count > 1 else "")
+    return Failure(NO_MEMORY, f"out of memory drawing {what}: try {' or '.join(advice)} ({error})")
+
+
+def resident() -> int:
+    """Peak resident memory in bytes: Linux counts it in kB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def free_memory() -> float | None:

@@ -4,7 +4,6 @@ import argparse
 import io
 import json
 import os
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from mlx_maple.cli import (
     CANCELLED,
     DONE,
-    NO_MEMORY,
     UNUSABLE,
     USAGE,
     Failure,
@@ -52,7 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group("the model").add_argument
     where = "a checkpoint file, a diffusers or maple folder, or a hub name (owner/name)"
-    add("-m", "--model", metavar="MODEL", help=f"{where}; without it $MAPLE_MODEL")
+    add(
+        "-m",
+        "--model",
+        metavar="MODEL",
+        help=f"{where}; without it $MAPLE_MODEL, or the small one that comes with maple",
+    )
     add("--vae", metavar="MODEL", help="take the autoencoder from here instead")
     add("--taesd", metavar="MODEL", help="a small autoencoder, for --preview taesd")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
@@ -162,7 +165,7 @@ class _Session:
             "settings": self.settings,
             "model": self.model,
             "timings": {name: round(value, 4) for name, value in timings.items()},
-            "peak_memory": {"mlx": mx.get_peak_memory(), "resident": _resident()},
+            "peak_memory": {"mlx": mx.get_peak_memory(), "resident": _memory.resident()},
             "notes": self.notes,
         }
 
@@ -420,7 +423,7 @@ def _draw(
         if hasattr(error, "exit_code"):
             raise
         raise _refused(error, request) from None
-    _check_memory(sd, request.arguments)
+    _memory.check(sd, request.arguments)
     previews = _Previews(outputs, sd, request, screen) if preview else None
     result = None
     try:
@@ -431,7 +434,7 @@ def _draw(
             result = progress.result
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise _no_memory(sd, request.arguments, error) from error
+            raise _memory.refused(sd, request.arguments, error) from error
         raise
     finally:
         drawing.close()
@@ -561,68 +564,3 @@ def _with_report(error: Exception, session: _Session) -> Exception:
 
     code, line = describe(error)
     return Failure(code, line, session.report())
-
-
-# Memory -----------------------------------------------------------------------------------------
-
-
-def _resident() -> int:
-    """Peak resident memory in bytes: Linux counts it in kB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _check_memory(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> None:
-    """End before MLX does, on the CPU, when a picture is certain not to fit."""
-    import mlx.core as mx
-
-    free = _memory.free_memory()
-    if free is None or mx.default_device() != mx.Device(mx.DeviceType.cpu):
-        return
-    width, height = _size(sd, arguments)
-    demand = _demand(sd, arguments)
-    needed = demand.bytes(width, height)
-    if needed <= free:
-        return
-    fits = demand.largest(width, height, free)
-    advice = f"-W {fits[0]} -H {fits[1]} would fit" if fits else "close other programs"
-    raise Failure(
-        NO_MEMORY,
-        f"{width}x{height} needs about {_terminal.size(needed)} of memory beside the model's and "
-        f"{_terminal.size(free)} are free: {advice}",
-    )
-
-
-def _demand(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> _memory.Demand:
-    unet, vae = sd.unet.config, sd.vae.config
-    guidance = arguments.get("guidance_scale")
-    guidance = sd.defaults["guidance_scale"] if guidance is None else guidance
-    return _memory.Demand(
-        heads=unet.num_attention_heads[0] if unet.transformer_layers[0] else 0,
-        channels=vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)],
-        itemsize=4 if sd.info.components["unet"].dtype == "float32" else 2,
-        batch=1 if guidance == 1 else 2,
-    )
-
-
-def _size(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """The size to draw at, as far as the command says it; else the model's own."""
-    width, height = arguments.get("width"), arguments.get("height")
-    own = sd.defaults["width"], sd.defaults["height"]
-    return own[0] if width is None else width, own[1] if height is None else height
-
-
-def _no_memory(sd: "StableDiffusion", arguments: Mapping[str, Any], error: RuntimeError) -> Failure:
-    """What would fit, in words."""
-    width, height = _size(sd, arguments)
-    advice = []
-    if (count := arguments.get("count") or 1) > 1:
-        advice.append("--count 1")
-    if width * height > sd.defaults["width"] * sd.defaults["height"]:
-        advice.append(f"-W {sd.defaults['width']} -H {sd.defaults['height']}")
-    if sd.info.components["unet"].dtype == "float32":
-        advice.append("--dtype float16")
-    if not advice:
-        advice.append("a smaller size, or closing other programs")
-    what = f"{width}x{height}" + (f", {count} at once" if count > 1 else "")
-    return Failure(NO_MEMORY, f"out of memory drawing {what}: try {' or '.join(advice)} ({error})")
