@@ -3,7 +3,6 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-WEIGHTS = $(or $(MAPLE_TEST_WEIGHTS),../shared/weights)
 BIN     = $(VENV)/bin
 PIP     = $(BIN)/python -m pip --disable-pip-version-check
 
@@ -13,10 +12,11 @@ BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
 EXTRA    = $(if $(filter metal,$(BACKEND)),,$(BACKEND))
 comma   := ,
 
-.PHONY: help demo test parity parity-full lint types format check wheel-check docs clean
+.PHONY: help demo gallery test parity parity-full lint types format check wheel-check docs clean
 
 help:
-	@echo "make demo         set up, convert a checkpoint, draw a picture and print its path"
+	@echo "make demo         set up, draw a picture with the model that ships here, print its path"
+	@echo "make gallery      draw the pictures of the README again"
 	@echo "make test         set up and run the tests (no network, no torch)"
 	@echo "make parity       compare live with torch, diffusers, transformers and k-diffusion"
 	@echo "make parity-full  the same at true Stable Diffusion 1.4 size (12 GB of memory, minutes)"
@@ -42,14 +42,11 @@ $(VENV)/.parity: $(VENV)/.dev
 	@touch $@
 
 demo: $(VENV)/.run
-	@test -f "$(WEIGHTS)/emoji-trial/emoji-trial.ckpt" || { \
-	  echo "make demo: no checkpoint at $(WEIGHTS)/emoji-trial/emoji-trial.ckpt; set MAPLE_TEST_WEIGHTS" \
-	       "to the folder of test weights, or draw with a checkpoint of your own:" \
-	       "$(BIN)/maple generate \"a red maple leaf\" -m your-model.safetensors" >&2; exit 3; }
 	@mkdir -p out
-	$(BIN)/maple convert "$(WEIGHTS)/emoji-trial/emoji-trial.ckpt" out/emoji-trial
-	$(BIN)/maple generate "a red maple leaf on a yellow background" -m out/emoji-trial \
-	  --sampler ddim --schedule leading --steps 20 --guidance 5 --seed 7 -W 128 -H 128 -o out/demo.png --overwrite
+	$(BIN)/maple generate "a red maple leaf on a yellow background" --seed 7 -o out/demo.png --overwrite
+
+gallery: $(VENV)/.run
+	$(BIN)/python examples/gallery.py --output docs/images
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not parity and not slow"
@@ -74,7 +71,7 @@ format: $(VENV)/.dev
 check: lint types test
 
 wheel-check: $(VENV)/.dev
-	PYTHON="$(BIN)/python" BACKEND="$(EXTRA)" WEIGHTS="$(WEIGHTS)" sh .ci/wheel-check
+	PYTHON="$(BIN)/python" BACKEND="$(EXTRA)" sh .ci/wheel-check
 
 clean:
 	rm -rf $(VENV) build dist out .pytest_cache .ruff_cache
