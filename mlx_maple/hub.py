@@ -79,11 +79,11 @@ def parse_name(text: str) -> HubName | None:
     return HubName(match["repo"], match["revision"] or "main", match["file"])
 
 
-def choose(name: HubName, files: Collection[str], dtype: str) -> Choice:
+def choose(name: HubName, files: Collection[str], dtype: str, variant: str | None = None) -> Choice:
     """The files of ``name`` to use among all of the repository's, for a run in ``dtype``.
 
     Of a component's weights exactly one form is taken: safetensors before torch files, and the
-    16-bit variant where the run is 16-bit, the full one where it is not.
+    16-bit variant where the run is 16-bit, the full one where it is not; ``variant`` before all.
 
     Raises:
         HubError: when the repository holds no model, not all of one, or several checkpoint files.
@@ -94,11 +94,11 @@ def choose(name: HubName, files: Collection[str], dtype: str) -> Choice:
             raise HubError(f"{name}: the repository has no such file; {_some_weights(present)}")
         return Choice((name.file, *_shards(name.file, present)), single=name.file)
     if "model_index.json" in present:
-        return _choose_diffusers(name, present, dtype)
+        return _choose_diffusers(name, present, dtype, variant)
     if "config.json" in present and "unet.safetensors" in present:  # a maple folder
         return Choice(tuple(sorted(f for f in present if _in_maple_folder(f))))
     if "config.json" in present:  # one component by itself, such as a VAE
-        if weights := _best_weights(present, "", dtype):
+        if weights := _best_weights(present, "", dtype, variant):
             return Choice(("config.json", *weights[0]), variant=weights[1])
     single = sorted(f for f in present if "/" not in f and f.lower().endswith(CHECKPOINTS))
     if len(single) == 1:
@@ -116,6 +116,7 @@ def fetch(
     name: HubName,
     *,
     dtype: str = "float16",
+    variant: str | None = None,
     local_files_only: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Path, Choice, list[str]]:
@@ -124,6 +125,7 @@ def fetch(
     Args:
         name: what to fetch.
         dtype: the run's dtype, which decides between variants.
+        variant: the one to take where there is a choice.
         local_files_only: use what the cache holds; no network.
         progress: called with bytes done, bytes in all and the file's name.
 
@@ -137,10 +139,10 @@ def fetch(
 
     if local_files_only or constants.HF_HUB_OFFLINE:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the network is not allowed"
-        return *_from_cache(name, dtype, f"{why}: allow it once to download"), []
+        return *_from_cache(name, dtype, variant, f"{why}: allow it once to download"), []
     with _quiet_hub():
         try:
-            return *_download(name, dtype, progress), []
+            return *_download(name, dtype, variant, progress), []
         except HubError:
             raise
         except Exception as error:
@@ -151,17 +153,17 @@ def fetch(
             if not _is_connection(error):
                 raise failure from error
             try:  # no connection, but all that is needed may be here
-                path, choice = _from_cache(name, dtype, reason)
+                path, choice = _from_cache(name, dtype, variant, reason)
             except HubError:
                 raise failure from error
             return path, choice, [f"{name}: {reason}; used the copy in the cache"]
 
 
-def _choose_diffusers(name: HubName, present: set[str], dtype: str) -> Choice:
+def _choose_diffusers(name: HubName, present: set[str], dtype: str, variant: str | None) -> Choice:
     files = ["model_index.json"]
     variants: list[str] = []
     for component in COMPONENTS:
-        weights = _best_weights(present, f"{component}/", dtype)
+        weights = _best_weights(present, f"{component}/", dtype, variant)
         config = f"{component}/config.json"
         if weights is None or config not in present:
             what = "weights that can be read" if weights is None else "config.json"
@@ -176,15 +178,17 @@ def _choose_diffusers(name: HubName, present: set[str], dtype: str) -> Choice:
 
 
 def _best_weights(
-    present: set[str], folder: str, dtype: str
+    present: set[str], folder: str, dtype: str, wanted: str | None
 ) -> tuple[tuple[str, ...], str | None] | None:
-    """The weights of one component in the form that suits ``dtype`` best, and their variant."""
+    """The weights of one component in the form that suits best, and their variant."""
     half = {"float16": ("fp16", None, "bf16"), "bfloat16": ("bf16", "fp16", None)}
     variants = half.get(dtype, (None, "fp16", "bf16"))
     if dtype == "float32":  # a full torch file holds more than a 16-bit safetensors file
         order = [(v, e) for v in variants for e in ("safetensors", "bin")]
     else:
         order = [(v, e) for e in ("safetensors", "bin") for v in variants]
+    if wanted is not None:
+        order = [(wanted, "safetensors"), (wanted, "bin"), *order]
     for variant, ending in order:
         dotted = f".{variant}" if variant else ""
         for stem in ("model", "diffusion_pytorch_model", "pytorch_model"):
@@ -248,7 +252,7 @@ def _cached_commit(name: HubName) -> str | None:
         return name.revision if is_commit else None
 
 
-def _from_cache(name: HubName, dtype: str, why: str) -> tuple[Path, Choice]:
+def _from_cache(name: HubName, dtype: str, variant: str | None, why: str) -> tuple[Path, Choice]:
     commit = _cached_commit(name)
     folder = _repo_cache(name) / "snapshots" / (commit or "absent")
     files = {
@@ -257,19 +261,21 @@ def _from_cache(name: HubName, dtype: str, why: str) -> tuple[Path, Choice]:
         if path.is_file()  # a link to a blob that is gone is not
     }
     try:
-        choice = choose(name, files, dtype)
+        choice = choose(name, files, dtype, variant)
     except HubError:
         state = "not complete in" if files else "not in"
         raise HubError(f"{name}: {state} the hub's cache, and {why}") from None
     return folder / choice.single if choice.single else folder, choice
 
 
-def _download(name: HubName, dtype: str, progress: Progress | None) -> tuple[Path, Choice]:
+def _download(
+    name: HubName, dtype: str, variant: str | None, progress: Progress | None
+) -> tuple[Path, Choice]:
     from huggingface_hub import HfApi, hf_hub_download
 
     info = HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
-    choice = choose(name, sizes, dtype)
+    choice = choose(name, sizes, dtype, variant)
     commit = info.sha or name.revision
     snapshot = _repo_cache(name) / "snapshots" / commit
     missing = [file for file in choice.files if not (snapshot / file).exists()]

@@ -195,7 +195,11 @@ def _find(
     if name is None:
         raise NoModel(f"{source}: no such file or folder", 1)
     path, choice, notes = hub.fetch(
-        name, dtype=dtype, local_files_only=local_files_only, progress=progress
+        name,
+        dtype=dtype,
+        variant=variant,
+        local_files_only=local_files_only,
+        progress=progress,
     )
     chosen = None if choice.single else variant or choice.variant
     return _Found(path, name.repo.partition("/")[2], chosen, notes)

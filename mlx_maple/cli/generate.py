@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,7 +41,7 @@ OPTIONS = (
     *("image", "strength", "fit", "mask", "mask_blur"),
 )
 PREVIEW_SECONDS = 0.25  # between two previews
-MOST_LATENTS = 1 << 30  # bytes of a file of starting noise
+MOST_PROMPTS = 1 << 24  # characters of a file of prompts
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -244,13 +244,14 @@ def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Req
 
 def _lines(path: str, given: Mapping[str, Any]) -> list[_Request]:
     """One request a line: a prompt, or a JSON object of settings that go over the flags."""
-    if path == "-":
-        text, name = sys.stdin.read(), "stdin"
-    else:
-        try:
-            text, name = Path(path).read_text(encoding="utf-8-sig"), path
-        except UnicodeDecodeError:
-            raise Failure(UNUSABLE, f"{path}: not a UTF-8 text of prompts") from None
+    name = "stdin" if path == "-" else path
+    try:
+        with nullcontext(sys.stdin) if path == "-" else open(path, encoding="utf-8-sig") as file:
+            text = file.read(MOST_PROMPTS + 1)
+    except UnicodeDecodeError:
+        raise Failure(UNUSABLE, f"{name}: not a UTF-8 text of prompts") from None
+    if len(text) > MOST_PROMPTS:
+        raise Failure(UNUSABLE, f"{name}: more than {MOST_PROMPTS:,} characters of prompts")
     known = {"prompt", *(SETTING_OF.get(option, option) for option in OPTIONS)}
     found = []
     for number, line in enumerate(text.splitlines(), 1):
@@ -323,11 +324,11 @@ def _latents(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     try:
-        if path.stat().st_size > MOST_LATENTS:
-            raise ValueError("is too large")
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 4:
-            raise ValueError("is not one array of (count, height/8, width/8, 4) floats")
+        array = np.lib.format.open_memmap(path, mode="r")  # of no pickles, as long as it says
+        if array.dtype.kind != "f" or array.ndim != 4 or not 1 <= len(array) <= 256:
+            raise ValueError(
+                f"{array.dtype} {array.shape}, not (count, height/8, width/8, 4) floats"
+            )
     except (ValueError, EOFError) as error:
         text = " ".join(str(error).split())
         raise Failure(UNUSABLE, f"{path}: not a .npy file of starting noise ({text})") from None

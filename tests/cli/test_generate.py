@@ -1,5 +1,6 @@
 """`maple generate`, from its arguments to its files."""
 
+import io
 import json
 import os
 import signal
@@ -146,7 +147,7 @@ def test_a_file_of_prompts(draw):
 
 
 def test_prompts_from_stdin(draw, monkeypatch):
-    monkeypatch.setattr(sys.stdin, "read", lambda: "only\n", raising=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("only\n"))
     assert draw("--prompts", "-")[1] == "only-7.png\n"
 
 
@@ -235,6 +236,12 @@ def test_errors_are_one_line_with_their_code(draw, arguments, code, words):
     assert listed() == []
 
 
+def npy(shape, data=b"", dtype="<f4"):
+    """A .npy file whose header says what it likes."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}}}".encode()
+    return b"\x93NUMPY\1\0" + len(header).to_bytes(2, "little") + header + data
+
+
 @pytest.mark.parametrize(
     ("data", "option", "words"),
     [
@@ -243,6 +250,10 @@ def test_errors_are_one_line_with_their_code(draw, arguments, code, words):
         (b"<html>", "--from-image", "not a picture"),
         (b"\x93NUMPY\1\0\xff\xff{", "--latents", "not a .npy file"),
         (b"", "--latents", "not a .npy file"),
+        (npy("(9, 8, 8, 4)"), "--latents", "not a .npy file"),
+        (npy("(2, 99999999, 99999999, 4)"), "--latents", "not a .npy file"),
+        (npy("(1, 4)", bytes(16)), "--latents", "not (count, height/8, width/8, 4) floats"),
+        (npy("(1, 1, 1, 4)", bytes(32), "|O"), "--latents", "not a .npy file"),
         (b"cos\nsystem\n(S'id'\ntR.", "--latents", "not a .npy file"),
         (b"\xff\xfe\xfa", "--prompts", "not a UTF-8 text"),
         (b"\n \n", "--prompts", "no prompt in it"),

@@ -72,6 +72,15 @@ def test_a_float32_run_takes_full_weights_even_where_only_torch_has_them():
     assert choice.variant is None
 
 
+def test_a_variant_that_is_asked_for_comes_first():
+    choice = choose(HubName(SD), DIFFUSERS, "float32", "fp16")
+    assert choice.variant == "fp16"
+    assert "unet/diffusion_pytorch_model.fp16.safetensors" in choice.files
+    assert "vae/diffusion_pytorch_model.safetensors" in choice.files  # has no such variant
+    ema = "unet/diffusion_pytorch_model.non_ema.bin"
+    assert ema in choose(HubName(SD), [*DIFFUSERS, ema], "float16", "non_ema").files
+
+
 def test_shards_come_with_their_index():
     files = [f for f in DIFFUSERS if not f.startswith("unet/diffusion")]
     shards = [f"unet/diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2)]
