@@ -73,8 +73,7 @@ def euler(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
     """
     for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
         denoised = denoise(x, sigma)
-        slope = (x - denoised) / sigma
-        x = yield Step(i, x + (target - sigma) * slope, denoised)
+        x = yield Step(i, _keep(target / sigma, x, denoised), denoised)
 
 
 def euler_a(
@@ -87,22 +86,25 @@ def euler_a(
     for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
         denoised = denoise(x, sigma)
         down, up = _ancestral(sigma, target, eta)
-        x = x + (down - sigma) * (x - denoised) / sigma
-        x = yield Step(i, _add(x, up, draw), denoised)
+        x = _add(_keep(down / sigma, x, denoised), up, draw)
+        x = yield Step(i, x, denoised)
 
 
 def lms(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
-    """Linear multistep: the last four slopes, as the polynomial through them (Adams-Bashforth).
+    """Linear multistep: the polynomial through the last four slopes (Adams-Bashforth).
 
     Reference: k-diffusion sample_lms; diffusers LMSDiscreteScheduler. Image to image starts at
     first order, as k-diffusion does; diffusers there drops terms of the fourth-order formula.
     """
-    slopes: list[mx.array] = []  # newest first
+    slopes: list[mx.array] = []  # dx / dsigma, newest first
     for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
         denoised = denoise(x, sigma)
-        slopes = [(x - denoised) / sigma, *slopes[:3]]
-        weights = _adams_weights(grid.sigmas[max(0, i - 3) : i + 1][::-1], target)
-        x = x + sum(w * slope for w, slope in zip(weights, slopes, strict=True))
+        slope = (x - denoised) / sigma
+        x = _keep(target / sigma, x, denoised)  # the newest slope alone, then what others change
+        _, *weights = _adams_weights(grid.sigmas[max(0, i - 3) : i + 1][::-1], target)
+        for weight, older in zip(weights, slopes, strict=True):
+            x = x + weight * (older - slope)
+        slopes = [slope, *slopes[:2]]
         x = yield Step(i, x, denoised)
 
 
@@ -111,21 +113,13 @@ def dpmpp_2m(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Ste
 
     Reference: k-diffusion sample_dpmpp_2m; diffusers DPMSolverMultistepScheduler.
     """
-    earlier, h_earlier = None, inf
-    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
-        denoised = denoise(x, sigma)
-        h = _log_ratio(sigma, target)
-        estimate = denoised
-        if earlier is not None and target > 0:
-            estimate = denoised + h / (2 * h_earlier) * (denoised - earlier)
-        earlier, h_earlier = denoised, h
-        x = yield Step(i, target / sigma * x - expm1(-h) * estimate, denoised)
+    return dpmpp_2m_sde(denoise, x, grid, draw, eta=0.0)
 
 
 def dpmpp_2m_sde(
     denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
 ) -> Steps:
-    """DPM-Solver++(2M) of the reverse SDE, midpoint form.
+    """DPM-Solver++(2M) of the reverse SDE, midpoint form; without noise (eta 0) it is dpmpp_2m.
 
     Reference: k-diffusion sample_dpmpp_2m_sde; diffusers DPMSolverMultistepScheduler with
     algorithm_type "sde-dpmsolver++".
@@ -138,7 +132,7 @@ def dpmpp_2m_sde(
         if earlier is not None and target > 0:
             estimate = denoised + h / (2 * h_earlier) * (denoised - earlier)
         earlier, h_earlier = denoised, h
-        x = _sde_decay(sigma, target, eta) * x - expm1(-(1 + eta) * h) * estimate
+        x = _keep((target / sigma) ** (1 + eta), x, estimate)
         x = yield Step(i, _add(x, _sde_noise(sigma, target, eta), draw), denoised)
 
 
@@ -154,18 +148,18 @@ def dpmpp_3m_sde(
     for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
         denoised = denoise(x, sigma)
         h = _log_ratio(sigma, target)
-        reach = (1 + eta) * h
-        x = _sde_decay(sigma, target, eta) * x - expm1(-reach) * denoised
+        x = _keep((target / sigma) ** (1 + eta), x, denoised)
         if history and target > 0:
+            reach = (1 + eta) * h
             phi_2 = expm1(-reach) / reach + 1
             phi_3 = phi_2 / reach - 0.5
             (last, h_last), *older = history
             r0 = h_last / h
             first = (denoised - last) / r0
             if older:
-                older_denoised, h_older = older[0]
+                (before_last, h_older) = older[0]
                 r1 = h_older / h
-                difference = first - (last - older_denoised) / r1
+                difference = first - (last - before_last) / r1
                 first = first + r0 / (r0 + r1) * difference
                 x = x - phi_3 / (r0 + r1) * difference
             x = x + phi_2 * first
@@ -184,47 +178,47 @@ def unipc(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
     start, order = x, 1
     for i, (sigma, target) in enumerate(pairwise(sigmas)):
         denoised = denoise(x, sigma)
-        if i > 0:  # the corrector, from the previous level to this one
-            h = _log_ratio(sigmas[i - 1], sigma)
-            b = expm1(-h)
+        if history:  # the corrector, from the level above to this one
             last = history[0]
             if order == 1:
                 estimate = last + 0.5 * (denoised - last)
             else:
+                h = _log_ratio(sigmas[i - 1], sigma)
                 r = -_log_ratio(sigmas[i - 2], sigmas[i - 1]) / h
-                phi_2 = b / -h - 1
-                first, second = phi_2 / b, 2 * (phi_2 / -h - 0.5) / b
+                b = expm1(-h)
+                phi_2 = -b / h - 1
+                first, second = phi_2 / b, (-2 * phi_2 / h - 1) / b
                 share = (first - second) / (1 - r)
                 estimate = last + share / r * (history[1] - last)
                 estimate = estimate + (first - share) * (denoised - last)
-            x = sigma / sigmas[i - 1] * start - b * estimate
+            x = _keep(sigma / sigmas[i - 1], start, estimate)
         start = x
         order = min(2, i + 1, len(grid) - i)
-        h = _log_ratio(sigma, target)
         estimate = denoised
         if order == 2:  # the predictor
-            r = -_log_ratio(sigmas[i - 1], sigma) / h
+            r = -_log_ratio(sigmas[i - 1], sigma) / _log_ratio(sigma, target)
             estimate = denoised + 0.5 / r * (history[0] - denoised)
         history = [denoised, *history[:1]]
-        x = yield Step(i, target / sigma * x - expm1(-h) * estimate, denoised)
+        x = yield Step(i, _keep(target / sigma, x, estimate), denoised)
 
 
-# --- two calls a step, along sigma; the last step, to 0, is an Euler step ------------------------
+# --- two calls a step, along sigma; the last step, to 0, has no second ---------------------------
 
 
 def heun(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
     """Karras et al. 2022 (arXiv:2206.00364), algorithm 2 without churn: the mean of two slopes.
 
+    Said of clean latents: the second prediction counts sigma / (2 target).
     Reference: k-diffusion sample_heun; diffusers HeunDiscreteScheduler.
     """
     for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
         denoised = denoise(x, sigma)
-        slope = (x - denoised) / sigma
+        ahead = _keep(target / sigma, x, denoised)
         if target > 0:
-            ahead = x + (target - sigma) * slope
-            denoised = denoise(ahead, target)
-            slope = (slope + (ahead - denoised) / target) / 2
-        x = yield Step(i, x + (target - sigma) * slope, denoised)
+            first, denoised = denoised, denoise(ahead, target)
+            estimate = first + sigma / (2 * target) * (denoised - first)
+            ahead = _keep(target / sigma, x, estimate)
+        x = yield Step(i, ahead, denoised)
 
 
 def dpm2(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
@@ -232,22 +226,26 @@ def dpm2(denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw) -> Steps:
 
     Reference: k-diffusion sample_dpm_2; diffusers KDPM2DiscreteScheduler.
     """
-    for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
-        x, denoised = _dpm2_step(denoise, x, sigma, target)
-        x = yield Step(i, x, denoised)
+    return dpm2_a(denoise, x, grid, draw, eta=0.0)
 
 
 def dpm2_a(
     denoise: Denoiser, x: mx.array, grid: SigmaGrid, draw: Draw, *, eta: float = 1.0
 ) -> Steps:
-    """DPM-Solver-2 steps that overshoot and climb back with fresh noise ("ancestral").
+    """DPM-Solver-2 steps that overshoot and climb back with fresh noise; with eta 0 it is dpm2.
 
+    Said of clean latents: the prediction half-way counts sigma / middle.
     Reference: k-diffusion sample_dpm_2_ancestral; diffusers KDPM2AncestralDiscreteScheduler.
     """
     for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
+        denoised = estimate = denoise(x, sigma)
         down, up = _ancestral(sigma, target, eta)
-        x, denoised = _dpm2_step(denoise, x, sigma, down)
-        x = yield Step(i, _add(x, up, draw), denoised)
+        if down > 0:
+            middle = sqrt(sigma * down)
+            first, denoised = denoised, denoise(_keep(middle / sigma, x, denoised), middle)
+            estimate = first + sigma / middle * (denoised - first)
+        x = _add(_keep(down / sigma, x, estimate), up, draw)
+        x = yield Step(i, x, denoised)
 
 
 def dpmpp_2s_a(
@@ -260,13 +258,11 @@ def dpmpp_2s_a(
     for i, (sigma, target) in enumerate(pairwise(grid.sigmas)):
         denoised = denoise(x, sigma)
         down, up = _ancestral(sigma, target, eta)
-        h = _log_ratio(sigma, down)
         if down > 0:
             middle = sqrt(sigma * down)
-            halfway = middle / sigma * x - expm1(-h / 2) * denoised
-            denoised = denoise(halfway, middle)
-        x = down / sigma * x - expm1(-h) * denoised
-        x = yield Step(i, _add(x, up, draw), denoised)
+            denoised = denoise(_keep(middle / sigma, x, denoised), middle)
+        x = _add(_keep(down / sigma, x, denoised), up, draw)
+        x = yield Step(i, x, denoised)
 
 
 def dpmpp_sde(
@@ -281,11 +277,11 @@ def dpmpp_sde(
         if target > 0:
             middle = sqrt(sigma * target)
             down, up = _ancestral(sigma, middle, eta)
-            halfway = down / sigma * x - expm1(-_log_ratio(sigma, down)) * denoised
-            denoised = denoise(_add(halfway, up, draw), middle)
+            halfway = _add(_keep(down / sigma, x, denoised), up, draw)
+            denoised = denoise(halfway, middle)
         down, up = _ancestral(sigma, target, eta)
-        x = down / sigma * x - expm1(-_log_ratio(sigma, down)) * denoised
-        x = yield Step(i, _add(x, up, draw), denoised)
+        x = _add(_keep(down / sigma, x, denoised), up, draw)
+        x = yield Step(i, x, denoised)
 
 
 # --- along whole timesteps -----------------------------------------------------------------------
@@ -385,6 +381,16 @@ def tcd(
 # --- shared arithmetic ---------------------------------------------------------------------------
 
 
+def _keep(share: float, x: mx.array, clean: mx.array) -> mx.array:
+    """``x`` with ``share`` of its noise kept, the rest made clean.
+
+    Every step along sigma comes down to this, with share = target / sigma and an estimate of the
+    clean latents. x + (target - sigma) * slope is the same number, but loses digits to cancellation
+    where sigma is large.
+    """
+    return share * x + (1 - share) * clean
+
+
 def _log_ratio(sigma: float, target: float) -> float:
     """The step h in log signal-to-noise; infinite to 0."""
     return log(sigma / target) if target > 0 else inf
@@ -401,25 +407,9 @@ def _ancestral(sigma: float, target: float, eta: float) -> tuple[float, float]:
     return sqrt(target**2 - up**2), up
 
 
-def _sde_decay(sigma: float, target: float, eta: float) -> float:
-    return (target / sigma) ** (1 + eta)
-
-
 def _sde_noise(sigma: float, target: float, eta: float) -> float:
+    """Std of the noise that an SDE step ends with."""
     return target * sqrt(-expm1(-2 * eta * _log_ratio(sigma, target))) if target > 0 else 0.0
-
-
-def _dpm2_step(
-    denoise: Denoiser, x: mx.array, sigma: float, target: float
-) -> tuple[mx.array, mx.array]:
-    denoised = denoise(x, sigma)
-    slope = (x - denoised) / sigma
-    if target > 0:
-        middle = sqrt(sigma * target)
-        halfway = x + (middle - sigma) * slope
-        denoised = denoise(halfway, middle)
-        slope = (halfway - denoised) / middle
-    return x + (target - sigma) * slope, denoised
 
 
 def _adams_weights(nodes: list[float], target: float) -> list[float]:

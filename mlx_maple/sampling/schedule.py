@@ -230,7 +230,8 @@ def spaced(word: str, train_steps: int, n: int, *, drop_last: bool = False) -> n
 
     Args:
         word: "leading" stops short of the top, "linspace" visits both ends, "trailing" stops short
-            of the bottom.
+            of the bottom. One step of the first two is taken at the bottom, as diffusers does, and
+            leaves the noise as it was: with few steps only "trailing" makes sense.
         train_steps: T.
         n: how many.
         drop_last: space n + 1 and leave the last one out, as multistep solvers do: their final step
@@ -358,14 +359,16 @@ Grid = SigmaGrid | TimestepGrid
 
 
 def sigma_grid(schedule: NoiseSchedule, word: str, n: int) -> SigmaGrid:
-    """The levels of a one-step solver: diffusers' EulerDiscrete and its kin for the spacings."""
+    """The levels of a one-step solver: diffusers' EulerDiscrete and its kin for the spacings.
+
+    linspace is then `uniform` but for what lies between two timesteps: diffusers interpolates
+    sigma there, k-diffusion its logarithm, 3e-5 apart at most (20 steps).
+    """
     if word not in SPACINGS:
         return _listed_grid(schedule, word, n)
     timesteps = spaced(word, schedule.train_steps, n)
-    # diffusers interpolates sigma itself; only linspace has fractions
     sigmas = np.interp(timesteps, np.arange(schedule.train_steps), schedule.sigmas)
-    unit = word == "leading"
-    return _grid(schedule, timesteps, sigmas, unit_start=unit)
+    return _grid(schedule, timesteps, sigmas, unit_start=word == "leading")
 
 
 def multistep_grid(schedule: NoiseSchedule, word: str, n: int) -> SigmaGrid:

@@ -113,11 +113,11 @@ def source(sampler, schedule):
     return "diffusers" if schedule in SPACINGS and sampler in DIFFUSERS else "k-diffusion"
 
 
-def scheduler_for(sampler, schedule, alphas_cumprod, prediction, **settings):
+def scheduler_for(sampler, schedule, alphas_cumprod, prediction, dtype=torch.float32):
     """The diffusers scheduler, fed this very noise schedule."""
     module, name, extra, _ = DIFFUSERS[sampler]
     cls = getattr(import_module(f"diffusers.schedulers.scheduling_{module}"), name)
-    options = {"prediction_type": prediction, "steps_offset": 1, **extra, **settings}
+    options = {"prediction_type": prediction, "steps_offset": 1, **extra}
     if schedule in SPACINGS:
         options["timestep_spacing"] = schedule
     elif schedule in ("karras", "exponential"):
@@ -125,7 +125,7 @@ def scheduler_for(sampler, schedule, alphas_cumprod, prediction, **settings):
     betas = 1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
     scheduler = cls(trained_betas=betas, **options)
     # trained_betas go through a float32 product; what is compared is the samplers
-    scheduler.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=torch.float32)
+    scheduler.alphas_cumprod = torch.tensor(alphas_cumprod, dtype=dtype)
     if hasattr(scheduler, "final_alpha_cumprod") and sampler in ("ddim", "plms"):
         scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
     return scheduler
@@ -149,11 +149,13 @@ def run_diffusers(
 ):
     """Run a diffusers scheduler as its pipelines do.
 
+    ``noise`` in float64 makes the timestep family compute in it (others are float32 inside).
     ``model`` takes (torch latents at the network's scale, timestep) and gives the raw prediction;
     ``draws`` are the arrays of step noise; ``blend(latents, known)`` is the inpainting pipeline's
     mix after each step, where ``known`` is ``clean`` noised to the following level.
     """
-    scheduler = scheduler_for(sampler, schedule, alphas_cumprod, prediction)
+    dtype = torch.from_numpy(noise).dtype
+    scheduler = scheduler_for(sampler, schedule, alphas_cumprod, prediction, dtype)
     scheduler.set_timesteps(n)
     order = DIFFUSERS[sampler][3]
     if sigmas is not None:  # a grid that the scheduler cannot make itself
