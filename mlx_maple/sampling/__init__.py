@@ -6,7 +6,8 @@ for step in plan.sample(model, plan.initial(noise)):
 """
 
 from mlx_maple.sampling.denoiser import Denoiser, guided
-from mlx_maple.sampling.samplers import SAMPLERS, Plan, Sampler, Step, make_plan
+from mlx_maple.sampling.plan import Plan, make_plan
+from mlx_maple.sampling.samplers import SAMPLERS, Sampler, Step
 from mlx_maple.sampling.schedule import SCHEDULES, NoiseSchedule
 
 __all__ = [
