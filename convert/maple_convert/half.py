@@ -15,11 +15,16 @@ _PIECE = 1 << 15  # elements: the working arrays stay in the second-level cache
 _SMALLEST, _LARGEST = 0x0400, 0x7BFF  # normal float16 numbers, as bits without sign
 
 
-def round_to_half(values: npt.NDArray[np.float32], result: npt.NDArray[np.float16]) -> None:
-    """Write a flat array rounded to nearest even into another of the same length."""
+def round_to_half(values: npt.NDArray[np.float32], result: npt.NDArray[np.float16]) -> bool:
+    """Write a flat array rounded to nearest even into another of the same length.
+
+    Returns:
+        Whether every number of the result is finite.
+    """
     count = min(_PIECE, values.size)
     scaled, spare = np.empty(count, np.float32), np.empty(count, np.uint32)
     scaled_bits = np.frombuffer(scaled, np.uint32)
+    finite = True
     result_bits: npt.NDArray[Any] = np.frombuffer(result, np.uint16)
     for start in range(0, values.size, _PIECE):
         piece = values[start : start + _PIECE]
@@ -39,4 +44,7 @@ def round_to_half(values: npt.NDArray[np.float32], result: npt.NDArray[np.float1
         if unusual.any():
             where = np.flatnonzero(unusual)
             with np.errstate(over="ignore"):
-                result[start + where] = piece[where].astype(np.float16)
+                rounded = piece[where].astype(np.float16)
+            result[start + where] = rounded
+            finite = finite and bool(np.isfinite(rounded).all())
+    return finite

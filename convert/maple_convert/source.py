@@ -245,11 +245,12 @@ def _finite_cast(tensor: Tensor, dtype: str) -> Tensor | None:
     flat = np.ravel(tensor.array)
     same = dtype == tensor.dtype
     result: npt.NDArray[Any] = flat if same else np.empty(flat.size, STORAGE[dtype])
+    if tensor.dtype == "float32" and dtype == "float16":
+        finite = round_to_half(flat, result)
+        return Tensor(dtype, np.reshape(result, tensor.array.shape)) if finite else None
     for start in range(0, flat.size, _CHUNK):
         piece = slice(start, start + _CHUNK)
-        if tensor.dtype == "float32" and dtype == "float16":
-            round_to_half(flat[piece], result[piece])
-        elif not same:
+        if not same:
             result[piece] = Tensor(tensor.dtype, flat[piece]).astype(dtype).array
         bits: npt.NDArray[Any] = np.frombuffer(result[piece], kind)
         if ((bits & kind.type(exponent)) == exponent).any():

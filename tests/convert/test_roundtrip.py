@@ -479,7 +479,8 @@ def test_rounding_to_half_is_numpys_bit_for_bit():
     with np.errstate(all="ignore"):
         for values in (bits.view(f32), halves, ties.view(f32), special, np.zeros(0, f32)):
             result = np.empty(values.size, f16)
-            round_to_half(values, result)
+            finite = round_to_half(values, result)
+            assert finite == np.isfinite(values.astype(f16)).all()
             assert np.array_equal(result.view(np.uint16), values.astype(f16).view(np.uint16))
 
 
