@@ -7,8 +7,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test reaches the network
 
 from pathlib import Path
 
-import mlx_maple  # noqa: F401
 import pytest
+
+import mlx_maple  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 

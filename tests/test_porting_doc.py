@@ -1,9 +1,11 @@
 """docs/porting.md points at the files that show each statement: the pointers must not rot."""
 
 import re
+from pathlib import Path
 
 import pytest
-from conftest import ROOT
+
+ROOT = Path(__file__).resolve().parent.parent
 
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:)([^)#]+)[^)]*\)(?: `(\w+)`)?")
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]

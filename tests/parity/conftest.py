@@ -1,4 +1,4 @@
-"""The parity table: every live comparison leaves its figures here, printed at the end of the run."""
+"""The parity table: each live comparison leaves its figures here, printed at the end of a run."""
 
 import json
 import os
