@@ -401,7 +401,8 @@ def identify(facts: Facts) -> tuple[str, str]:
         UnsupportedCheckpoint: no family fits, or one that this version cannot use.
     """
     path = facts.path
-    if facts.others:
+    fitting = [family for family in FAMILIES if family.fits(facts)]
+    if facts.others and not any(family.refusal for family in fitting):
         raise UnsupportedCheckpoint(path, f"a pipeline with {' and '.join(facts.others)}")
     if facts.unet is None:
         if facts.text - _CLIP:
@@ -413,7 +414,6 @@ def identify(facts: Facts) -> tuple[str, str]:
         if set(facts.components) == {"text_encoder", "vae"}:
             return "sd1", "Stable Diffusion 1.x without its UNet"
         raise UnsupportedCheckpoint(path, f"no UNet, but {facts.describe()}")
-    fitting = [family for family in FAMILIES if family.fits(facts)]
     if not fitting:
         raise UnsupportedCheckpoint(path, f"no known family fits: {facts.describe()}")
     if len(fitting) > 1:

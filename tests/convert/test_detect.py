@@ -526,7 +526,7 @@ def test_ema_copy_is_taken_when_asked_for(save):
     with open_model(path) as model:
         assert model.has_ema and not model.uses_ema
         assert tiny.same_bits(tiny.everything(model), plain)
-        assert sum("EMA copy of the UNet" in why for why in model.dropped.values())
+        assert sum("EMA copy of the weights" in why for why in model.dropped.values())
     doubled = {**plain, "unet": {k: v * f32(2) for k, v in plain["unet"].items()}}
     with open_model(path, ema=True) as model:
         assert model.uses_ema
@@ -713,6 +713,34 @@ def test_index_names_what_is_no_part_of_sd1(folder):
     )
     with pytest.raises(UnsupportedCheckpoint, match="a pipeline with text_encoder_2"):
         open_model(folder)
+
+
+def test_a_folder_of_another_family_is_named_after_it(tmp_path):
+    """SDXL's second text encoder is strange here, but its UNet says what the whole is."""
+    path = tiny.save_diffusers(tmp_path / "f")
+    state = {
+        "conv_in.weight": zeros(32, 4, 3, 3),
+        "down_blocks.0.resnets.0.norm1.weight": zeros(32),
+        "down_blocks.1.attentions.0.proj_in.weight": zeros(32, 32),
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": zeros(32, 48),
+        "down_blocks.2.resnets.0.norm1.weight": zeros(32),
+        "mid_block.attentions.0.transformer_blocks.0.norm1.weight": zeros(32),
+        "add_embedding.linear_1.weight": zeros(8, 8),
+    }
+    tiny.save_safetensors(path / "unet" / "diffusion_pytorch_model.safetensors", state)
+    tiny.edit_json(
+        path / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]
+    )
+    with pytest.raises(UnsupportedCheckpoint, match="Stable Diffusion XL"):
+        open_model(path)
+
+
+def test_an_autoencoder_with_its_own_ema_copy(save):
+    state = {**part("vae", "compvis"), "model_ema.encoderconv_inweight": zeros(1)}
+    with open_model(save(state)) as model:
+        assert not model.has_ema and "model_ema.encoderconv_inweight" in model.dropped
+    with pytest.raises(UnsupportedCheckpoint, match="no EMA copy of the UNet"):
+        open_model(save(state), ema=True)
 
 
 @pytest.mark.parametrize("name", ["../unet", "/etc", "a b", "."])

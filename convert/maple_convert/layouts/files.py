@@ -107,7 +107,7 @@ DROPPED: Mapping[str, str] = {
     "logit_scale": "logit_scale, used in CLIP's training only",
 }
 DROPPED_BELOW: Mapping[str, str] = {
-    EMA_PREFIX: "EMA copy of the UNet (convert with --ema to use it)",
+    EMA_PREFIX: "EMA copy of the weights (a UNet's is used with --ema)",
     "first_stage_model.loss.": "loss of the autoencoder's training",
     "loss.": "loss of the autoencoder's training",
     "optimizer_states.": "optimiser state",
@@ -156,5 +156,5 @@ def ema_name(row: Row) -> str:
 
 
 def holds_ema(tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a file carries EMA copies."""
-    return any(key.startswith(EMA_PREFIX) and key not in EMA_COUNTERS for key in tensors)
+    """Whether a file carries EMA copies of a UNet."""
+    return any(key.startswith(f"{EMA_PREFIX}diffusion_model") for key in tensors)
