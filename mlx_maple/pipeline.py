@@ -206,6 +206,7 @@ class StableDiffusion:
         tokenizer: text to ids.
         noise_schedule: what the UNet was trained on.
         defaults: width, height, steps, guidance_scale, sampler and schedule of a plain call.
+        latent_rgb_factors: of linear previews: C rows of RGB weights and a row of offsets, or None.
         info: what is known of the model.
     """
 
@@ -238,7 +239,7 @@ class StableDiffusion:
             taesd: for previews.
             defaults: any of the settings in ``DEFAULTS``, as this model likes them.
             latent_rgb_factors: C rows of RGB weights and a row of offsets, for linear previews;
-                None has them fitted to the autoencoder when the first one is asked for.
+                None has them fitted to what is drawn, which costs some decodings.
             name: of the model, for pictures' settings.
             sha256: of its file, in hexadecimal.
             vae_name: of an autoencoder from elsewhere.
@@ -253,7 +254,7 @@ class StableDiffusion:
         self.tokenizer = tokenizer
         self.noise_schedule = noise_schedule
         self.defaults = {**DEFAULTS, **(defaults or {})}
-        self._factors = latent_rgb_factors
+        self.latent_rgb_factors = latent_rgb_factors
         self._vae_name = vae_name
         networks = {"text_encoder": text_encoder, "unet": unet, "vae": vae, "taesd": taesd}
         components = {
@@ -276,13 +277,6 @@ class StableDiffusion:
     def tokenize(self, text: str) -> list[list[int]]:
         """Chunks of 77 ids, as the text encoder reads them."""
         return encode_prompt(self.tokenizer, text).ids
-
-    @property
-    def latent_rgb_factors(self) -> Sequence[Sequence[float]]:
-        """The linear preview: C rows of weights and a row of offsets, to RGB in 0..1."""
-        if self._factors is None:
-            self._factors = fit_latent_rgb_factors(self.vae)
-        return self._factors
 
     def __call__(self, prompt: str, **arguments: Any) -> Result:
         """Draw, and return when it is done; takes what ``generate`` takes."""
@@ -505,7 +499,7 @@ class StableDiffusion:
 
     def _run(self, job: _Job) -> Generator[Progress, None, None]:
         """One drawing: text, picture, steps, decoding. Every ``yield`` may be its end."""
-        clock, total = _Clock(), job.plan.total
+        clock, previews, total = _Clock(), _Previews(self, job), job.plan.total
         notes = list(job.notes)
 
         yield from clock.away(Progress(index=0, total=total, stage="text"))
@@ -539,7 +533,7 @@ class StableDiffusion:
                         total=total,
                         stage="sample",
                         seconds_per_step=clock.seconds_per_step,
-                        _preview=self._previewer(job, step.denoised),
+                        _preview=previews.of(done, step.denoised),
                     )
                 )
         clock.mark("sample")
@@ -553,7 +547,7 @@ class StableDiffusion:
                     total=total,
                     stage="decode",
                     seconds_per_step=clock.seconds_per_step,
-                    _preview=self._previewer(job, latents),
+                    _preview=previews.of(done, latents),
                 )
             )
             drawn = images.to_image(self._decode(latents[i : i + 1], notes))
@@ -654,34 +648,49 @@ class StableDiffusion:
                 notes.append(f"the picture was decoded {fault} in {name}: done in float32{again}")
         return pixels
 
-    def _previewer(self, job: _Job, denoised: mx.array) -> Callable[[int], Image.Image]:
-        def preview(image: int) -> Image.Image:
-            if job.preview == "taesd" and self.taesd is not None:
-                decoded = self.taesd.decode(denoised[image : image + 1]).astype(mx.float32)
-                return images.to_image(np.array(decoded)[0])
-            # These latents are evaluated, and numpy does not wait for the step that runs now.
-            seen = np.array(denoised)[image]
-            return images.linear_preview(seen, self.latent_rgb_factors, job.size)
 
-        return preview
-
-
-def fit_latent_rgb_factors(
-    vae: AutoencoderKL, latents: FloatArray | None = None
-) -> list[list[float]]:
+def fit_latent_rgb_factors(vae: AutoencoderKL, latents: FloatArray) -> list[list[float]]:
     """The linear preview that suits an autoencoder: C rows of weights and a row of offsets.
 
     Args:
         vae: its decoder is run once.
-        latents: (B, h, w, C) scaled latents, of pictures where there are any. Without them patches
-            of noise stand in for pictures, the same ones every time; with pictures' own latents
-            the colours come out stronger.
+        latents: (B, h, w, C) scaled latents of pictures such as the model draws. A linear map is no
+            decoder: it fits well the colours that it was fitted to.
     """
-    if latents is None:
-        noise = np.random.RandomState(0).standard_normal((4, 4, 4, vae.config.latent_channels))
-        latents = noise.astype(np.float32).repeat(4, axis=1).repeat(4, axis=2)
     pixels = np.array(vae.decode(mx.array(latents)).astype(mx.float32))
     return images.solve_rgb_factors(latents, np.nan_to_num(pixels))
+
+
+class _Previews:
+    """What can be seen of one drawing while it goes on.
+
+    A model that brings no factors for linear previews has them fitted to the picture as far as it
+    is drawn: when the first preview is asked for, and again at twice as many steps.
+    """
+
+    def __init__(self, sd: StableDiffusion, job: _Job) -> None:
+        self._vae = sd.vae
+        self._taesd = sd.taesd if job.preview == "taesd" else None
+        self._factors = sd.latent_rgb_factors
+        self._is_fitted = self._factors is None
+        self._fitted_at = 0
+        self._size = job.size
+
+    def of(self, index: int, denoised: mx.array) -> Callable[[int], Image.Image]:
+        """A function from a picture's number to its preview, after ``index`` steps."""
+
+        def preview(image: int) -> Image.Image:
+            if self._taesd is not None:
+                decoded = self._taesd.decode(denoised[image : image + 1]).astype(mx.float32)
+                return images.to_image(np.array(decoded)[0])
+            # These latents are evaluated, and numpy does not wait for the step that runs now.
+            seen = np.array(denoised)[image]
+            if self._factors is None or (self._is_fitted and index >= 2 * self._fitted_at):
+                self._factors = fit_latent_rgb_factors(self._vae, seen[None])
+                self._fitted_at = index
+            return images.linear_preview(seen, self._factors, self._size)
+
+        return preview
 
 
 # Steps -------------------------------------------------------------------------------------------

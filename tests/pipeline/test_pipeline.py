@@ -421,32 +421,39 @@ def test_a_linear_preview_uses_the_models_factors(build):
     assert told[1].preview().getcolors() == [(128 * 64, (255, 0, 0))]
 
 
-def test_factors_are_fitted_once_and_always_the_same(build, monkeypatch):
-    model = build()
-    decoded = []
-    plain = AutoencoderKL.decode
+def test_without_factors_they_are_fitted_to_the_drawing_now_and_then(sd, monkeypatch):
+    plain, decoded = AutoencoderKL.decode, []
 
     def decode(self, latents):
-        decoded.append(latents.shape)
+        decoded.append(latents.shape[0])
         return plain(self, latents)
 
     monkeypatch.setattr(AutoencoderKL, "decode", decode)
-    factors = model.latent_rgb_factors
-    assert np.shape(factors) == (5, 3) and len(decoded) == 1
-    assert model.latent_rgb_factors is factors and len(decoded) == 1
-    assert fit_latent_rgb_factors(model.vae) == factors
+    fits = []
+    for progress in sd.generate("a", steps=9, sampler="euler", count=2, preview="linear", seed=1):
+        before = len(decoded)
+        for image in (0, 1):
+            progress.preview(image)
+        if len(decoded) > before:
+            fits.append(progress.index)
+    assert fits == [1, 2, 4, 8] and decoded == [1] * 4 + [1, 1]
+    assert sd.latent_rgb_factors is None
 
 
-def test_factors_from_a_pictures_latents_show_it_best(sd):
-    latents = sd("a", seed=3, steps=2).latents
-    pixels = np.array(sd.vae.decode(mx.array(latents)))
+def test_a_fitted_preview_has_the_pictures_colours(sd):
+    for progress in sd.generate("a", steps=2, sampler="euler", preview="linear", seed=1):
+        if progress.stage == "decode":
+            preview = np.asarray(progress.preview(), float)
+    drawn = np.asarray(progress.result.images[0], float)
+    assert np.abs(drawn.mean((0, 1)) - preview.mean((0, 1))).max() < 3
+    assert np.ptp(drawn.mean((0, 1))) > 20  # a grey preview would not do
 
-    def error(factors) -> float:
-        table = np.array(factors)
-        cells = pixels.reshape(1, 8, 8, 16, 8, 3).mean((2, 4)) / 2 + 0.5
-        return float(np.square(latents @ table[:4] + table[4] - cells).mean())
 
-    assert error(fit_latent_rgb_factors(sd.vae, latents)) <= error(fit_latent_rgb_factors(sd.vae))
+def test_fitted_factors_are_always_the_same(sd):
+    latents = sd("a", seed=3, steps=1).latents
+    factors = fit_latent_rgb_factors(sd.vae, latents)
+    assert np.shape(factors) == (5, 3)
+    assert fit_latent_rgb_factors(sd.vae, latents) == factors
 
 
 # What goes wrong ---------------------------------------------------------------------------------
