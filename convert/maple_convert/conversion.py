@@ -6,7 +6,6 @@ writes the first byte; write.py does the writing. The source's digest is compute
 
 import errno
 import hashlib
-import json
 import shutil
 import threading
 import time
@@ -19,14 +18,15 @@ from typing import Any
 import numpy as np
 
 from maple_convert import maple_folder
-from maple_convert.errors import UnreadableFile, one_line
+from maple_convert.errors import ConvertError, UnreadableFile, one_line
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config, files
 from maple_convert.layouts.parts import Weights
 from maple_convert.model import WrongUse, open_model
 from maple_convert.open_folder import KINDS
+from maple_convert.readers import read_json
 from maple_convert.source import Component, Slot, SourceModel
 from maple_convert.tensors import Tensor, TensorInfo
-from maple_convert.write import Entry, copy_text, whole_or_nothing, write_json, write_safetensors
+from maple_convert.write import Entry, copy_small, whole_or_nothing, write_json, write_safetensors
 
 LAYOUT_NAMES = ("maple", "compvis", "diffusers")
 Progress = Callable[[int, int, str], None]
@@ -242,10 +242,9 @@ def _why(error: OSError) -> str:
 
 def _is_maple_folder(path: Path) -> bool:
     try:
-        config = json.loads((path / maple_folder.CONFIG_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return maple_folder.is_maple(read_json(path / maple_folder.CONFIG_NAME))
+    except ConvertError:
         return False
-    return isinstance(config, dict) and maple_folder.is_maple(config)  # pyright: ignore[reportUnknownArgumentType]
 
 
 def _never(_: Path) -> bool:
@@ -309,7 +308,7 @@ def _finish_maple(
     model: SourceModel, folder: Path, dtype: str | None, sha256: Callable[[], str | None]
 ) -> None:
     for name, path in model.tokenizer_files.items():
-        copy_text(path, folder / maple_folder.TOKENIZER_FILES[name])
+        copy_small(path, folder / maple_folder.TOKENIZER_FILES[name])
     stored = model.alphas_cumprod
     config = {
         "format": maple_folder.FORMAT,
@@ -322,7 +321,7 @@ def _finish_maple(
         "defaults": model.defaults,
         "latent_rgb_factors": model.latent_rgb_factors,
         "tokenizer": "tokenizer/" if model.tokenizer_files else None,
-        "source": model.source or {"file": model.path.name, "sha256": sha256()},
+        "source": model.source or {"file": model.path.absolute().name, "sha256": sha256()},
         "converter": _converter(),
         "dtype": _dtype_of(model, dtype),
         "quantization": None,
@@ -403,8 +402,8 @@ def _finish_diffusers(
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     vocabulary = model.tokenizer_files or tokenizer
     if vocabulary:
-        copy_text(vocabulary["vocab"], folder / "tokenizer" / "vocab.json")
-        copy_text(vocabulary["merges"], folder / "tokenizer" / "merges.txt")
+        copy_small(vocabulary["vocab"], folder / "tokenizer" / "vocab.json")
+        copy_small(vocabulary["merges"], folder / "tokenizer" / "merges.txt")
         write_json(folder / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
     else:
         notes.append("No tokenizer was written: the source has no vocab.json and merges.txt.")

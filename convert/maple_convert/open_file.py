@@ -15,7 +15,7 @@ from maple_convert.detect import Section
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
 from maple_convert.layouts import LAYOUTS, View, diffusers_config, files
 from maple_convert.readers import open_checkpoint
-from maple_convert.source import Component, Slot, SourceModel, in_file_order, match
+from maple_convert.source import Component, Slot, SourceModel, files_of, in_file_order, match
 from maple_convert.tensors import Checkpoint, Tensor
 
 SD1_HEADS = 8  # at every level of every SD 1.x UNet
@@ -54,7 +54,7 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
         has_ema=has_ema,
         uses_ema=ema,
         dropped=dropped,
-        files=[path],
+        files=files_of(path),
     )
     _read_schedule(model, checkpoint)
     _note_rules(model)

@@ -17,7 +17,7 @@ from maple_convert.detect import Section
 from maple_convert.errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint, one_line
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config
 from maple_convert.readers import open_checkpoint, read_json
-from maple_convert.source import Component, Slot, SourceModel, in_file_order, match
+from maple_convert.source import Component, Slot, SourceModel, files_of, in_file_order, match
 from maple_convert.tensors import Checkpoint
 
 Config = Mapping[str, Any]
@@ -151,7 +151,7 @@ def _open_part(
     known = KINDS[kind]
     weights = find_weights(folder, known.stem, variant, model.notes)
     checkpoint = stack.enter_context(open_checkpoint(weights))
-    model.files.append(weights)
+    model.files += files_of(weights)
     model.notes += checkpoint.notes
     settings = _read_object(folder / "config.json")
     detect.refuse_others(weights, checkpoint.tensors)

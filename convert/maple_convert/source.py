@@ -18,6 +18,7 @@ from maple_convert.errors import InvalidCheckpoint, LayoutMismatch
 from maple_convert.half import round_to_half
 from maple_convert.layouts import Row, files
 from maple_convert.layouts.diffusers_config import SD1_SCHEDULER
+from maple_convert.readers import read_json
 from maple_convert.tensors import FLOATS, STORAGE, Checkpoint, Tensor, TensorInfo
 
 
@@ -218,6 +219,14 @@ def in_file_order(slots: Sequence[Slot], tensors: Mapping[str, TensorInfo]) -> l
     """The slots as the file holds their tensors, so that reading it runs forward."""
     order = {key: n for n, key in enumerate(tensors)}
     return sorted(slots, key=lambda slot: order[slot.key])
+
+
+def files_of(path: Path) -> list[Path]:
+    """A weight file, or the index of a sharded one and its shards."""
+    if path.suffix != ".json":
+        return [path]
+    shards: dict[str, str] = read_json(path)["weight_map"]
+    return [path, *(path.parent / shard for shard in sorted(set(shards.values())))]
 
 
 # ---------------------------------------------------------------------------------------------

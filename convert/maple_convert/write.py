@@ -10,9 +10,9 @@ Atomic      Everything is written into a hidden sibling, ``.NAME.partial-PID``, 
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -82,18 +82,19 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for entry, tensor in _read_ahead(ordered):
-            assert tensor.dtype == entry.info.dtype and tensor.shape == entry.info.shape
-            if tensor.array.size:
-                file.write(tensor.array.data)
-            if wrote is not None:
-                wrote(entry.info.nbytes)
+        with closing(_read_ahead(ordered)) as tensors:
+            for entry, tensor in tensors:
+                assert tensor.dtype == entry.info.dtype and tensor.shape == entry.info.shape
+                if tensor.array.size:
+                    file.write(tensor.array.data)
+                if wrote is not None:
+                    wrote(entry.info.nbytes)
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(text) + offset
 
 
-def _read_ahead(entries: Sequence[Entry]) -> Iterator[tuple[Entry, Tensor]]:
+def _read_ahead(entries: Sequence[Entry]) -> Generator[tuple[Entry, Tensor], None, None]:
     """Yield each entry with its values, contiguous, while a worker prepares the next."""
 
     def prepare(entry: Entry) -> Tensor:
@@ -138,7 +139,7 @@ def whole_or_nothing(out: Path, replace: Callable[[Path], bool]) -> Generator[Pa
             aside = parent / f".{name}.replaced-{os.getpid()}"
             os.rename(out, aside)
             os.rename(partial, out)
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
         else:
             os.replace(partial, out)
         _sync(parent)
@@ -202,18 +203,18 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
+def write_small(path: Path, content: bytes) -> None:
     """Write a small file and bring it to the disk; makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(text)
+    with open(path, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: object) -> None:
     """The same for a JSON value: objects over several lines, lists on one."""
-    write_text(path, _pretty(value) + "\n")
+    write_small(path, f"{_pretty(value)}\n".encode())
 
 
 def _pretty(value: object, margin: str = "") -> str:
@@ -225,6 +226,6 @@ def _pretty(value: object, margin: str = "") -> str:
     return "{\n" + ",\n".join(lines) + f"\n{margin}}}"
 
 
-def copy_text(source: Path, target: Path) -> None:
-    """The same for a copy of another text file."""
-    write_text(target, source.read_text(encoding="utf-8"))
+def copy_small(source: Path, target: Path) -> None:
+    """The same for a copy of another small file."""
+    write_small(target, source.read_bytes())

@@ -822,6 +822,10 @@ def test_sharded_components(folder):
     tiny.write_json(index, {"metadata": {}, "weight_map": weight_map})
     with open_model(folder) as model:
         assert tiny.same_bits(tiny.everything(model), tiny.model())
+        read = [file.name for file in model.files if file.parent == unet]
+        assert read == [index.name, "a.safetensors", "b.safetensors"]
+    with open_model(index) as model:
+        assert list(model.components) == ["unet"] and len(model.files) == 3
     tiny.write_json(index, {"weight_map": weight_map | {names[0]: "../../x.safetensors"}})
     with pytest.raises(InvalidCheckpoint):
         open_model(folder)
