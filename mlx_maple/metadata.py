@@ -17,6 +17,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from numbers import Integral, Real
 from typing import Any, NamedTuple
 
 from mlx_maple import __version__
@@ -24,11 +25,12 @@ from mlx_maple import __version__
 PROGRAM = "mlx-maple"
 MAX_TEXT = 1 << 20  # characters; a block has a few hundred, one with a story for a prompt thousands
 
-# Every number of the settings: its type and the least and the most that it may be.
+# Every number that a drawing takes: its type and the least and the most that it may be.
 LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "width": (int, 64, 4096),
     "height": (int, 64, 4096),
     "steps": (int, 1, 1000),
+    "count": (int, 1, 256),
     "guidance_scale": (float, -100, 100),
     "seed": (int, -(2**63), 2**64 - 1),
     "clip_skip": (int, 1, 64),
@@ -126,13 +128,13 @@ def program() -> str:
 
 
 def check_number(name: str, value: object) -> int | float:
-    """``value`` as the number that the setting ``name`` takes.
+    """``value`` as the number that ``name`` takes; numpy's numbers will do.
 
     Raises:
         ValueError: on another type, NaN, or out of the interval in ``LIMITS``.
     """
     kind, low, high = LIMITS[name]
-    is_number = isinstance(value, int if kind is int else (int, float))
+    is_number = isinstance(value, Integral if kind is int else Real)
     if not is_number or isinstance(value, bool) or not low <= value <= high:  # pyright: ignore[reportOperatorIssue]
         what = "a whole number" if kind is int else "a number"
         raise ValueError(f"{name} must be {what} from {low:,} to {high:,}, got {_short(value)}.")

@@ -43,7 +43,6 @@ from mlx_maple.sampling.schedule import SigmaGrid
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
-MAX_COUNT = 256  # pictures of one call
 PREVIEWS = ("linear", "taesd")
 LEFT_OUT = 200  # characters of a prompt's end that a note repeats
 # img2img without a size: at most this many times the pixels that the model was made for
@@ -371,7 +370,8 @@ class StableDiffusion:
         picture = None if image is None else images.to_rgb(image)
         width, height = size = self._size(picture, width, height, notes)
         factor = self.vae.config.downscale
-        shape = _count(count), height // factor, width // factor, self.vae.config.latent_channels
+        count = _whole("count", count)
+        shape = count, height // factor, width // factor, self.vae.config.latent_channels
         guidance = check_number(
             "guidance_scale",
             self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
@@ -874,12 +874,6 @@ def _seeded(settings: Settings, count: int) -> list[Settings]:
 
 def _whole(name: str, value: Any) -> int:
     return int(check_number(name, value))
-
-
-def _count(count: Any) -> int:
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_COUNT:
-        raise ValueError(f"count must be a whole number from 1 to {MAX_COUNT}, got {count!r}.")
-    return count
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:

@@ -112,6 +112,14 @@ def test_the_parts_are_at_hand(sd):
     assert sd.vae.decode(out).shape == (1, 64, 64, 3)
 
 
+def test_numpys_numbers_will_do(sd):
+    given = {"seed": np.int64(3), "steps": np.int32(1), "count": np.int8(2), "width": np.uint16(64)}
+    result = sd("a", guidance_scale=np.float32(2), **given)
+    plain = sd("a", guidance_scale=2.0, seed=3, steps=1, count=2, width=64)
+    assert result.settings == plain.settings and type(result.settings[0].seed) is int
+    assert same(result.latents, plain.latents)
+
+
 def test_unset_values_come_from_the_model_and_zero_is_a_value(sd):
     settings = sd("a", width=64, guidance_scale=0, seed=0).settings[0]
     assert (settings.width, settings.height, settings.seed) == (64, 64, 0)
