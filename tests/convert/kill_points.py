@@ -4,9 +4,9 @@
 
 A moment is anything that Python reports to an audit hook (opening, renaming, making and removing
 files and folders) or one more tensor written. At the n-th one the process kills itself as the
-system would, without any clean-up; of the many tensors every sixtieth is tried. Each attempt has
-an empty folder in SCRATCH and a process of its own, forked from a warm one; OLDER is a model that
-lies at NAME before. One line of JSON a moment: what the output was then, and after a second run.
+system would, without any clean-up; of the many tensors few are tried. Each attempt has an empty
+folder in SCRATCH and a process of its own, forked from a warm one; OLDER is a model that lies at
+NAME before. One line of JSON a moment: what the output was then, and after a second run.
 A program rather than a test, because an audit hook cannot be taken off again.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from maple_convert import ConvertError, convert, open_model
 
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree")
-EVERY_TENSOR = 60
+EVERY_TENSOR = 120
 
 
 def attempt(source: Path, out: Path, to: str, fatal: int) -> None:

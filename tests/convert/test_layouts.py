@@ -149,19 +149,19 @@ def _whole(rows, prefix):
     return {prefix + r.published: TensorInfo("float32", r.published_shape) for r in rows}
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(unets())
 def test_unet_is_read_back(config):
     reads_back("unet", config)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(vaes())
 def test_vae_is_read_back(config):
     reads_back("vae", config)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(encoders())
 def test_text_encoder_is_read_back(config):
     reads_back("text_encoder", config)
