@@ -28,6 +28,7 @@ from maple_convert.errors import (
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, twins
 from mlx_maple.hub import Progress
+from mlx_maple.metadata import check_number
 from mlx_maple.models import (
     TAESD,
     AutoencoderKL,
@@ -184,7 +185,7 @@ def _find(
                 2,
             )
         return _Found(DEMO, "demo")
-    path = Path(source).expanduser()
+    path = _expanded(Path(source))
     try:
         exists = path.exists()
     except OSError as error:  # a name too long, a folder on the way that may not be entered
@@ -203,6 +204,13 @@ def _find(
     )
     chosen = None if choice.single else variant or choice.variant
     return _Found(path, name.repo.partition("/")[2], chosen, notes)
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:  # "~name" of nobody: a plain name, then
+        return path
 
 
 # Raw checkpoints and their twins --------------------------------------------------------------
@@ -488,7 +496,15 @@ def _assemble(
 def _tokenizer(model: SourceModel) -> Tokenizer:
     """The model's own vocabulary where it brings one, else CLIP's."""
     files = model.tokenizer_files
-    return Tokenizer.from_files(files["vocab"], files["merges"]) if files else Tokenizer.bundled()
+    if files:
+        return Tokenizer.from_files(files["vocab"], files["merges"])
+    tokenizer, rows = Tokenizer.bundled(), model.components["text_encoder"].config["vocab_size"]
+    if tokenizer.vocab_size > rows:  # MLX would read beyond the table
+        raise ValueError(
+            f"its text encoder knows {rows} tokens where CLIP's vocabulary has "
+            f"{tokenizer.vocab_size}: it needs a vocabulary of its own, as a folder can hold"
+        )
+    return tokenizer
 
 
 def _noise_schedule(model: SourceModel) -> NoiseSchedule:
@@ -514,4 +530,10 @@ def _defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     for name, known in (("sampler", SAMPLERS), ("schedule", SCHEDULES)):
         if (word := defaults.get(name)) is not None and word not in known:
             raise ValueError(f"its default {name} is {word!r}, which this version does not have")
+    for name in ("width", "height", "steps", "guidance_scale"):
+        if name in defaults:
+            check_number(name, defaults[name])
+    for name in ("width", "height"):
+        if defaults.get(name, 0) % 8:
+            raise ValueError(f"its default {name} is {defaults[name]}, no multiple of 8")
     return dict(defaults)

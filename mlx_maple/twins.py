@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ UNFINISHED = ".making-"
 
 # Files of a folder that say whether the model in it has changed.
 _MODEL_FILES = (".json", ".safetensors", ".bin", ".txt")
+_WEIGHT_FILES = (".safetensors", ".bin")
+_FOLDER_MARKS = ("model_index.json", "config.json")  # without one it is no model's folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +70,12 @@ class Twin:
 
 def cache_folder() -> Path:
     """Where mlx-maple keeps what it can make again: $MAPLE_CACHE, else the user's cache folder."""
-    if own := os.environ.get("MAPLE_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path("~/.cache").expanduser()) / "mlx-maple"
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(os.environ.get("MAPLE_CACHE") or Path(shared) / "mlx-maple")
+    try:
+        return path.expanduser()
+    except RuntimeError:  # a container's user without a name or a home
+        return Path(tempfile.gettempdir()) / f"mlx-maple-{os.getuid()}"
 
 
 def twins_folder() -> Path:
@@ -82,7 +87,9 @@ def source_key(source: Path, options: Mapping[str, object]) -> str:
     """A short name for this state of ``source``, this program and ``options``."""
     real = source.resolve()
     files = [real]
-    if real.is_dir():
+    if real.name.endswith(".index.json"):  # and the shards that it names
+        files += sorted(p for p in real.parent.iterdir() if p.suffix in _WEIGHT_FILES)
+    elif real.is_dir() and any((real / name).is_file() for name in _FOLDER_MARKS):
         names = (p for p in real.rglob("*") if p.suffix in _MODEL_FILES and p.is_file())
         files = sorted(names)
     state: list[object] = [__version__, str(real), sorted(options.items())]

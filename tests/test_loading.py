@@ -372,3 +372,26 @@ def test_marks_of_v_prediction_and_zero_terminal_snr(tmp_path):
     for _ in range(2):
         schedule = load(path).noise_schedule
         assert schedule.prediction == "v_prediction" and schedule.alphas_cumprod[-1] < 1e-6
+
+
+def test_a_text_encoder_smaller_than_the_vocabulary_is_refused_and_reads_nothing_beyond_its_table(
+    tmp_path,
+):
+    """A single file cannot carry the embedded model's own vocabulary; CLIP's ids would not fit."""
+    from maple_convert import InvalidCheckpoint, convert
+    from mlx_maple.loading import DEMO, load
+
+    convert(DEMO, tmp_path / "small.safetensors", to="compvis", digest=False)
+    with pytest.raises(InvalidCheckpoint, match="vocabulary of its own"):
+        load(tmp_path / "small.safetensors", cache=False)
+
+
+def test_a_changed_shard_is_another_source(tmp_path):
+    from mlx_maple.twins import source_key
+
+    index, shard = tmp_path / "m.safetensors.index.json", tmp_path / "m-1.safetensors"
+    index.write_text("{}")
+    shard.write_bytes(b"one")
+    before = source_key(index, {})
+    shard.write_bytes(b"two and more")
+    assert source_key(index, {}) != before

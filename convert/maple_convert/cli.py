@@ -20,9 +20,9 @@ from typing import Any, NoReturn
 
 from maple_convert.errors import ConvertError, one_line
 
-FAULT, USAGE, CANCELLED = 1, 2, 130
+FAULT, USAGE, NO_MEMORY, CANCELLED = 1, 2, 4, 130
 EPILOG = """exit codes: 0 done, 1 input or output, 2 wrong usage, 3 the file cannot be used,
-130 cancelled"""
+4 out of memory, 130 cancelled"""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -278,6 +278,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code, line = _described(error)
         if "--debug" in arguments:
             traceback.print_exception(error)
+        if "--json" in arguments:
+            print(json.dumps({"error": line, "exit_code": code}))
         print(f"maple-convert: {line}", file=sys.stderr)
         return code
     finally:
@@ -318,7 +320,7 @@ def _described(error: BaseException) -> tuple[int, str]:
     if isinstance(error, KeyboardInterrupt):
         return CANCELLED, "cancelled"
     if isinstance(error, MemoryError):
-        return 3, "out of memory"
+        return NO_MEMORY, "out of memory: close other programs, or convert on a larger machine"
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return FAULT, one_line(f"{place}{error.strerror}")

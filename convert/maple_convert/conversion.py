@@ -18,11 +18,11 @@ from typing import Any
 import numpy as np
 
 from maple_convert import maple_folder
-from maple_convert.errors import ConvertError, UnreadableFile, one_line
+from maple_convert.errors import ConvertError, InvalidCheckpoint, UnreadableFile, one_line
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config, files
 from maple_convert.layouts.parts import Weights
 from maple_convert.model import WrongUse, open_model
-from maple_convert.open_folder import KINDS
+from maple_convert.open_folder import KINDS, check_vocabulary
 from maple_convert.readers import read_json
 from maple_convert.source import Component, Slot, SourceModel
 from maple_convert.tensors import Tensor, TensorInfo
@@ -240,10 +240,19 @@ def _why(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
+_COMPONENTS = ("text_encoder", "unet", "vae", "taesd")
+
+
 def _is_maple_folder(path: Path) -> bool:
+    """Whether ``path`` is a maple folder that holds nothing else, which replacing would delete."""
     try:
-        return maple_folder.is_maple(read_json(path / maple_folder.CONFIG_NAME))
-    except ConvertError:
+        config = read_json(path / maple_folder.CONFIG_NAME)
+        if not maple_folder.is_maple(config):
+            return False
+        ours = {maple_folder.CONFIG_NAME, "tokenizer", "README.md", "NOTICE"}
+        ours |= {f"{name}.safetensors" for name in _COMPONENTS}
+        return {entry.name for entry in path.iterdir()} <= ours
+    except (ConvertError, OSError):
         return False
 
 
@@ -401,6 +410,9 @@ def _finish_diffusers(
         scheduler["trained_betas"] = betas
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     vocabulary = model.tokenizer_files or tokenizer
+    if vocabulary and not _fits(model, vocabulary["vocab"]):
+        notes.append("CLIP's vocabulary has more tokens than the text encoder: it was left out.")
+        vocabulary = None
     if vocabulary:
         copy_small(vocabulary["vocab"], folder / "tokenizer" / "vocab.json")
         copy_small(vocabulary["merges"], folder / "tokenizer" / "merges.txt")
@@ -408,6 +420,14 @@ def _finish_diffusers(
     else:
         notes.append("No tokenizer was written: the source has no vocab.json and merges.txt.")
     write_json(folder / "model_index.json", _model_index(model, bool(vocabulary)))
+
+
+def _fits(model: SourceModel, vocabulary: Path) -> bool:
+    try:
+        check_vocabulary(model, vocabulary)
+    except InvalidCheckpoint:
+        return False
+    return True
 
 
 _TOKENIZER_CONFIG = {

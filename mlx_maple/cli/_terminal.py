@@ -11,6 +11,8 @@ import sys
 import time
 from typing import TextIO
 
+from maple_convert.errors import one_line
+
 BAR_WIDTH = 24
 REDRAW_SECONDS = 0.1
 PLAIN_SECONDS = 5.0  # between two lines where there is no terminal
@@ -67,7 +69,7 @@ class Screen:
         bar = self._bar
         if bar:
             self._write("\r\033[K")
-        self._write(text + "\n")
+        self._write(one_line(text, 2000) + "\n")  # a stranger's file may have had a say in it
         if bar:
             self._write(bar)
         self._room_made = False

@@ -477,6 +477,10 @@ class _Previews:
         fields |= {name: value for name, value in request.arguments.items() if name in fields}
         wanted = outputs.path({**fields, "model": sd.info.name, **_moment()})
         self.path = wanted.with_name(f"{wanted.stem}.preview.png")
+        number = 0
+        while self.path.exists():  # someone's own, or another run's
+            number += 1
+            self.path = wanted.with_name(f"{wanted.stem}.preview-{number}.png")
         self.screen = screen
         self._next = 0.0
 

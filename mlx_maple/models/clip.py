@@ -186,7 +186,8 @@ class CLIPTextEncoder(nn.Module):
 
         Args:
             ids: (B, T) integers below ``vocab_size``, T at most ``max_position_embeddings``. An id
-                out of range cannot be seen without evaluating, and yields another token's row.
+                out of range cannot be seen without evaluating, and MLX reads beyond the table:
+                who makes the ids answers for them.
             clip_skip: which layer, counted from the end, gives ``last``: 1 is the last (A1111's
                 counting; diffusers counts from 0). The final norm is applied to any of them.
 

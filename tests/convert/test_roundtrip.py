@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -565,3 +566,38 @@ def test_defaults_of_the_published_size(monkeypatch):
         assert model.components["text_encoder"].config["eos_token_id"] == 49407
         assert model.components["unet"].parameters == 859_520_964
         assert model.components["unet"].nbytes == 4 * 859_520_964
+
+
+def test_a_folder_with_something_of_the_users_is_not_replaced(tmp_path):
+    """Replacing deletes what is there: only what the format writes may go."""
+    from maple_convert import UnreadableFile, convert
+
+    source = Path(__file__).parents[2] / "mlx_maple" / "demo"
+    out = tmp_path / "model"
+    convert(source, out, digest=False)
+    convert(source, out, digest=False)
+    (out / "mine.txt").write_text("keep")
+    with pytest.raises(UnreadableFile, match="exists"):
+        convert(source, out, digest=False)
+    assert (out / "mine.txt").read_text() == "keep"
+
+
+def test_a_vocabulary_that_does_not_fit_is_left_out_of_a_diffusers_folder(tmp_path):
+    from maple_convert import convert, open_model
+
+    source = Path(__file__).parents[2] / "mlx_maple" / "demo"
+    convert(source, tmp_path / "d.safetensors", to="compvis", digest=False)
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "vocab.json").write_text('{"a": 0, "far</w>": 49407}')
+    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
+    report = convert(
+        tmp_path / "d.safetensors",
+        tmp_path / "d",
+        to="diffusers",
+        digest=False,
+        tokenizer={"vocab": tokenizer / "vocab.json", "merges": tokenizer / "merges.txt"},
+    )
+    assert any("left out" in note for note in report.notes)
+    with open_model(tmp_path / "d") as model:
+        assert model.family == "sd1"
