@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +25,8 @@ from maple_convert.model import WrongUse, open_model
 from maple_convert.open_folder import KINDS, check_vocabulary
 from maple_convert.readers import read_json
 from maple_convert.source import Component, Slot, SourceModel
-from maple_convert.tensors import Tensor, TensorInfo
+from maple_convert.stream import Block
+from maple_convert.tensors import TensorInfo
 from maple_convert.write import Entry, copy_small, whole_or_nothing, write_json, write_safetensors
 
 LAYOUT_NAMES = ("maple", "compvis", "diffusers")
@@ -268,8 +269,7 @@ def _entries(component: Component, spelling: str, prefix: str, dtype: str | None
         row = rows[slot.row.native]
         target = _target(slot.info.dtype, dtype)
         info = TensorInfo(target, row.published_shape)
-        read = _reader(slot, row.weights, target)
-        entries.append(Entry(prefix + row.published, info, read))
+        entries.append(Entry(prefix + row.published, info, _blocks(slot, row.weights, target)))
     return entries
 
 
@@ -278,12 +278,9 @@ def _target(stored: str, dtype: str | None) -> str:
     return dtype if dtype is not None else "float32" if stored == "float64" else stored
 
 
-def _reader(slot: Slot, weights: Weights, dtype: str) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        tensor = slot.read(dtype)  # a view: where both layouts are alike nothing is moved
-        return Tensor(tensor.dtype, weights.to_published(tensor.array))
-
-    return read
+def _blocks(slot: Slot, weights: Weights, dtype: str) -> Callable[[], Iterator[Block]]:
+    # Views both ways: where source and target are laid out alike nothing is moved.
+    return lambda: map(weights.to_published, slot.blocks(dtype))
 
 
 def _dtype_of(model: SourceModel, dtype: str | None) -> str:
@@ -369,7 +366,7 @@ def _plan_compvis(model: SourceModel, dtype: str | None, notes: list[str]) -> li
 
 
 def _constant(name: str, array: np.ndarray[Any, np.dtype[np.float32]]) -> Entry:
-    return Entry(name, TensorInfo("float32", array.shape), lambda: Tensor("float32", array))
+    return Entry(name, TensorInfo("float32", array.shape), lambda: [array])
 
 
 # -- diffusers --------------------------------------------------------------------------------

@@ -15,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from maple_convert.errors import InvalidCheckpoint, LayoutMismatch
-from maple_convert.half import round_to_half
 from maple_convert.layouts import Row, files
 from maple_convert.layouts.diffusers_config import SD1_SCHEDULER
 from maple_convert.readers import read_json
+from maple_convert.stream import stream_rows
 from maple_convert.tensors import FLOATS, STORAGE, Checkpoint, Tensor, TensorInfo
 
 
@@ -35,17 +35,24 @@ class Slot:
         """Stored dtype and native shape."""
         return TensorInfo(self.checkpoint.tensors[self.key].dtype, self.row.native_shape)
 
-    def read(self, dtype: str | None = None) -> Tensor:
-        """The parameter in native shape, possibly a view in another memory order.
+    def blocks(self, dtype: str | None = None) -> Iterator[npt.NDArray[Any]]:
+        """The values in native shape, some rows (first axis) at a time.
 
         Raises:
             InvalidCheckpoint: if a value is not finite, in the file or in ``dtype``.
         """
-        stored = self.checkpoint.read(self.key)
-        cast_ = _finite_cast(stored, stored.dtype if dtype is None else dtype)
-        if cast_ is None:
-            raise InvalidCheckpoint(self.checkpoint.path, _not_finite(self.key, stored, dtype))
-        return Tensor(cast_.dtype, self.row.weights.to_native(cast_.array))
+        for block in stream_rows(self.checkpoint, self.key, dtype):
+            yield self.row.weights.to_native(block)
+
+    def read(self, dtype: str | None = None) -> Tensor:
+        """All the values in native shape, contiguous."""
+        kind = self.info.dtype if dtype is None else dtype
+        array = np.empty(self.row.native_shape, STORAGE[kind])
+        start = 0
+        for block in self.blocks(dtype):
+            array[start : start + len(block)] = block
+            start += len(block)
+        return Tensor(kind, array)
 
 
 @dataclass
@@ -97,8 +104,7 @@ class Component:
             InvalidCheckpoint: at a tensor with values that are not finite.
         """
         for slot in self.slots:
-            tensor = slot.read(dtype)
-            yield slot.row.native, Tensor(tensor.dtype, np.asarray(tensor.array, order="C"))
+            yield slot.row.native, slot.read(dtype)
 
 
 @dataclass
@@ -227,47 +233,3 @@ def files_of(path: Path) -> list[Path]:
         return [path]
     shards: dict[str, str] = read_json(path)["weight_map"]
     return [path, *(path.parent / shard for shard in sorted(set(shards.values())))]
-
-
-# ---------------------------------------------------------------------------------------------
-# Values
-
-
-_CHUNK = 1 << 18  # elements: small enough for the caches, large enough that Python costs little
-
-# Exponent bits of each floating type: all ones in an infinity or NaN, and in nothing else.
-_EXPONENT = {
-    "float64": (np.dtype(np.uint64), 0x7FF0_0000_0000_0000),
-    "float32": (np.dtype(np.uint32), 0x7F80_0000),
-    "float16": (np.dtype(np.uint16), 0x7C00),
-    "bfloat16": (np.dtype(np.uint16), 0x7F80),
-}
-
-
-def _finite_cast(tensor: Tensor, dtype: str) -> Tensor | None:
-    """Round to ``dtype``, or None if the result holds anything that is not finite.
-
-    Works in pieces that stay in the processor's cache, so that the check costs next to nothing and
-    the working memory is the result.
-    """
-    kind, exponent = _EXPONENT[dtype]
-    flat = np.ravel(tensor.array)
-    same = dtype == tensor.dtype
-    result: npt.NDArray[Any] = flat if same else np.empty(flat.size, STORAGE[dtype])
-    if tensor.dtype == "float32" and dtype == "float16":
-        finite = round_to_half(flat, result)
-        return Tensor(dtype, np.reshape(result, tensor.array.shape)) if finite else None
-    for start in range(0, flat.size, _CHUNK):
-        piece = slice(start, start + _CHUNK)
-        if not same:
-            result[piece] = Tensor(tensor.dtype, flat[piece]).astype(dtype).array
-        bits: npt.NDArray[Any] = np.frombuffer(result[piece], kind)
-        if ((bits & kind.type(exponent)) == exponent).any():
-            return None
-    return Tensor(dtype, np.reshape(result, tensor.array.shape))
-
-
-def _not_finite(key: str, stored: Tensor, dtype: str | None) -> str:
-    if _finite_cast(stored, stored.dtype) is None:
-        return f"{key} holds values that are NaN or infinite: the file is damaged"
-    return f"{key} holds values too large for {dtype}; use bfloat16 or float32"

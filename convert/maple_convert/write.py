@@ -1,8 +1,8 @@
 """Writing: safetensors as a stream, and anything whole or not at all.
 
 Streaming   A safetensors header holds every shape and offset, and all shapes are known before a
-            value is read; so the header is written first and each tensor follows as it is made. A
-            worker reads, casts and rearranges the next tensor while this one is written.
+            value is read; so the header is written first and the values follow as they are made.
+            A worker reads, casts and rearranges the next rows while these are written.
 Atomic      Everything is written into a hidden sibling, ``.NAME.partial-PID``, brought to the disk
             and renamed. A crash leaves the sibling, which no one loads and the next run removes.
 """
@@ -10,18 +10,21 @@ Atomic      Everything is written into a hidden sibling, ``.NAME.partial-PID``, 
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 
 from maple_convert.errors import UnreadableFile
-from maple_convert.tensors import STORAGE, Tensor, TensorInfo
+from maple_convert.tensors import STORAGE, TensorInfo
 
+BLOCKS_AHEAD = 4  # prepared while one is written
 SAFETENSORS_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -42,11 +45,14 @@ SAFETENSORS_NAMES = {
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor to write: what the header says, and how to get the values when its turn comes."""
+    """One tensor to write: what the header says, and how to get the values when its turn comes.
+
+    ``blocks`` gives them in order, some rows at a time; a block may be a view in another order.
+    """
 
     name: str
     info: TensorInfo
-    read: Callable[[], Tensor]
+    blocks: Callable[[], Iterable[npt.NDArray[Any]]]
 
 
 def write_safetensors(
@@ -55,13 +61,13 @@ def write_safetensors(
     metadata: Mapping[str, str] | None = None,
     wrote: Callable[[int], None] | None = None,
 ) -> int:
-    """Write a safetensors file, at most two tensors in memory, and bring it to the disk.
+    """Write a safetensors file, a few blocks of rows in memory, and bring it to the disk.
 
     Args:
         path: the file; the caller sees to it that a half of it is never taken for the whole.
         entries: the tensors in the order in which they are wanted in the file.
         metadata: strings for ``__metadata__``.
-        wrote: called with the bytes of each tensor after it was written.
+        wrote: called with the bytes of each block after it was written.
 
     Returns:
         The file's size in bytes.
@@ -82,31 +88,33 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        with closing(_read_ahead(ordered)) as tensors:
-            for entry, tensor in tensors:
-                assert tensor.dtype == entry.info.dtype and tensor.shape == entry.info.shape
-                if tensor.array.size:
-                    file.write(tensor.array.data)
+        with closing(_read_ahead(ordered)) as blocks:
+            for block in blocks:
+                file.write(block.data)
                 if wrote is not None:
-                    wrote(entry.info.nbytes)
+                    wrote(block.nbytes)
+        assert file.tell() == 8 + len(text) + offset
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(text) + offset
 
 
-def _read_ahead(entries: Sequence[Entry]) -> Generator[tuple[Entry, Tensor], None, None]:
-    """Yield each entry with its values, contiguous, while a worker prepares the next."""
+def _read_ahead(entries: Sequence[Entry]) -> Generator[npt.NDArray[Any], None, None]:
+    """Every block in order, contiguous, while a worker prepares the next ones."""
 
-    def prepare(entry: Entry) -> Tensor:
-        tensor = entry.read()
-        return Tensor(tensor.dtype, np.asarray(tensor.array, order="C"))
+    def prepare() -> Generator[npt.NDArray[Any], None, None]:
+        for entry in entries:
+            for block in entry.blocks():
+                assert block.dtype == STORAGE[entry.info.dtype]
+                if block.size:
+                    yield np.asarray(block, order="C")
 
+    prepared = prepare()
     with ThreadPoolExecutor(1, thread_name_prefix="maple-read") as worker:
-        ahead: Future[Tensor] | None = None
-        for n, entry in enumerate(entries):
-            tensor = prepare(entry) if ahead is None else ahead.result()
-            ahead = worker.submit(prepare, entries[n + 1]) if n + 1 < len(entries) else None
-            yield entry, tensor
+        ahead = deque(worker.submit(next, prepared, None) for _ in range(BLOCKS_AHEAD))
+        while (block := ahead.popleft().result()) is not None:
+            ahead.append(worker.submit(next, prepared, None))
+            yield block
 
 
 # ---------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+import torch_files
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
@@ -20,7 +21,7 @@ from maple_convert import (
 from maple_convert.half import round_to_half
 from maple_convert.maple_folder import SETTINGS
 from maple_convert.model import SD1_LATENT_RGB, WrongUse, inspect
-from maple_convert.tensors import Tensor, TensorInfo
+from maple_convert.tensors import TensorInfo
 from maple_convert.write import Entry, write_safetensors
 
 f16, f32 = np.float16, np.float32
@@ -498,8 +499,7 @@ def test_write_safetensors_as_the_library_reads_it(tmp_path):
         "turned": np.arange(12, dtype=f32).reshape(3, 4).T,
     }
     entries = [
-        Entry(k, TensorInfo(a.dtype.name, a.shape), lambda a=a: Tensor(a.dtype.name, a))
-        for k, a in arrays.items()
+        Entry(k, TensorInfo(a.dtype.name, a.shape), lambda a=a: [a]) for k, a in arrays.items()
     ]
     written = []
     path = tmp_path / "x.safetensors"
@@ -601,3 +601,53 @@ def test_a_vocabulary_that_does_not_fit_is_left_out_of_a_diffusers_folder(tmp_pa
     assert any("left out" in note for note in report.notes)
     with open_model(tmp_path / "d") as model:
         assert model.family == "sd1"
+
+
+# Streaming
+
+
+def strided(state):
+    """The same state dict with every matrix saved as a transposed view, as torch may do."""
+    turned = {}
+    for key, array in state.items():
+        if array.ndim == 2:
+            storage = torch_files.Storage(np.ascontiguousarray(array.T))
+            turned[key] = torch_files.TorchTensor(storage, 0, array.shape, (1, array.shape[0]))
+        else:
+            turned[key] = array
+    return turned
+
+
+@pytest.mark.parametrize("block", [1, 5000])
+@pytest.mark.parametrize("dtype", [None, "float16", "bfloat16"])
+def test_blocks_of_any_size_give_the_same_files(tmp_path, monkeypatch, block, dtype):
+    """One row at a time, or some: contiguous, strided and sharded tensors, in every layout."""
+    config = tiny.CONFIGS["vae"]
+    state = tiny.published("vae", config, tiny.arrays("vae", config), "compvis")
+    plain = tiny.save_safetensors(tmp_path / "plain.safetensors", state)
+    views = torch_files.write_torch_zip(tmp_path / "views.ckpt", strided(state))
+    names = sorted(state)
+    shards = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for shard, keys in shards.items():
+        tiny.save_safetensors(tmp_path / shard, {key: state[key] for key in keys})
+    weight_map = {key: shard for shard, keys in shards.items() for key in keys}
+    index = tmp_path / "x.safetensors.index.json"
+    tiny.write_json(index, {"weight_map": weight_map})
+    with open_model(plain) as model:
+        whole = tiny.everything(model, dtype)
+    monkeypatch.setattr("maple_convert.stream.BLOCK_BYTES", block)
+    for source in (plain, views, index):
+        for to in LAYOUTS:
+            out = place(tmp_path, to, f"{source.stem}-{to}")
+            convert(source, out, to=to, dtype=dtype, digest=False)
+            assert tiny.same_bits(read(out), whole), (source.name, to)
+
+
+def test_a_fault_in_the_last_block_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr("maple_convert.stream.BLOCK_BYTES", 2000)
+    state = tiny.compvis()
+    state[f"{tiny.TEXT}text_model.embeddings.token_embedding.weight"][-1, -1] = np.nan
+    source = tiny.save_safetensors(tmp_path / "a.safetensors", state)
+    for dtype in (None, "float16", "bfloat16"):
+        with pytest.raises(InvalidCheckpoint, match="token_embedding"):
+            convert(source, tmp_path / "out", dtype=dtype)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from torch_files import write_legacy, write_torch_zip
 
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config
-from maple_convert.tensors import Tensor, TensorInfo
+from maple_convert.tensors import TensorInfo
 from maple_convert.write import Entry, write_safetensors
 
 # Uneven on purpose: two levels with transformers and one without, a skip that keeps its width.
@@ -127,8 +127,7 @@ def save_safetensors(path: Path, state: Mapping[str, np.ndarray], dtype: str | N
 
     def entry(name: str, array: np.ndarray) -> Entry:
         kind = dtype if dtype == "bfloat16" and array.dtype == np.uint16 else array.dtype.name
-        tensor = Tensor(kind, array)
-        return Entry(name, TensorInfo(kind, array.shape), lambda: tensor)
+        return Entry(name, TensorInfo(kind, array.shape), lambda: [array])
 
     write_safetensors(path, [entry(name, array) for name, array in state.items()])
     return path
