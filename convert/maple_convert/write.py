@@ -12,11 +12,11 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from maple_convert.errors import UnreadableFile
 from maple_convert.tensors import STORAGE, TensorInfo
 
 BLOCKS_AHEAD = 4  # prepared while one is written
+SYNCED_BYTES = 1 << 28  # written before they are brought to the disk
 SAFETENSORS_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -88,15 +89,42 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        with closing(_read_ahead(ordered)) as blocks:
+        with closing(_read_ahead(ordered)) as blocks, _Syncing(file) as syncing:
             for block in blocks:
                 file.write(block.data)
+                syncing.wrote(block.nbytes)
                 if wrote is not None:
                     wrote(block.nbytes)
         assert file.tell() == 8 + len(text) + offset
         file.flush()
         os.fsync(file.fileno())
     return 8 + len(text) + offset
+
+
+class _Syncing:
+    """Brings a long file to the disk while it is written, so that little is left at the end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="maple-sync")
+        self._running: Future[None] | None = None
+        self._waiting = 0
+
+    def __enter__(self) -> "_Syncing":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.shutdown()
+
+    def wrote(self, size: int) -> None:
+        """Count what was written, and begin to bring it to the disk when it is enough."""
+        self._waiting += size
+        if self._running is not None and self._running.done():
+            self._running.result()  # a disk that is full may say so only here
+            self._running = None
+        if self._waiting >= SYNCED_BYTES and self._running is None:
+            self._running = self._worker.submit(os.fsync, self._file.fileno())
+            self._waiting = 0
 
 
 def _read_ahead(entries: Sequence[Entry]) -> Generator[npt.NDArray[Any], None, None]:

@@ -106,7 +106,7 @@ def slow_command(source, out):
     """``maple-convert`` that waits a little at every tensor."""
     code = (
         "import sys, time; from maple_convert import cli\n"
-        "cli._Bar.draw = lambda *_: (print('.', flush=True), time.sleep(0.005))\n"
+        "cli._Bar.draw = lambda *_: (print('.', flush=True), time.sleep(0.002))\n"
         f"sys.exit(cli.main([{str(source)!r}, {str(out)!r}]))"
     )
     return subprocess.Popen(

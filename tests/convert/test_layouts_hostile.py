@@ -21,7 +21,7 @@ MEMORY = 500 << 20
 CODE = ("os.system", "os.exec", "os.spawn", "os.posix_spawn", "os.fork", "subprocess.", "pickle.")
 CODE += ("marshal.", "ctypes.dlopen", "socket.", "code.__new__", "function.__new__")
 
-EVERY_READER_CASE = 16
+EVERY_READER_CASE = 32
 READERS = [case.name for case in HOSTILE if case.stage == "reader"][::EVERY_READER_CASE]
 CASES = {case.name: case for case in HOSTILE if case.name in (*READERS, *LAYOUT_CASES)}
 # A folder is no file, but may be a model.
