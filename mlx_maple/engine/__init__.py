@@ -1,0 +1,1 @@
+"""What makes the networks fast and small, and what measures it."""
