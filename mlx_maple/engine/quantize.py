@@ -1,0 +1,184 @@
+"""Weights in 8 or 4 bits: a network's linear layers and convolutions, replaced one by one.
+
+Legend   O output channels; kh, kw a kernel's rows and columns; I input channels; G group size.
+Source   MLX's affine quantisation (``mx.quantize``): the G numbers of a group along a row share a
+         scale and an offset, w = scale * q + offset with q of 0 to 2^bits - 1. What a folder of
+         quantised weights holds is docs/format.md's law.
+
+MLX multiplies by quantised matrices, but has no quantised convolution, and convolutions are 541 of
+the 860 million weights of a Stable Diffusion 1 UNet. They are stored as the matrix (O, kh * kw * I)
+and become what they were when they are used, one at a time.
+
+What stays as it is: norms, biases and embedding tables (a vector is used as it is, and the tables
+are read, not multiplied); the first and the last convolution of a network (0.003 % of its weights,
+between them and the latents stands nothing that would even an error out); the autoencoder (its
+errors are seen as they are, and it is a twelfth of a model).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+BITS = (8, 4)
+GROUP_SIZES = (64, 32)  # the first that divides a row; a row that neither divides is left alone
+QUANTIZED = ("text_encoder", "unet")  # the components whose weights are
+KEPT = ("conv_in", "conv_out")
+
+
+class QuantizedConv2d(nn.Module):
+    """A convolution whose weights are stored in few bits: (B, h, w, I) to (B, h', w', O).
+
+    ``weight``, ``scales`` and ``biases`` are those of ``mx.quantize``, as in
+    ``nn.QuantizedLinear``; ``bias`` is the layer's own.
+
+    Args:
+        shape: (O, kh, kw, I) of the weights that are stood for.
+        bits: 8 or 4.
+        group_size: G; divides kh * kw * I.
+        bias: whether there is one.
+        stride: of rows and columns.
+        padding: of rows and columns.
+        dilation: of rows and columns.
+        groups: of channels.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int, int],
+        bits: int,
+        group_size: int,
+        *,
+        bias: bool = True,
+        stride: tuple[int, int] = (1, 1),
+        padding: tuple[int, int] = (0, 0),
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+    ) -> None:
+        super().__init__()
+        outputs, row = shape[0], shape[1] * shape[2] * shape[3]
+        self.weight = mx.zeros((outputs, row * bits // 32), mx.uint32)
+        self.scales = mx.zeros((outputs, row // group_size))
+        self.biases = mx.zeros((outputs, row // group_size))
+        if bias:
+            self.bias = mx.zeros((outputs,))
+        self.shape = shape
+        self.bits = bits
+        self.group_size = group_size
+        self.stride = stride
+        self.padding = padding
+        self.dilation = dilation
+        self.groups = groups
+
+    def dequantized(self) -> mx.array:
+        """The weights (O, kh, kw, I) that are stood for, in the scales' dtype."""
+        return mx.dequantize(
+            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        ).reshape(self.shape)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Convolve ``x`` with the weights as they are dequantised."""
+        y = mx.conv2d(x, self.dequantized(), self.stride, self.padding, self.dilation, self.groups)
+        return y + self.bias if "bias" in self else y
+
+
+QuantizedLeaf = nn.QuantizedLinear | QuantizedConv2d
+
+
+def group_size(row: int) -> int | None:
+    """How many numbers of a row of so many share a scale; None where no size divides it."""
+    return next((size for size in GROUP_SIZES if row % size == 0), None)
+
+
+def quantize(module: nn.Module, bits: int, *, evaluate: bool = True) -> None:
+    """Replace a network's linear layers and convolutions by quantised ones, in place.
+
+    Each is computed and let go of before the next, so that a network whose weights are still to be
+    read never has them all in memory. Scales and offsets have the weights' own dtype.
+
+    Args:
+        module: a network with its weights.
+        bits: 8 or 4.
+        evaluate: whether to compute now; else nothing is read.
+
+    Raises:
+        ValueError: for other bits.
+    """
+    for parent, name, leaf, size in _quantizable(module, bits):
+        weight = leaf.weight.reshape(leaf.weight.shape[0], -1)
+        found = _empty(leaf, bits, size)
+        found.weight, found.scales, found.biases = mx.quantize(weight, size, bits)
+        if "bias" in leaf:
+            found.bias = leaf.bias
+        if evaluate:
+            mx.eval(found.parameters())
+        parent[name] = found
+
+
+def as_quantized(module: nn.Module, bits: int) -> None:
+    """Give a network the leaves of a quantised one, whose weights are loaded afterwards.
+
+    Raises:
+        ValueError: for bits that there are not.
+    """
+    for parent, name, leaf, size in _quantizable(module, bits):
+        parent[name] = _empty(leaf, bits, size)
+
+
+def bits_of(module: nn.Module) -> int | None:
+    """8 or 4, or None where no leaf is quantised."""
+    return next((leaf.bits for _, leaf in _quantized(module)), None)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """How many numbers a network has, whatever they are stored as."""
+    found = tree_flatten(module.parameters())
+    assert isinstance(found, list)
+    count = sum(value.size for _, value in found)
+    for _, leaf in _quantized(module):
+        packed = leaf.weight.size + 2 * leaf.scales.size
+        count += leaf.weight.size * 32 // leaf.bits - packed
+    return count
+
+
+def _quantizable(
+    module: nn.Module, bits: int
+) -> Iterator[tuple[nn.Module, str, nn.Linear | nn.Conv2d, int]]:
+    """Each leaf to replace: whose it is and under which name, and its group size."""
+    if bits not in BITS:
+        raise ValueError(
+            f"weights are quantised to {' or '.join(map(str, BITS))} bits, not {bits}."
+        )
+    for _, parent in module.named_modules():
+        for name, leaf in list(parent.items()):
+            if not isinstance(leaf, nn.Linear | nn.Conv2d) or name in KEPT:
+                continue
+            size = group_size(leaf.weight.size // leaf.weight.shape[0])
+            if size is not None:
+                yield parent, name, leaf, size
+
+
+def _empty(leaf: nn.Linear | nn.Conv2d, bits: int, size: int) -> Any:
+    """A quantised leaf without its weights."""
+    if isinstance(leaf, nn.Linear):
+        outputs, inputs = leaf.weight.shape
+        return nn.QuantizedLinear(inputs, outputs, "bias" in leaf, size, bits)
+    outputs, rows, columns, inputs = leaf.weight.shape
+    return QuantizedConv2d(
+        (outputs, rows, columns, inputs),
+        bits,
+        size,
+        bias="bias" in leaf,
+        stride=leaf.stride,
+        padding=leaf.padding,
+        dilation=leaf.dilation,
+        groups=leaf.groups,
+    )
+
+
+def _quantized(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, leaf in module.named_modules():
+        if isinstance(leaf, QuantizedLeaf):
+            yield name, leaf
