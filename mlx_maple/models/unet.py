@@ -247,10 +247,10 @@ class UNet(nn.Module):
         Raises:
             ValueError: if an argument has another shape (an NCHW array?).
         """
-        self._check(latents, context)
+        check_inputs(self.config, latents, context)
         dtype = self.conv_in.weight.dtype
         context = context.astype(dtype)
-        waves = sinusoids(self._times(timesteps, latents), self.config.block_out_channels[0])
+        waves = sinusoids(as_times(timesteps, latents.shape[0]), self.config.block_out_channels[0])
         time = self.time_embedding(waves.astype(dtype))
 
         x = self.conv_in(latents.astype(dtype))
@@ -263,20 +263,30 @@ class UNet(nn.Module):
             x = block(x, skips, time, context)
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
-    def _times(self, timesteps: mx.array | float, latents: mx.array) -> mx.array:
-        """``timesteps`` as (B,) or (1,)."""
-        times = timesteps if isinstance(timesteps, mx.array) else mx.array(timesteps)
-        if times.ndim > 1 or times.size not in (1, latents.shape[0]):
-            expected, found = f"() or ({latents.shape[0]},)", tuple(times.shape)
-            raise ValueError(f"[UNet] expected timesteps {expected}, got {found}.")
-        return times.reshape(-1)
 
-    def _check(self, latents: mx.array, context: mx.array) -> None:
-        checks.channels_last("UNet", "latents", latents, self.config.in_channels)
-        batch, width = latents.shape[0], self.config.cross_attention_dim
-        if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
-            expected = f"({batch}, T, {width})"
-            raise ValueError(f"[UNet] expected context {expected}, got {tuple(context.shape)}.")
+def as_times(timesteps: mx.array | float, batch: int) -> mx.array:
+    """``timesteps`` as (B,) or (1,).
+
+    Raises:
+        ValueError: if there are neither one nor as many as samples.
+    """
+    times = timesteps if isinstance(timesteps, mx.array) else mx.array(timesteps)
+    if times.ndim > 1 or times.size not in (1, batch):
+        raise ValueError(f"[UNet] expected timesteps () or ({batch},), got {tuple(times.shape)}.")
+    return times.reshape(-1)
+
+
+def check_inputs(config: UNetConfig, latents: mx.array, context: mx.array) -> None:
+    """Raise unless latents and context have the shapes that a UNet takes.
+
+    Raises:
+        ValueError: naming both shapes.
+    """
+    checks.channels_last("UNet", "latents", latents, config.in_channels)
+    batch, width = latents.shape[0], config.cross_attention_dim
+    if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
+        expected = f"({batch}, T, {width})"
+        raise ValueError(f"[UNet] expected context {expected}, got {tuple(context.shape)}.")
 
 
 def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:

@@ -1,0 +1,724 @@
+"""The networks made ready to draw: the same weights, rearranged exactly for speed.
+
+``prepare_unet`` and ``prepare_vae`` take the plain networks of mlx_maple/models and return ones
+with the same signatures and, within rounding, the same numbers:
+
+- Queries, keys and values come from one matrix product; those of the prompt are made once a prompt.
+- Everything that depends on the time alone is made for all steps at once, with the biases of the
+  convolutions it is added to.
+- Biases are not added where they arise. A map owes them, as ``value + residual + shift``, until the
+  next norm adds it all up in one pass; what a linear layer would make of them is known beforehand.
+- A skip is not joined: the norm reads from both maps, and the shortcut's product is cut in two.
+- Where a map is small, the norm writes each pixel's neighbourhood and the 3x3 convolution is a
+  matrix product. Where a backend's attention fuses other widths, heads are padded with zeros.
+
+Legend   B batch; h, w rows and columns; N = h w pixels; C channels; T prompt tokens; K heads; D
+         width of a head. Maps are (B, N, C).
+Source   mlx_maple/models, whose blocks these mirror one by one; tests/engine holds them together.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_maple.engine.attention import METAL_WIDTHS, SCORE_BYTES, attend_heads, running_backend
+from mlx_maple.engine.kernels import Kernels, Norm, Plain, kernels_for
+from mlx_maple.engine.quantize import QuantizedConv2d
+from mlx_maple.models import AutoencoderKL, UNet
+from mlx_maple.models.attention import LAYER_NORM_EPS, SpatialTransformer, TransformerBlock
+from mlx_maple.models.layers import GroupNorm, sinusoids
+from mlx_maple.models.resnet import Downsample, ResnetBlock, Upsample
+from mlx_maple.models.unet import as_times, check_inputs
+from mlx_maple.models.vae import Decoder, Encoder, PixelAttention
+
+# Below this many pixels a convolution is a matrix product on CUDA, where cuDNN's own is far from
+# the chip's rate: measured in benchmarks/.
+UNFOLD_PIXELS = {"cuda": 256}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How the networks are made ready.
+
+    Attributes:
+        backend: "metal", "cuda" or "cpu".
+        kernels: what norms, gates and joins run on.
+        score_bytes: the most that the scores of one attention may take.
+        unfold_pixels: maps up to this size are convolved by a matrix product.
+    """
+
+    backend: str
+    kernels: Kernels | Plain
+    score_bytes: int = SCORE_BYTES
+    unfold_pixels: int = 0
+
+    @classmethod
+    def usual(cls, dtype: mx.Dtype, *, backend: str | None = None) -> "Recipe":
+        """What suits a backend; None is the one that runs, whose kernels are checked first."""
+        running = running_backend()
+        backend = running if backend is None else backend
+        kernels = kernels_for(backend, dtype)[0] if backend == running else Plain()
+        return cls(backend, kernels, unfold_pixels=UNFOLD_PIXELS.get(backend, 0))
+
+    def head_width(self, width: int) -> int:
+        """The width that heads are padded to where the backend's attention would not fuse."""
+        if self.backend != "metal" or width in METAL_WIDTHS:
+            return width
+        return next((wider for wider in sorted(METAL_WIDTHS) if wider > width), width)
+
+
+@dataclass
+class Map:
+    """A feature map that nobody has added up yet: value + residual + what its maker owes.
+
+    Attributes:
+        value: (B, N, C).
+        residual: (B, N, C) or None; the first norm that adds it puts the sum in its place.
+        size: h and w.
+    """
+
+    value: mx.array
+    residual: mx.array | None
+    size: tuple[int, int]
+
+    def settle(self) -> None:
+        """Add the residual, where no norm comes before the map is kept."""
+        if self.residual is not None:
+            self.value, self.residual = self.value + self.residual, None
+
+
+# Leaves ------------------------------------------------------------------------------------------
+
+
+class Product(nn.Module):
+    """x W^T, perhaps added to something: linear layers over the same input, one under the other.
+
+    Args:
+        layers: nn.Linear or nn.QuantizedLinear, all of one kind; their biases are the caller's.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        joined = layers[0] if len(layers) == 1 else None
+        for name in ("weight", "scales", "biases"):
+            if name in layers[0]:
+                parts = [layer[name] for layer in layers]
+                self[name] = parts[0] if joined is not None else mx.concatenate(parts)
+        self.group_size = getattr(layers[0], "group_size", 0)
+        self.bits = getattr(layers[0], "bits", 0)
+
+    def __call__(self, x: mx.array, added: mx.array | None = None) -> mx.array:
+        """(…, I) to (…, O); ``added`` broadcasts to that."""
+        if "scales" not in self:
+            weight = self.weight.T
+            return x @ weight if added is None else mx.addmm(added, x, weight)
+        y = mx.quantized_matmul(
+            x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        )
+        return y if added is None else added + y
+
+    def of(self, row: mx.array) -> mx.array:
+        """What the product makes of a float32 row (I,), in float32."""
+        weight = self.weight
+        if "scales" in self:
+            weight = mx.dequantize(
+                weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+            )
+        return (weight.astype(mx.float32) * row).sum(axis=-1)
+
+
+def _columns(layer: nn.Module, start: int, end: int) -> nn.Module:
+    """A linear layer over some of its inputs. Quantised ones are cut between their groups."""
+    part = nn.Module()
+    if "scales" not in layer:
+        part.weight = layer.weight[:, start:end]
+        part.weight = mx.contiguous(part.weight)
+        return part
+    group, packed = layer.group_size, 32 // layer.bits
+    part.weight = mx.contiguous(layer.weight[:, start // packed : end // packed])
+    part.scales = mx.contiguous(layer.scales[:, start // group : end // group])
+    part.biases = mx.contiguous(layer.biases[:, start // group : end // group])
+    part.group_size, part.bits = group, layer.bits
+    return part
+
+
+def _cuts_between_groups(layer: nn.Module, at: int) -> bool:
+    return "scales" not in layer or at % layer.group_size == 0
+
+
+class Convolution(nn.Module):
+    """A 3x3 convolution without its bias, which its maker's map owes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        for name in ("weight", "scales", "biases"):
+            if name in layer:
+                self[name] = layer[name]
+        if isinstance(layer, QuantizedConv2d):
+            self.shape = layer.shape
+            self.group_size, self.bits = layer.group_size, layer.bits
+        else:
+            self.shape = tuple(layer.weight.shape)
+        self.stride = layer.stride
+
+    @property
+    def kernel(self) -> mx.array:
+        """(O, 3, 3, I); stored in few bits, it is dequantised here, at each use."""
+        if "scales" not in self:
+            return self.weight
+        flat = mx.dequantize(
+            self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        )
+        return flat.reshape(self.shape)
+
+    def __call__(self, x: mx.array, padding: int = 1) -> mx.array:
+        """(B, h, w, I) to (B, h', w', O)."""
+        return mx.conv2d(x, self.kernel, self.stride, padding)
+
+    def on_neighbours(self, x: mx.array) -> mx.array:
+        """The same on neighbourhoods: (B, N, 9 I) to (B, N, O)."""
+        if "scales" not in self:
+            return x @ self.weight.reshape(self.shape[0], -1).T
+        return mx.quantized_matmul(
+            x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
+        )
+
+
+class MapNorm(nn.Module):
+    """A group norm with its constants in float32."""
+
+    def __init__(self, norm: GroupNorm) -> None:
+        super().__init__()
+        self.weight = norm.weight.astype(mx.float32)
+        self.bias = norm.bias.astype(mx.float32)
+        self.groups = norm.groups
+        self.eps = norm.eps
+
+    @property
+    def constants(self) -> Norm:
+        return Norm(self.weight, self.bias, self.groups, self.eps)
+
+
+def _bias(layer: nn.Module) -> mx.array:
+    return layer.bias.astype(mx.float32)
+
+
+# Blocks ------------------------------------------------------------------------------------------
+
+
+class Resnet(nn.Module):
+    """models.resnet.ResnetBlock on maps that owe.
+
+    Args:
+        block: the plain one.
+        owed: (C_in,) float32: what the input's maker owes, the skip's behind it.
+        skip_channels: C of the skip that is joined to the input; 0 for none.
+        start: where in a row of times this block's channels begin; None without time.
+        recipe: how.
+
+    Attributes:
+        owed: (C_out,) float32: what the output owes.
+    """
+
+    def __init__(
+        self,
+        block: ResnetBlock,
+        owed: mx.array,
+        skip_channels: int,
+        start: int | None,
+        recipe: Recipe,
+    ) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self._start = start
+        self.norm1, self.norm2 = MapNorm(block.norm1), MapNorm(block.norm2)
+        self.conv1, self.conv2 = Convolution(block.conv1), Convolution(block.conv2)
+        self.shift1 = owed[None]
+        if start is None:
+            self.shift2 = _bias(block.conv1)[None]
+        own = owed.shape[0] - skip_channels
+        if "conv_shortcut" in block:
+            shortcut = block.conv_shortcut
+            self._is_cut = bool(skip_channels) and _cuts_between_groups(shortcut, own)
+            if self._is_cut:
+                self.shortcut = Product([_columns(shortcut, 0, own)])
+                self.skip_shortcut = Product([_columns(shortcut, own, owed.shape[0])])
+            else:
+                self.shortcut = Product([shortcut])
+            made = Product([shortcut]).of(owed) + _bias(shortcut)
+        else:
+            made = owed
+        self.owed = _bias(block.conv2) + made
+
+    def __call__(self, x: Map, times: mx.array | None = None, skip: Map | None = None) -> Map:
+        y = self._convolved(
+            self.conv1,
+            self.norm1,
+            x,
+            shift=self.shift1,
+            skip=None if skip is None else skip.value,
+        )
+        shift, start = (self.shift2, 0) if self._start is None else (times, self._start)
+        assert shift is not None
+        y = self._convolved(self.conv2, self.norm2, Map(y, None, x.size), shift=shift, start=start)
+        return Map(y, self._shortcut(x.value, skip), x.size)
+
+    def _convolved(
+        self,
+        conv: Convolution,
+        norm: MapNorm,
+        x: Map,
+        *,
+        shift: mx.array,
+        start: int = 0,
+        skip: mx.array | None = None,
+    ) -> mx.array:
+        """Settle ``x``, normalise it and convolve it: (B, N, O)."""
+        batch, pixels, _ = x.value.shape
+        rows, columns = x.size
+        by_product = pixels <= self._recipe.unfold_pixels
+        y, x.value = self._recipe.kernels.group_norm(
+            x.value,
+            norm.constants,
+            residual=x.residual,
+            skip=skip,
+            shift=shift,
+            start=start,
+            size=x.size if by_product else None,
+        )
+        x.residual = None
+        if by_product:
+            return conv.on_neighbours(y)
+        return conv(y.reshape(batch, rows, columns, -1)).reshape(batch, pixels, -1)
+
+    def _shortcut(self, x: mx.array, skip: Map | None) -> mx.array:
+        if "shortcut" not in self:
+            return x
+        if skip is None:
+            return self.shortcut(x)
+        if self._is_cut:
+            return self.skip_shortcut(skip.value, self.shortcut(x))
+        return self.shortcut(mx.concatenate([x, skip.value], axis=-1))
+
+
+class Block(nn.Module):
+    """models.attention.TransformerBlock on tokens that owe.
+
+    Args:
+        block: the plain one.
+        owed: (C,) float32: what the tokens owe.
+        recipe: how.
+    """
+
+    def __init__(self, block: TransformerBlock, owed: mx.array, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self._heads = block.attn1.heads
+        channels = owed.shape[0]
+        self._scale = (channels // self._heads) ** -0.5
+        width = channels // self._heads
+        self._width = recipe.head_width(width)
+        if "scales" in block.attn1.to_q:  # packed rows are not padded; the heads are, as they come
+            self._pad = self._width - width
+            self._width = width
+        else:
+            self._pad = 0
+
+        def padded(layer: nn.Module) -> nn.Module:
+            return _padded_rows(layer, self._heads, self._width)
+
+        attn1, attn2 = block.attn1, block.attn2
+        self.qkv = Product([padded(layer) for layer in (attn1.to_q, attn1.to_k, attn1.to_v)])
+        self.q = Product([padded(attn2.to_q)])
+        self.kv = Product([padded(attn2.to_k), padded(attn2.to_v)])
+        self.out1 = Product([_padded_columns(attn1.to_out, self._heads, self._width)])
+        self.out2 = Product([_padded_columns(attn2.to_out, self._heads, self._width)])
+        self.ff_in, self.ff_out = Product([block.ff.proj_in]), Product([block.ff.proj_out])
+        for i, norm in enumerate((block.norm1, block.norm2, block.norm3), 1):
+            self[f"norm{i}_weight"] = norm.weight.astype(mx.float32)
+            self[f"norm{i}_bias"] = norm.bias.astype(mx.float32)
+        self.gate_bias = _bias(block.ff.proj_in)
+        self.shift1 = owed
+        self.shift2 = owed + _bias(attn1.to_out)
+        self.shift3 = self.shift2 + _bias(attn2.to_out)
+        self.owed = self.shift3 + _bias(block.ff.proj_out)
+
+    def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
+        """What the prompt (B, T, D) shows to every pixel at every step: two (B, K, T, D)."""
+        keys, values = self._heads_of(self.kv(context), 2)
+        return keys, values
+
+    def __call__(self, x: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """(B, N, C) to the same."""
+        queries, own_keys, own_values = self._heads_of(self.qkv(self._norm(1, x)), 3)
+        x = self.out1(self._attend(queries, own_keys, own_values), x)
+        (queries,) = self._heads_of(self.q(self._norm(2, x)), 1)
+        x = self.out2(self._attend(queries, keys, values), x)
+        gated = self._recipe.kernels.gate(self.ff_in(self._norm(3, x)), self.gate_bias)
+        return self.ff_out(gated, x)
+
+    def _norm(self, i: int, x: mx.array) -> mx.array:
+        weight, bias = self[f"norm{i}_weight"], self[f"norm{i}_bias"]
+        return self._recipe.kernels.layer_norm(x, weight, bias, self[f"shift{i}"], LAYER_NORM_EPS)
+
+    def _heads_of(self, x: mx.array, parts: int) -> list[mx.array]:
+        """(B, N, parts K D) to so many views (B, K, N, D), padded where the weights are not."""
+        batch, tokens, _ = x.shape
+        x = x.reshape(batch, tokens, parts, self._heads, self._width)
+        if self._pad:
+            x = mx.pad(x, [(0, 0)] * 4 + [(0, self._pad)])
+        return [x[:, :, i].transpose(0, 2, 1, 3) for i in range(parts)]
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        mixed = attend_heads(
+            queries,
+            keys,
+            values,
+            scale=self._scale,
+            score_bytes=self._recipe.score_bytes,
+            backend=self._recipe.backend,
+        )
+        if self._pad:
+            mixed = mixed[..., : self._width]
+        batch, _, tokens, _ = mixed.shape
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+
+
+def _padded_rows(layer: nn.Module, heads: int, width: int) -> nn.Module:
+    """A linear layer whose heads are made wider with zero rows."""
+    rows, inputs = layer.weight.shape
+    if rows == heads * width:
+        return layer
+    part = nn.Module()
+    split = layer.weight.reshape(heads, rows // heads, inputs)
+    wider = mx.pad(split, [(0, 0), (0, width - rows // heads), (0, 0)])
+    part.weight = wider.reshape(-1, inputs)
+    return part
+
+
+def _padded_columns(layer: nn.Module, heads: int, width: int) -> nn.Module:
+    """A linear layer that takes such heads, and multiplies their zeros by zeros."""
+    if "scales" in layer or layer.weight.shape[1] == heads * width:
+        return layer
+    rows, inputs = layer.weight.shape
+    part = nn.Module()
+    split = layer.weight.reshape(rows, heads, inputs // heads)
+    wider = mx.pad(split, [(0, 0), (0, 0), (0, width - inputs // heads)])
+    part.weight = wider.reshape(rows, -1)
+    return part
+
+
+class Transformer(nn.Module):
+    """models.attention.SpatialTransformer on maps that owe."""
+
+    def __init__(self, block: SpatialTransformer, owed: mx.array, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self.norm = MapNorm(block.norm)
+        self.shift = owed[None]
+        self.proj_in = Product([block.proj_in])
+        self.proj_out = Product([block.proj_out])
+        inner = _bias(block.proj_in)
+        self.blocks = []
+        for each in block.transformer_blocks:
+            self.blocks.append(Block(each, inner, recipe))
+            inner = self.blocks[-1].owed
+        self.owed = owed + _bias(block.proj_out) + self.proj_out.of(inner)
+
+    def __call__(self, x: Map, prompt: list[tuple[mx.array, mx.array]]) -> Map:
+        """Take each block's keys and values from the end of ``prompt``."""
+        y, x.value = self._recipe.kernels.group_norm(
+            x.value,
+            self.norm.constants,
+            residual=x.residual,
+            shift=self.shift,
+            silu=False,
+        )
+        x.residual = None
+        tokens = self.proj_in(y)
+        for block in self.blocks:
+            tokens = block(tokens, *prompt.pop())
+        return Map(self.proj_out(tokens, x.value), None, x.size)
+
+
+class Resample(nn.Module):
+    """models.resnet.Downsample or Upsample: the map is added up, then convolved."""
+
+    def __init__(self, block: Downsample | Upsample, owed: mx.array, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self._symmetric = getattr(block, "symmetric", True)
+        self.conv = Convolution(block.conv)
+        self.shift = owed
+        self.owed = _bias(block.conv)
+
+    def __call__(self, x: Map, doubled: tuple[int, int] | None = None) -> Map:
+        if doubled is None:
+            x.settle()  # on the way down the map is kept for the way up, too
+        full = self._recipe.kernels.total(x.value, x.residual, self.shift, x.size, doubled)
+        if not self._symmetric:
+            full = mx.pad(full, [(0, 0), (0, 1), (0, 1), (0, 0)])
+        y = self.conv(full, 1 if self._symmetric else 0)
+        batch, rows, columns, channels = y.shape
+        return Map(y.reshape(batch, rows * columns, channels), None, (rows, columns))
+
+
+def _map(x: mx.array) -> Map:
+    """(B, h, w, C) as a map."""
+    batch, rows, columns, channels = x.shape
+    return Map(x.reshape(batch, rows * columns, channels), None, (rows, columns))
+
+
+# The UNet ----------------------------------------------------------------------------------------
+
+
+class PreparedUNet(nn.Module):
+    """models.UNet, made ready: (B, h, w, C_in) to (B, h, w, C_out).
+
+    Attributes:
+        config: the plain network's.
+        dtype: of its weights.
+    """
+
+    def __init__(self, unet: UNet, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self.config = unet.config
+        self.dtype = unet.conv_in.weight.dtype
+        self.time_embedding = unet.time_embedding
+        self._blocks: list[ResnetBlock] = []  # in the order in which they run
+
+        self.conv_in = Convolution(unet.conv_in)
+        owed = _bias(unet.conv_in)
+        self.start = 0
+        kept = [owed]  # what each map on the stack owes
+        self.down = []
+        for level in unet.down_blocks:
+            steps = []
+            for i, resnet in enumerate(level.resnets):
+                steps.append(self._resnet(resnet, owed, 0))
+                owed = steps[-1].owed
+                if "attentions" in level:
+                    steps.append(Transformer(level.attentions[i], owed, recipe))
+                    owed = steps[-1].owed
+                kept.append(owed)
+            if "downsamplers" in level:
+                steps.append(Resample(level.downsamplers[0], owed, recipe))
+                owed = steps[-1].owed
+                kept.append(owed)
+            self.down.append(steps)
+
+        middle = unet.mid_block
+        self.mid = [self._resnet(middle.resnets[0], owed, 0)]
+        self.mid.append(Transformer(middle.attentions[0], self.mid[-1].owed, recipe))
+        self.mid.append(self._resnet(middle.resnets[1], self.mid[-1].owed, 0))
+        owed = self.mid[-1].owed
+
+        self.up = []
+        for level in unet.up_blocks:
+            steps = []
+            for i, resnet in enumerate(level.resnets):
+                skip = kept.pop()
+                both = mx.concatenate([owed, skip])
+                steps.append(self._resnet(resnet, both, skip.shape[0]))
+                owed = steps[-1].owed
+                if "attentions" in level:
+                    steps.append(Transformer(level.attentions[i], owed, recipe))
+                    owed = steps[-1].owed
+            if "upsamplers" in level:
+                steps.append(Resample(level.upsamplers[0], owed, recipe))
+                owed = steps[-1].owed
+            self.up.append(steps)
+
+        self.norm_out = MapNorm(unet.conv_norm_out)
+        self.shift_out = owed[None]
+        self.conv_out = Convolution(unet.conv_out)
+        self.bias_out = unet.conv_out.bias
+        # One product makes what every residual block is told of the times.
+        self.time_product = Product([block.time_emb_proj for block in self._blocks])
+        self.time_bias = mx.concatenate(
+            [_bias(block.time_emb_proj) + _bias(block.conv1) for block in self._blocks]
+        )
+        self._blocks = []
+
+    def _resnet(self, block: ResnetBlock, owed: mx.array, skip_channels: int) -> Resnet:
+        made = Resnet(block, owed, skip_channels, self.start, self._recipe)
+        self.start += block.conv1.weight.shape[0]
+        self._blocks.append(block)
+        return made
+
+    def __call__(
+        self, latents: mx.array, timesteps: mx.array | float, context: mx.array
+    ) -> mx.array:
+        """As models.UNet: same arguments, shapes and errors."""
+        check_inputs(self.config, latents, context)
+        times = self.times(as_times(timesteps, latents.shape[0]))
+        return self.predict(latents, times, self.prompt(context))
+
+    def times(self, timesteps: mx.array) -> mx.array:
+        """What the residual blocks are told of times (S,): rows (S, all their C_out), float32."""
+        waves = sinusoids(timesteps, self.config.block_out_channels[0])
+        embedded = nn.silu(self.time_embedding(waves.astype(self.dtype)))
+        return self.time_product(embedded).astype(mx.float32) + self.time_bias
+
+    def prompt(self, context: mx.array) -> list[tuple[mx.array, mx.array]]:
+        """Keys and values of every cross-attention for (B, T, D), in the order of their use."""
+        context = context.astype(self.dtype)
+        return [
+            block.keys_values(context)
+            for steps in (*self.down, self.mid, *self.up)
+            for step in steps
+            if isinstance(step, Transformer)
+            for block in step.blocks
+        ]
+
+    def predict(
+        self, latents: mx.array, times: mx.array, prompt: Sequence[tuple[mx.array, mx.array]]
+    ) -> mx.array:
+        """Predict from what ``times`` (a row, or one a sample) and ``prompt`` have made."""
+        stack = list(reversed(prompt))
+        x = _map(self.conv_in(latents.astype(self.dtype)))
+        skips = [x]
+        for steps in self.down:
+            for i, step in enumerate(steps):
+                x = self._step(step, x, times, stack)
+                # A residual block with a transformer behind it leaves the transformer's map.
+                behind = steps[i + 1] if i + 1 < len(steps) else None
+                if not (isinstance(step, Resnet) and isinstance(behind, Transformer)):
+                    skips.append(x)
+        for step in self.mid:
+            x = self._step(step, x, times, stack)
+        for steps in self.up:
+            for step in steps:
+                if isinstance(step, Resnet):
+                    x = step(x, times, skips.pop())
+                elif isinstance(step, Resample):
+                    x = step(x, skips[-1].size)
+                else:
+                    x = step(x, stack)
+        y, _ = self._recipe.kernels.group_norm(
+            x.value, self.norm_out.constants, residual=x.residual, shift=self.shift_out
+        )
+        return self.conv_out(y.reshape(y.shape[0], *x.size, -1)) + self.bias_out
+
+    @staticmethod
+    def _step(step: nn.Module, x: Map, times: mx.array, stack: list) -> Map:
+        if isinstance(step, Resnet):
+            return step(x, times)
+        return step(x, stack) if isinstance(step, Transformer) else step(x)
+
+
+# The VAE -----------------------------------------------------------------------------------------
+
+
+class Pixels(nn.Module):
+    """models.vae.PixelAttention on maps that owe."""
+
+    def __init__(self, block: PixelAttention, owed: mx.array, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self.norm = MapNorm(block.group_norm)
+        self.shift = owed[None]
+        layers = (block.to_q, block.to_k, block.to_v)
+        self.qkv = Product(layers)
+        self.qkv_bias = mx.concatenate([layer.bias for layer in layers])
+        self.out = Product([block.to_out])
+        self.owed = owed + _bias(block.to_out)
+
+    def __call__(self, x: Map) -> Map:
+        y, x.value = self._recipe.kernels.group_norm(
+            x.value,
+            self.norm.constants,
+            residual=x.residual,
+            shift=self.shift,
+            silu=False,
+        )
+        x.residual = None
+        qkv = self.qkv(y, self.qkv_bias)
+        batch, pixels, _ = qkv.shape
+        queries, keys, values = mx.split(qkv.reshape(batch, 1, pixels, -1), 3, axis=-1)
+        mixed = attend_heads(
+            queries,
+            keys,
+            values,
+            score_bytes=self._recipe.score_bytes,
+            backend=self._recipe.backend,
+        )
+        return Map(self.out(mixed.reshape(batch, pixels, -1), x.value), None, x.size)
+
+
+class Half(nn.Module):
+    """models.vae.Encoder or Decoder on maps that owe: (B, H, W, C) to (B, H', W', C')."""
+
+    def __init__(self, half: Encoder | Decoder, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        self.conv_in = Convolution(half.conv_in)
+        owed = _bias(half.conv_in)
+        self.steps = []
+
+        def add(step: type, block: nn.Module, *more: object) -> None:
+            nonlocal owed
+            self.steps.append(step(block, owed, *more, recipe))
+            owed = self.steps[-1].owed
+
+        def add_middle() -> None:
+            add(Resnet, half.mid_block.resnets[0], 0, None)
+            add(Pixels, half.mid_block.attentions[0])
+            add(Resnet, half.mid_block.resnets[1], 0, None)
+
+        is_encoder = isinstance(half, Encoder)
+        if not is_encoder:
+            add_middle()
+        for level in half.down_blocks if is_encoder else half.up_blocks:
+            for resnet in level.resnets:
+                add(Resnet, resnet, 0, None)
+            for name in ("downsamplers", "upsamplers"):
+                if name in level:
+                    add(Resample, level[name][0])
+        if is_encoder:
+            add_middle()
+        self._doubles = not is_encoder
+        self.norm_out = MapNorm(half.conv_norm_out)
+        self.shift_out = owed[None]
+        self.conv_out = Convolution(half.conv_out)
+        self.bias_out = half.conv_out.bias
+
+    def __call__(self, x: mx.array) -> mx.array:
+        x_map = _map(self.conv_in(x))
+        for step in self.steps:
+            if isinstance(step, Resample) and self._doubles:
+                x_map = step(x_map, (2 * x_map.size[0], 2 * x_map.size[1]))
+            else:
+                x_map = step(x_map)
+        y, _ = self._recipe.kernels.group_norm(
+            x_map.value, self.norm_out.constants, residual=x_map.residual, shift=self.shift_out
+        )
+        return self.conv_out(y.reshape(y.shape[0], *x_map.size, -1)) + self.bias_out
+
+
+class PreparedVAE(AutoencoderKL):
+    """models.AutoencoderKL with both halves made ready; encode and decode are its own."""
+
+    def __init__(self, vae: AutoencoderKL, recipe: Recipe) -> None:
+        nn.Module.__init__(self)
+        self.config = vae.config
+        self.encoder = Half(vae.encoder, recipe)
+        self.decoder = Half(vae.decoder, recipe)
+        self.quant_conv = vae.quant_conv
+        self.post_quant_conv = vae.post_quant_conv
+
+
+# Making ready ------------------------------------------------------------------------------------
+
+
+def prepare_unet(unet: UNet, recipe: Recipe | None = None) -> PreparedUNet:
+    """Rearrange a UNet's weights; those that stay as they are, are shared with it."""
+    return PreparedUNet(unet, recipe or Recipe.usual(unet.conv_in.weight.dtype))
+
+
+def prepare_vae(vae: AutoencoderKL, recipe: Recipe | None = None) -> PreparedVAE:
+    """Rearrange an autoencoder's weights; those that stay as they are, are shared with it."""
+    return PreparedVAE(vae, recipe or Recipe.usual(vae.quant_conv.weight.dtype))
