@@ -29,6 +29,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlx_maple import images, metadata
+from mlx_maple.engine import quantize
+from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.metadata import Settings, check_number
 from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet
 from mlx_maple.sampling import NoiseSchedule, Plan, Step, guided, make_plan
@@ -64,11 +66,19 @@ StepNoise = Callable[[int, tuple[int, ...]], Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One network of a model: how large it is and what it computes in."""
+    """One network of a model: how large it is and what it computes in.
+
+    Attributes:
+        parameters: how many numbers.
+        bytes: that they take.
+        dtype: what it computes in.
+        bits: of its quantised weights, 8 or 4; None where they are not quantised.
+    """
 
     parameters: int
     bytes: int
     dtype: str
+    bits: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +212,7 @@ class StableDiffusion:
         unet: latents (B, h, w, C), timesteps (B,), context (B, T, D) to predictions (B, h, w, C).
         vae: pictures to scaled latents and back.
         taesd: a small autoencoder for previews, or None.
+        configs: of each network by name; looking at them loads nothing.
         tokenizer: text to ids.
         noise_schedule: what the UNet was trained on.
         defaults: width, height, steps, guidance_scale, sampler and schedule of a plain call.
@@ -226,6 +237,7 @@ class StableDiffusion:
         family: str = "sd1",
         layout: str = "",
         notes: Sequence[str] = (),
+        reload: Mapping[str, Reload] | None = None,
     ) -> None:
         """Put a model together from its networks.
 
@@ -245,20 +257,20 @@ class StableDiffusion:
             family: for ``info``.
             layout: for ``info``.
             notes: for ``info``.
+            reload: functions that load a network by name. With them the model is in low-memory
+                mode: of those networks only the one in use is held, and what is given here needs
+                no weights that were read.
         """
-        self.text_encoder = text_encoder
-        self.unet = unet
-        self.vae = vae
-        self.taesd = taesd
         self.tokenizer = tokenizer
         self.noise_schedule = noise_schedule
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.latent_rgb_factors = latent_rgb_factors
         self._vae_name = vae_name
         networks = {"text_encoder": text_encoder, "unet": unet, "vae": vae, "taesd": taesd}
-        components = {
-            part: _component(module) for part, module in networks.items() if module is not None
-        }
+        present = {part: module for part, module in networks.items() if module is not None}
+        components = {part: _component(module) for part, module in present.items()}
+        self._networks = Networks(present, reload)
+        self.configs = self._networks.configs
         self.info = Info(
             name=name,
             sha256=sha256,
@@ -272,6 +284,42 @@ class StableDiffusion:
             components=components,
             notes=tuple(notes),
         )
+
+    @property
+    def text_encoder(self) -> CLIPTextEncoder:
+        """Ids (B, 77) to states; in low-memory mode it is loaded when it is asked for."""
+        return self._networks["text_encoder"]
+
+    @text_encoder.setter
+    def text_encoder(self, module: CLIPTextEncoder) -> None:
+        self._networks["text_encoder"] = module
+
+    @property
+    def unet(self) -> UNet:
+        """Latents (B, h, w, C), timesteps (B,) and context (B, T, D) to predictions."""
+        return self._networks["unet"]
+
+    @unet.setter
+    def unet(self, module: UNet) -> None:
+        self._networks["unet"] = module
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """Pictures to scaled latents and back."""
+        return self._networks["vae"]
+
+    @vae.setter
+    def vae(self, module: AutoencoderKL) -> None:
+        self._networks["vae"] = module
+
+    @property
+    def taesd(self) -> TAESD | None:
+        """A small autoencoder for previews, or None."""
+        return self._networks["taesd"] if "taesd" in self._networks else None
+
+    @taesd.setter
+    def taesd(self, module: TAESD | None) -> None:
+        self._networks["taesd"] = module
 
     def tokenize(self, text: str) -> list[list[int]]:
         """Chunks of 77 ids, as the text encoder reads them."""
@@ -369,15 +417,15 @@ class StableDiffusion:
         notes: list[str] = []
         picture = None if image is None else images.to_rgb(image)
         width, height = size = self._size(picture, width, height, notes)
-        factor = self.vae.config.downscale
+        factor = self.configs["vae"].downscale
         count = _whole("count", count)
-        shape = count, height // factor, width // factor, self.vae.config.latent_channels
+        shape = count, height // factor, width // factor, self.configs["vae"].latent_channels
         guidance = check_number(
             "guidance_scale",
             self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
         )
         skipped = _whole("clip_skip", 1 if clip_skip is None else clip_skip)
-        if skipped > (layers := self.text_encoder.config.num_hidden_layers):
+        if skipped > (layers := self.configs["text_encoder"].num_hidden_layers):
             raise ValueError(f"clip_skip must be from 1 to {layers}, got {skipped}.")
         settings = Settings(
             prompt=prompt,
@@ -454,7 +502,7 @@ class StableDiffusion:
                 notes.append(f"the image of {own} is drawn at {width}x{height}")
         width = _whole("width", self.defaults["width"] if width is None else width)
         height = _whole("height", self.defaults["height"] if height is None else height)
-        multiple = self.vae.config.downscale
+        multiple = self.configs["vae"].downscale
         for name, value in (("width", width), ("height", height)):
             if value % multiple:
                 raise ValueError(f"{name} must be a multiple of {multiple}, got {value}.")
@@ -484,44 +532,54 @@ class StableDiffusion:
     ) -> FloatArray:
         """The mask at the drawing's size, blurred."""
         values = images.blurred(images.fitted(images.to_grey(mask), *size, fit), blur)
-        if not images.latent_mask(values, self.vae.config.downscale).any():
+        if not images.latent_mask(values, self.configs["vae"].downscale).any():
             notes.append("the mask is black, or its white parts are too small: nothing is redrawn")
         return values
 
     def _preview_kind(self, preview: str | None) -> str:
         if preview is None:
-            return "linear" if self.taesd is None else "taesd"
-        if _one_of("preview", preview, PREVIEWS) == "taesd" and self.taesd is None:
+            return "taesd" if "taesd" in self._networks else "linear"
+        if _one_of("preview", preview, PREVIEWS) == "taesd" and "taesd" not in self._networks:
             raise ValueError("preview 'taesd' needs a TAESD, and none was loaded.")
         return preview
 
     # The work ------------------------------------------------------------------------------------
 
     def _run(self, job: _Job) -> Generator[Progress, None, None]:
-        """One drawing: text, picture, steps, decoding. Every ``yield`` may be its end."""
+        """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
+        with self._networks.drawing():
+            try:
+                yield from self._phases(job)
+            finally:
+                self._networks.release(*self.configs)
+
+    def _phases(self, job: _Job) -> Generator[Progress, None, None]:
+        """Text, picture, steps, decoding; in low-memory mode each network goes after its phase."""
         clock, previews, total = _Clock(), _Previews(self, job), job.plan.total
         notes = list(job.notes)
 
         yield from clock.away(Progress(index=0, total=total, stage="text"))
         model = self._model(job, notes)
+        self._networks.release("text_encoder")
         clock.mark("text")
 
         posterior = None
         if job.picture is not None:
             yield from clock.away(Progress(index=0, total=total, stage="encode"))
             posterior = self._encode(job.picture, notes)
+            self._networks.release("vae")
             clock.mark("encode")
 
         noise, clean, draw = _start(job, posterior)
         blend = None
         if job.mask is not None and clean is not None:
-            inside = images.latent_mask(job.mask, self.vae.config.downscale)
+            inside = images.latent_mask(job.mask, self.configs["vae"].downscale)
             outside = _Outside(job.plan, mx.array(inside) > 0, noise, clean)
             model, blend = outside.watched(model), outside.kept
         x = job.plan.initial(noise, None if job.is_fresh else clean)
         # A GPU works on one step while this side describes the next and the caller looks at the
-        # last; a CPU would only get in its own way.
-        ahead = 0 if _on_cpu() else 1
+        # last; a CPU would only get in its own way, and two steps take more memory than one.
+        ahead = 0 if _on_cpu() or self._networks.is_low_memory else 1
         latents, done = x, 0
         with closing(_evaluated(job.plan.sample(model, x, draw), blend, ahead)) as steps:
             for step in steps:
@@ -536,6 +594,8 @@ class StableDiffusion:
                         _preview=previews.of(done, step.denoised),
                     )
                 )
+        del model, steps
+        self._networks.release("unet")
         clock.mark("sample")
 
         final = np.array(latents)
@@ -586,7 +646,14 @@ class StableDiffusion:
         def of(copies: int) -> Model:
             both = [None if s is None else mx.repeat(s, copies, 0) for s in (positive, negative)]
             assert both[0] is not None
-            return guided(self.unet, both[0], both[1], scale, _dtype(self.unet))
+            return guided(
+                self._predict,
+                both[0],
+                both[1],
+                scale,
+                self._dtype("unet"),
+                together=not self._networks.is_low_memory,
+            )
 
         if not _on_cpu():
             return of(job.count)
@@ -598,6 +665,13 @@ class StableDiffusion:
             )
 
         return one_by_one
+
+    def _predict(self, latents: mx.array, timesteps: mx.array, context: mx.array) -> mx.array:
+        return self.unet(latents, timesteps, context)
+
+    def _dtype(self, part: str) -> mx.Dtype:
+        """What a network computes in."""
+        return getattr(mx, self.info.components[part].dtype)
 
     def _states(self, text: str, clip_skip: int, name: str, notes: list[str]) -> mx.array:
         """A prompt's states (1, T, D)."""
@@ -622,9 +696,9 @@ class StableDiffusion:
             return found
 
         found = moments()
-        if not bool(mx.isfinite(found[0]).all()) and _dtype(self.vae) != mx.float32:
+        if not bool(mx.isfinite(found[0]).all()) and self._dtype("vae") != mx.float32:
             notes.append(
-                f"encoding the image overflowed {_name(_dtype(self.vae))}: done in float32"
+                f"encoding the image overflowed {_name(self._dtype('vae'))}: done in float32"
             )
             with _in_float32(self.vae):
                 found = moments()
@@ -634,9 +708,9 @@ class StableDiffusion:
         """Latents (1, h, w, C) to pixels (H, W, 3); in float32 where the weights' dtype fails."""
         pixels = np.array(self.vae.decode(latents).astype(mx.float32))[0]
         if fault := _fault(pixels):
-            dtype = _dtype(self.vae)
+            dtype = self._dtype("vae")
             if not bool(mx.isfinite(latents).all()):
-                name = _name(_dtype(self.unet))
+                name = _name(self._dtype("unet"))
                 notes.append(f"the latents are not finite, the picture is lost (UNet in {name})")
             elif dtype == mx.float32:
                 notes.append(f"the picture was decoded {fault}")
@@ -669,8 +743,8 @@ class _Previews:
     """
 
     def __init__(self, sd: StableDiffusion, job: _Job) -> None:
-        self._vae = sd.vae
-        self._taesd = sd.taesd if job.preview == "taesd" else None
+        self._sd = sd
+        self._is_taesd = job.preview == "taesd"
         self._factors = sd.latent_rgb_factors
         self._is_fitted = self._factors is None
         self._fitted_at = 0
@@ -680,13 +754,14 @@ class _Previews:
         """A function from a picture's number to its preview, after ``index`` steps."""
 
         def preview(image: int) -> Image.Image:
-            if self._taesd is not None:
-                decoded = self._taesd.decode(denoised[image : image + 1]).astype(mx.float32)
+            if self._is_taesd and self._sd.taesd is not None:
+                decoded = self._sd.taesd.decode(denoised[image : image + 1]).astype(mx.float32)
                 return images.to_image(np.array(decoded)[0])
             # These latents are evaluated, and numpy does not wait for the step that runs now.
             seen = np.array(denoised)[image]
             if self._factors is None or (self._is_fitted and index >= 2 * self._fitted_at):
-                self._factors = fit_latent_rgb_factors(self._vae, seen[None])
+                self._factors = fit_latent_rgb_factors(self._sd.vae, seen[None])
+                self._sd._networks.release("vae")
                 self._fitted_at = index
             return images.linear_preview(seen, self._factors, self._size)
 
@@ -949,7 +1024,8 @@ def _name(dtype: mx.Dtype) -> str:
 def _component(module: nn.Module) -> Component:
     weights = _weights(module)
     return Component(
-        parameters=sum(weight.size for weight in weights),
+        parameters=quantize.parameter_count(module),
         bytes=sum(weight.nbytes for weight in weights),
         dtype=_name(_dtype(module)),
+        bits=quantize.bits_of(module),
     )

@@ -80,6 +80,7 @@ def guided(
     dtype: mx.Dtype,
     *,
     guidance_rescale: float = 0.0,
+    together: bool = True,
 ) -> Model:
     """A model that follows ``positive`` and avoids ``negative``: out = n + scale * (p - n).
 
@@ -97,6 +98,8 @@ def guided(
         dtype: what the network computes in; its input is cast to it.
         guidance_rescale: 0 to 1, how far the result's std is brought back to the positive
             prediction's. For models of zero terminal SNR, which overexpose without it (0.7).
+        together: both prompts in one batch; else one after the other, so that the network's
+            activations take half the memory.
 
     Raises:
         ValueError: if the two prompts' shapes differ.
@@ -119,8 +122,14 @@ def guided(
 
     def double(latents: mx.array, timestep: float) -> mx.array:
         timesteps = mx.full((2 * latents.shape[0],), timestep, dtype=mx.float32)
-        both = mx.concatenate([latents, latents]).astype(dtype)
-        avoided, wanted = mx.split(unet_call(both, timesteps, contexts).astype(mx.float32), 2)
+        if together:
+            both = mx.concatenate([latents, latents]).astype(dtype)
+            avoided, wanted = mx.split(unet_call(both, timesteps, contexts).astype(mx.float32), 2)
+        else:
+            times, (negatives, positives) = timesteps[: latents.shape[0]], mx.split(contexts, 2)
+            avoided = unet_call(latents.astype(dtype), times, negatives).astype(mx.float32)
+            latents = mx.depends([latents], [avoided])[0]  # not both at once, whoever evaluates
+            wanted = unet_call(latents.astype(dtype), times, positives).astype(mx.float32)
         out = avoided + guidance_scale * (wanted - avoided)
         return rescale(out, wanted, guidance_rescale) if guidance_rescale else out
 

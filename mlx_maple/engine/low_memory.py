@@ -1,0 +1,117 @@
+"""Low-memory mode: the network in use is in memory, and no other; MLX keeps little for later.
+
+A drawing goes through its networks one after the other (text encoder, perhaps the autoencoder's
+first half, UNet, the autoencoder's second half). Each is loaded when its turn comes and let go of
+afterwards, which costs reading it again for the next drawing, as a rule from the system's file
+cache.
+
+MLX itself trades memory for speed in three ways, all of them bounded here:
+
+- it keeps freed buffers for reuse: ``mx.set_cache_limit``;
+- it prepares operations before the device has finished those before them, so that the buffers of
+  several are alive at once. Above ``mx.set_memory_limit`` it waits for the device instead;
+- on Metal a Winograd convolution may take three quarters of the device's working set, or of
+  ``MLX_CONV_WINOGRAD_WORKING_SET`` bytes. MLX looks at that at each convolution, and takes another
+  algorithm where the bound is too low for this one.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+CACHE_BYTES = 32 << 20  # of freed buffers that MLX may keep
+AHEAD_BYTES = 64 << 20  # beside what is held, before MLX waits for the device
+WINOGRAD_VARIABLE = "MLX_CONV_WINOGRAD_WORKING_SET"
+WINOGRAD_BYTES = 128 << 20
+
+Reload = Callable[[], nn.Module]
+
+
+class Networks:
+    """A model's networks by name. Those that can be loaded again are held only while in use.
+
+    Attributes:
+        configs: of each network, held or not.
+    """
+
+    def __init__(
+        self, networks: Mapping[str, nn.Module], reload: Mapping[str, Reload] | None = None
+    ) -> None:
+        """Hold ``networks``, but for those in ``reload``, of which only the configs are taken.
+
+        Args:
+            networks: by name; each has a ``config``.
+            reload: functions that load a network anew.
+        """
+        self.configs: dict[str, Any] = {n: module.config for n, module in networks.items()}
+        self._reload = dict(reload or {})
+        self._held = {n: module for n, module in networks.items() if n not in self._reload}
+        self._is_bounded = False
+
+    @property
+    def is_low_memory(self) -> bool:
+        """Whether some network is held only while it is in use."""
+        return bool(self._reload)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.configs
+
+    def __getitem__(self, name: str) -> Any:
+        """The network, loaded now if it is not held."""
+        if name not in self._held:
+            self._held[name] = self._reload[name]()
+            self._bound()
+        return self._held[name]
+
+    def __setitem__(self, name: str, module: nn.Module | None) -> None:
+        """Hold another network by this name, from now on and always; None is none."""
+        self._reload.pop(name, None)
+        self._held.pop(name, None)
+        config = getattr(module, "config", self.configs.pop(name, None))
+        if module is not None:
+            self._held[name] = module
+            self.configs[name] = config
+
+    def release(self, *names: str) -> None:
+        """Let go of what can be loaded again; the caller keeps no reference to it either."""
+        for name in names:
+            if name in self._reload:
+                self._held.pop(name, None)
+        if self._reload:
+            mx.clear_cache()
+            self._bound()
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Have MLX keep and prepare little for a while; nothing without networks to reload."""
+        if not self._reload:
+            yield
+            return
+        os.environ.setdefault(WINOGRAD_VARIABLE, str(WINOGRAD_BYTES))
+        cache = mx.set_cache_limit(CACHE_BYTES)
+        limit = mx.set_memory_limit(self._held_bytes() + AHEAD_BYTES)
+        self._is_bounded = True
+        try:
+            yield
+        finally:
+            self._is_bounded = False
+            mx.set_memory_limit(limit)
+            mx.set_cache_limit(cache)
+
+    def _bound(self) -> None:
+        if self._is_bounded:
+            mx.set_memory_limit(self._held_bytes() + AHEAD_BYTES)
+
+    def _held_bytes(self) -> int:
+        return sum(_bytes(module) for module in self._held.values())
+
+
+def _bytes(module: nn.Module) -> int:
+    found = tree_flatten(module.parameters())
+    assert isinstance(found, list)
+    return sum(value.nbytes for _, value in found)
