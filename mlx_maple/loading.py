@@ -26,7 +26,7 @@ from maple_convert.errors import (
     UnsupportedCheckpoint,
 )
 from maple_convert.tensors import Tensor
-from mlx_maple import hub, twins
+from mlx_maple import hub, known_models, twins
 from mlx_maple.hub import Progress
 from mlx_maple.metadata import check_number
 from mlx_maple.models import (
@@ -99,8 +99,9 @@ def load(
     """Load a model to draw with.
 
     Args:
-        source: a checkpoint file, a diffusers folder, a maple folder, or a hub name: "owner/name",
-            "owner/name@revision", "owner/name:file.safetensors". None is the embedded model.
+        source: a checkpoint file, a diffusers folder, a maple folder, a hub name: "owner/name",
+            "owner/name@revision", "owner/name:file.safetensors", or a short name such as "sd15"
+            (``known_models``). None is the embedded model, "demo".
         dtype: of weights and activations; None is float16 on a GPU and float32 on the CPU, where
             16-bit matrix products are slow.
         vae: take the autoencoder from here instead, named as ``source`` is.
@@ -176,15 +177,9 @@ def _find(
     local_files_only: bool,
     progress: Progress | None,
 ) -> _Found:
-    """A path that exists wins over a hub name; a name that is neither is an error."""
+    """A path that exists wins over a name; what is neither is an error."""
     if source is None:
-        if not (DEMO / "config.json").is_file():
-            raise NoModel(
-                "no model is named and none comes with this version: name a checkpoint file, a "
-                "folder or a hub repository (owner/name)",
-                2,
-            )
-        return _Found(DEMO, "demo")
+        return _Found(_demo(), "demo", notes=[_full_size_hint()])
     path = _expanded(Path(source))
     try:
         exists = path.exists()
@@ -192,9 +187,13 @@ def _find(
         raise UnreadableFile(path, error.strerror or "cannot be read") from error
     if exists and str(source):
         return _Found(path, path.stem if path.is_file() else path.resolve().name, variant)
-    name = hub.parse_name(source) if isinstance(source, str) else None
+    known = known_models.find(source) if isinstance(source, str) else None
+    if known is not None and known.hub is None:
+        return _Found(_demo(), known.name)
+    name = known.hub if known is not None else source
+    name = hub.parse_name(name) if isinstance(name, str) else None
     if name is None:
-        raise NoModel(f"{source}: no such file or folder", 1)
+        raise NoModel(f"{source}: no such file or folder{_if_a_name(source)}", 1)
     path, choice, notes = hub.fetch(
         name,
         dtype=dtype,
@@ -204,6 +203,35 @@ def _find(
     )
     chosen = None if choice.single else variant or choice.variant
     return _Found(path, name.repo.partition("/")[2], chosen, notes)
+
+
+def _demo() -> Path:
+    """The embedded model's folder."""
+    if not (DEMO / "config.json").is_file():
+        raise NoModel(
+            "no model is named and none comes with this version: name a checkpoint file, a "
+            "folder or a hub repository (owner/name)",
+            2,
+        )
+    return DEMO
+
+
+def _full_size_hint() -> str:
+    full = known_models.find("sd15")
+    assert full is not None
+    return (
+        "no model is named: the small one that comes with maple draws; for a full-size one, "
+        f"`maple models pull {full.name}` ({full.bytes / 1e9:.1f} GB), then -m {full.name}"
+    )
+
+
+def _if_a_name(source: str | Path) -> str:
+    """What else to say of a source that is not there, where it may be a misspelt short name."""
+    text = str(source)
+    if not text or not all(c.isalnum() or c in "-_" for c in text):
+        return ""
+    names = ", ".join(model.name for model in known_models.known_models() if model.kind == "model")
+    return f", and no model is known by that name: {names}"
 
 
 def _expanded(path: Path) -> Path:

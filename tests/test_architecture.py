@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins"}
+LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins", "known_models"}
 WITH_PATHS = LEAVES | {"adapters", "engine", "pipeline"}
 
 # A part of mlx_maple (a folder or a file) and the other parts that it may import.

@@ -72,6 +72,7 @@ def scratch(tmp_path, monkeypatch):
             shutil.copy(source, folder)
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MAPLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("MAPLE_MODEL", raising=False)
     # What a command leaves to the model is small here: what is drawn matters to other tests.
     small = {"width": 64, "height": 64, "steps": 2}

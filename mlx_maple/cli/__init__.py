@@ -21,7 +21,7 @@ VERBS = {  # the file of the same name in this folder holds add_arguments(parser
     "generate": "draw pictures from a prompt",
     "convert": "convert a checkpoint into another layout",
     "inspect": "say what a checkpoint holds",
-    "models": "list and clear the models that are kept on this disk",
+    "models": "list, fetch and clear models, and choose the default one",
     "doctor": "say what this machine offers, and what is slow and why",
     "completion": "print the completion script of a shell",
 }

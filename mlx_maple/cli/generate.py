@@ -3,7 +3,6 @@
 import argparse
 import io
 import json
-import os
 import sys
 import time
 from collections.abc import Mapping
@@ -18,6 +17,7 @@ from mlx_maple.cli import (
     UNUSABLE,
     USAGE,
     Failure,
+    _default_model,
     _memory,
     _outputs,
     _terminal,
@@ -49,12 +49,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
 
     add = parser.add_argument_group("the model").add_argument
-    where = "a checkpoint file, a diffusers or maple folder, or a hub name (owner/name)"
+    where = "a checkpoint file, a diffusers or maple folder, a hub name (owner/name) or a short one"
     add(
         "-m",
         "--model",
         metavar="MODEL",
-        help=f"{where}; without it $MAPLE_MODEL, or the small one that comes with maple",
+        help=f"{where} (see `maple models`); without it $MAPLE_MODEL, else what `maple models use` "
+        "has set, else the small one that comes with maple",
     )
     add("--vae", metavar="MODEL", help="take the autoencoder from here instead")
     add("--taesd", metavar="MODEL", help="a small autoencoder, for --preview taesd")
@@ -355,16 +356,22 @@ def _load(
 
     started = time.perf_counter()
     screen.progress("loading", 0, 1)
-    sd = loading.load(
-        args.model or os.environ.get("MAPLE_MODEL") or None,
-        dtype=dtype,
-        vae=args.vae,
-        taesd=args.taesd,
-        variant=args.variant,
-        ema=args.ema,
-        cache=not args.no_cache,
-        progress=progress,
-    )
+    source, origin = (args.model, "") if args.model else _default_model.chosen()
+    try:
+        sd = loading.load(
+            source,
+            dtype=dtype,
+            vae=args.vae,
+            taesd=args.taesd,
+            variant=args.variant,
+            ema=args.ema,
+            cache=not args.no_cache,
+            progress=progress,
+        )
+    except loading.NoModel as error:
+        if source is None or not origin:
+            raise
+        raise Failure(error.exit_code, f"{error} (the default model, from {origin})") from None
     session.timings["load"] = time.perf_counter() - started
     screen.clear()
     info = sd.info

@@ -1,4 +1,4 @@
-"""`maple models`: the models that are kept on this disk, their sizes, and how to clear them.
+"""`maple models`: what is kept on this disk, what can be fetched, and the default model.
 
 Two kinds are kept: twins, which raw checkpoints were converted into when they were first drawn
 with, and what was downloaded from the hub, in huggingface_hub's cache, which others share.
@@ -8,11 +8,14 @@ import argparse
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from mlx_maple.cli import DONE, FAULT, USAGE, Failure, _terminal
+from mlx_maple import known_models
+from mlx_maple.cli import DONE, FAULT, USAGE, Failure, _default_model, _terminal
+from mlx_maple.cli._terminal import Screen
+from mlx_maple.known_models import KnownModel
 
 
 @dataclass(frozen=True)
@@ -39,20 +42,43 @@ class Kept:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     verbs = parser.add_subparsers(
-        dest="action", metavar="list | clear | path", help="what to do (default: list)"
+        dest="action",
+        metavar="list | pull | use | clear | path",
+        help="what to do (default: list)",
     )
-    listing = verbs.add_parser("list", help="list what is kept, with sizes (the default)")
+    name = "a name as `maple models` lists it, or a hub name (owner/name)"
+
+    listing = verbs.add_parser("list", help="list what is kept and what can be fetched")
     listing.add_argument("--json", action="store_true", help="print one JSON object")
+
+    pull = verbs.add_parser("pull", help="download a model and print where it is")
+    pull.add_argument("name", metavar="NAME", help=name)
+    pull.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="what it will be drawn in, which decides between a repository's files",
+    )
+    pull.add_argument("--variant", metavar="NAME", help="which weights, such as fp16")
+    pull.add_argument("--json", action="store_true", help="print one JSON object")
+    pull.add_argument("--progress", action="store_true", help="show it where stderr is no terminal")
+    pull.add_argument("--quiet", action="store_true", help="print nothing but the path and errors")
+
+    use = verbs.add_parser("use", help="set or show what `maple generate` draws with")
+    use.add_argument("name", nargs="?", metavar="MODEL", help=f"{name}, or a file or folder")
+    use.add_argument("--json", action="store_true", help="print one JSON object")
+
     clear = verbs.add_parser("clear", help="remove kept models")
     clear.add_argument("name", nargs="?", metavar="NAME", help="a name as `maple models` lists it")
     clear.add_argument(
         "--all", action="store_true", help="every twin; what the hub's cache holds stays"
     )
     verbs.add_parser("path", help="print the folder of the twins")
+    for verb in verbs.choices.values():
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def run(args: argparse.Namespace) -> int:
-    """List, clear or print the path."""
+    """List, fetch, choose, clear or print the path."""
     from mlx_maple import twins
 
     if args.action == "path":
@@ -60,10 +86,27 @@ def run(args: argparse.Namespace) -> int:
         return DONE
     if args.action == "clear":
         return _clear(args.name, args.all)
-    kept = list_kept()
-    if getattr(args, "json", False):
-        models = [{k: v for k, v in vars(model).items() if k != "remove"} for model in kept]
-        print(json.dumps({"folder": str(twins.twins_folder()), "models": models}, default=str))
+    if args.action == "pull":
+        return _pull(args)
+    if args.action == "use":
+        return _use(args.name, args.json)
+    return _list(getattr(args, "json", False))
+
+
+def _list(as_json: bool) -> int:
+    from mlx_maple import twins
+
+    kept, known = list_kept(), known_models.known_models()
+    default, _ = _default_model.chosen()
+    here = {model.name for model in kept if model.kind == "hub"}
+    if as_json:
+        report = {
+            "folder": str(twins.twins_folder()),
+            "models": [{k: v for k, v in vars(model).items() if k != "remove"} for model in kept],
+            "known": [{**asdict(m), "is_here": m.hub is None or m.repo in here} for m in known],
+            "default": default or "demo",
+        }
+        print(json.dumps(report, default=str))
         return DONE
     width = max((len(model.name) for model in kept), default=0)
     for model in kept:
@@ -71,7 +114,97 @@ def run(args: argparse.Namespace) -> int:
         print(f"{model.kind:<5} {size:>8}  {model.name:<{width}}  {model.detail}")
     total = _terminal.size(sum(model.nbytes for model in kept))
     print(f"{len(kept)} kept, {total}; twins in {twins.twins_folder()}")
+
+    print("\nknown by name (`maple models pull NAME` downloads, the option draws with it):")
+    width = max(len(model.name) for model in known)
+    for model in known:
+        state = "here" if model.hub is None or model.repo in here else ""
+        option = f"{known_models.OPTIONS[model.kind]} {model.name}"
+        print(f"{state:<5} {_download_size(model):>29}  {option:<{width + 6}}  ", end="")
+        print(f"{model.note}; {model.license}")
+    print(f"default: {default or 'demo'} (`maple models use`)")
     return DONE
+
+
+def _download_size(model: KnownModel) -> str:
+    size = _terminal.size(model.bytes)
+    if model.bytes_in_float32 == model.bytes:
+        return size
+    return f"{size}, {_terminal.size(model.bytes_in_float32)} in float32"
+
+
+def _pull(args: argparse.Namespace) -> int:
+    """Download what drawing with a model needs, and say where it is."""
+    from mlx_maple import hub, loading
+
+    known = known_models.find(args.name)
+    if known is not None and known.hub is None:
+        path, files, notes, license = loading.DEMO, (), ["it comes with maple"], known.license
+    else:
+        name = hub.parse_name(known.hub if known and known.hub else args.name)
+        if name is None:
+            raise Failure(FAULT, _unknown(args.name))
+        screen = Screen(quiet=args.quiet, forced=args.progress)
+
+        def progress(done: int, total: int, label: str) -> None:
+            detail = f"{_terminal.size(done)} of {_terminal.size(total)}"
+            screen.progress(label, done, total, detail)
+
+        dtype = args.dtype or loading.default_dtype()
+        try:
+            path, choice, notes = hub.fetch(
+                name, dtype=dtype, variant=args.variant, progress=progress
+            )
+        finally:
+            screen.clear()
+        files, license = choice.files, known.license if known else ""
+        for note in notes:
+            screen.say(f"note: {note}")
+    if args.json:
+        report = {"name": args.name, "path": str(path), "files": files, "license": license}
+        print(json.dumps({**report, "notes": notes}))
+    else:
+        print(path)
+    return DONE
+
+
+def _use(name: str | None, as_json: bool) -> int:
+    """Keep the default model, or only say which it is."""
+    if name is not None:
+        _default_model.keep(_default_for(name))
+    model, origin = _default_model.chosen()
+    if as_json:
+        print(json.dumps({"model": model or "demo", "from": origin if model else ""}))
+    elif model is None:
+        print("demo, which comes with maple")
+    else:
+        print(f"{model} (from {origin})")
+    if name is not None and origin == f"${_default_model.VARIABLE}":
+        Screen().say(f"note: kept, but {origin} is set, and goes before it")
+    return DONE
+
+
+def _default_for(name: str) -> str | None:
+    """What to keep for ``name``: a path in full, a name as it is; None for the embedded model."""
+    from mlx_maple import hub
+
+    path = Path(name).expanduser() if name.startswith("~") else Path(name)
+    if path.exists():
+        return str(path.resolve())
+    known = known_models.find(name)
+    if known is None:
+        if hub.parse_name(name) is None:
+            raise Failure(FAULT, f"{_unknown(name)}; nor is it a file or folder")
+        return name
+    if known.kind != "model":
+        option = known_models.OPTIONS[known.kind]
+        raise Failure(USAGE, f"{name} is no whole model: give it to {option}")
+    return None if known.hub is None else known.name
+
+
+def _unknown(name: str) -> str:
+    names = ", ".join(model.name for model in known_models.known_models())
+    return f"{name}: not a hub name (owner/name), and no model is known by it: {names}"
 
 
 def list_kept() -> list[Kept]:

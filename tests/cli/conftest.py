@@ -6,8 +6,9 @@ from fake_hub import FakeHub
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """No test touches the user's cache or model."""
+    """No test touches the user's cache, configuration or model."""
     monkeypatch.setenv("MAPLE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     monkeypatch.delenv("MAPLE_MODEL", raising=False)
 
 

@@ -71,7 +71,7 @@ def test_files_that_cannot_be_used(maple, verb, name, data, code):
 
 
 def test_models_lists_twins_and_clears_them(maple):
-    assert maple("models")[1] == f"0 kept, 0 B; twins in {twins.twins_folder()}\n"
+    assert maple("models")[1].startswith(f"0 kept, 0 B; twins in {twins.twins_folder()}\n")
     assert maple("models", "path")[1] == f"{twins.twins_folder()}\n"
     source = tiny_model.folder() / CKPT
     for dtype in ("float16", "float32"):

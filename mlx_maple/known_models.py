@@ -1,0 +1,57 @@
+"""Short names for models on the hub: what ``sd15`` stands for, how large it is, whose licence.
+
+The table is known_models.json, one entry a model; CONTRIBUTING.md says what an entry needs. Sizes
+are what is downloaded, rounded, for a 16-bit run and for a float32 run: a repository without a
+16-bit variant costs the same in both.
+"""
+
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+TABLE = Path(__file__).with_name("known_models.json")
+
+# What each kind of entry is given to, on the command line and in ``load``.
+OPTIONS = {"model": "-m", "vae": "--vae", "taesd": "--taesd"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """One model that has a short name.
+
+    Attributes:
+        name: the short name; no path or hub name looks like it.
+        hub: "owner/name", "owner/name@revision" or "owner/name:file"; None comes with the package.
+        kind: "model", or a part of one: "vae" or "taesd".
+        family: of the models that it is, or fits.
+        bytes: what a float16 or bfloat16 run downloads.
+        bytes_in_float32: what a float32 run downloads.
+        license: of the weights, as the hub spells licences.
+        note: one line for people.
+    """
+
+    name: str
+    hub: str | None
+    kind: str
+    family: str
+    bytes: int
+    bytes_in_float32: int
+    license: str
+    note: str
+
+    @property
+    def repo(self) -> str | None:
+        """The hub repository, without revision and file."""
+        return None if self.hub is None else self.hub.partition(":")[0].partition("@")[0]
+
+
+@cache
+def known_models() -> tuple[KnownModel, ...]:
+    """Every model of the table, in its order."""
+    return tuple(KnownModel(**entry) for entry in json.loads(TABLE.read_text("utf-8")))
+
+
+def find(name: str) -> KnownModel | None:
+    """The model with this short name; upper and lower case are one."""
+    return next((model for model in known_models() if model.name == name.lower()), None)
