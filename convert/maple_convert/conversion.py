@@ -359,6 +359,9 @@ def _plan_compvis(model: SourceModel, dtype: str | None, notes: list[str]) -> li
         entries.append(_constant(files.ZERO_SNR_MARK, np.zeros(0, np.float32)))
     if model.tokenizer_files:
         notes.append("A CompVis file has no place for a vocabulary: the model's own is left out.")
+    for name, part in model.components.items():
+        if (groups := part.config.get("norm_num_groups", 32)) != 32:
+            notes.append(f"A CompVis file has no place for the {name}'s {groups} groups: not 32.")
     for key in ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps"):
         if model.scheduler[key] != diffusers_config.SD1_SCHEDULER[key]:
             notes.append(f"A CompVis file has no place for {key} {model.scheduler[key]}.")

@@ -59,7 +59,7 @@ SETTINGS: Mapping[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
         "num_attention_heads": Count(high=1024, many=True),
         "cross_attention_dim": Count(),
         "mid_transformer_layers": Count(high=16),
-        "norm_num_groups": Count(32, 32),
+        "norm_num_groups": Count(),
     },
     "vae": {
         "in_channels": Count(high=64),
@@ -67,7 +67,7 @@ SETTINGS: Mapping[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
         "latent_channels": Count(high=64),
         "block_out_channels": Count(many=True),
         "layers_per_block": Count(high=8),
-        "norm_num_groups": Count(32, 32),
+        "norm_num_groups": Count(),
         "scaling_factor": float,
     },
     "taesd": {"latent_channels": Count(high=64), "width": Count()},

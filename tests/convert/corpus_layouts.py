@@ -516,7 +516,7 @@ def lying_maple_config(folder, which):
         {"block_out_channels": [-32, 64, 32]},
         {"transformer_layers": [10**9, 1, 0]},
         {"num_attention_heads": [0, 8, 8]},
-        {"norm_num_groups": 1},
+        {"norm_num_groups": 24},
         {"cross_attention_dim": "64"},
     ],
     "unet",

@@ -655,7 +655,7 @@ LIES = [
     ("unet", {"a_new_setting": "on"}, "unknown setting 'a_new_setting'"),
     ("unet", {"down_block_types": ["DownBlock2D"] * 3}, "but the tensors make it"),
     ("unet", {"sample_size": -1}, "sample_size is"),
-    ("vae", {"norm_num_groups": 16}, "only 32 is built here"),
+    ("vae", {"norm_num_groups": 24}, "does not divide"),
     ("vae", {"scaling_factor": 0}, "scaling_factor is 0"),
     ("vae", {"scaling_factor": "0.18"}, "scaling_factor is '0.18'"),
     ("vae", {"scaling_factor": 1e300}, "scaling_factor is"),

@@ -345,7 +345,7 @@ SETTING_LIES = [
     ("unet", "transformer_layers", [1, 1, 0]),
     ("unet", "num_attention_heads", [5, 8, 8]),
     ("unet", "in_channels", 9),
-    ("unet", "norm_num_groups", 16),
+    ("unet", "norm_num_groups", 24),
     ("vae", "scaling_factor", "0.18215"),
     ("vae", "scaling_factor", -1),
     ("vae", "scaling_factor", True),

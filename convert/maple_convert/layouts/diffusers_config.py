@@ -41,7 +41,6 @@ _UNET_CONSTANTS: Mapping[str, tuple[object, ...]] = {
     "mid_block_scale_factor": (1,),
     "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
-    "norm_num_groups": (32,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
     "projection_class_embeddings_input_dim": (None,),
@@ -74,7 +73,12 @@ def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
     widths: Sequence[int] = found["block_out_channels"]
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
     up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)]
-    handled = {"attention_head_dim", "num_attention_heads", "transformer_layers_per_block"}
+    handled = {
+        "attention_head_dim",
+        "norm_num_groups",
+        "num_attention_heads",
+        "transformer_layers_per_block",
+    }
     agreeing = {
         **{key: found[key] for key in ("in_channels", "out_channels", "cross_attention_dim")},
         "block_out_channels": list(widths),
@@ -102,7 +106,8 @@ def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
     ):
         reason = f"{key} is {_shown(config.get(key))}, which does not divide widths {list(widths)}"
         raise InvalidCheckpoint(path, reason)
-    return {**found, "num_attention_heads": heads, "norm_num_groups": 32}
+    groups = _groups(path, config, widths)
+    return {**found, "num_attention_heads": heads, "norm_num_groups": groups}
 
 
 def write_unet(config: Config, size: int) -> dict[str, Any]:
@@ -120,6 +125,7 @@ def write_unet(config: Config, size: int) -> dict[str, Any]:
         "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depths],
         "in_channels": config["in_channels"],
         "layers_per_block": config["layers_per_block"],
+        "norm_num_groups": config["norm_num_groups"],
         "out_channels": config["out_channels"],
         "sample_size": size,
         "transformer_layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
@@ -137,7 +143,6 @@ _VAE_CONSTANTS: Mapping[str, tuple[object, ...]] = {
     "latents_mean": (None,),
     "latents_std": (None,),
     "mid_block_add_attention": (True,),
-    "norm_num_groups": (32,),
     "shift_factor": (None, 0),
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
@@ -155,9 +160,11 @@ def vae(path: Path, config: Config, found: Config) -> dict[str, Any]:
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
     }
-    _check(path, config, _VAE_CONSTANTS, _VAE_WITHOUT_EFFECT | {"scaling_factor"}, agreeing)
+    handled = {"norm_num_groups", "scaling_factor"}
+    _check(path, config, _VAE_CONSTANTS, _VAE_WITHOUT_EFFECT | handled, agreeing)
+    groups = _groups(path, config, found["block_out_channels"])
     factor = config.get("scaling_factor", SD1_SCALING_FACTOR)
-    return {**found, "norm_num_groups": 32, "scaling_factor": _positive(path, factor)}
+    return {**found, "norm_num_groups": groups, "scaling_factor": _positive(path, factor)}
 
 
 def write_vae(config: Config, size: int) -> dict[str, Any]:
@@ -171,6 +178,7 @@ def write_vae(config: Config, size: int) -> dict[str, Any]:
         "in_channels": config["in_channels"],
         "latent_channels": config["latent_channels"],
         "layers_per_block": config["layers_per_block"],
+        "norm_num_groups": config["norm_num_groups"],
         "out_channels": config["out_channels"],
         "sample_size": size,
         "scaling_factor": config["scaling_factor"],
@@ -461,6 +469,15 @@ def _check(
             raise UnsupportedCheckpoint(
                 path, f"unknown setting {one_line(key, 60)!r} is {_shown(value)}"
             )
+
+
+def _groups(path: Path, config: Config, widths: Sequence[int]) -> int:
+    """The groups of every GroupNorm: 32 in all published models, fewer in tiny ones."""
+    groups = config.get("norm_num_groups", 32)
+    if not _integer(groups) or groups < 1 or any(width % groups for width in widths):
+        reason = f"norm_num_groups is {_shown(groups)}, which does not divide widths {list(widths)}"
+        raise InvalidCheckpoint(path, reason)
+    return groups
 
 
 def _disagree(path: Path, key: str, says: object, tensors: object) -> None:
