@@ -9,7 +9,9 @@ own, both ways. Layout is what the plan or the folder's format declares, never a
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -27,6 +29,9 @@ from maple_convert.errors import (
 )
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, known_models, twins
+from mlx_maple.engine import quantize as quantizing
+from mlx_maple.engine.low_memory import Reload
+from mlx_maple.engine.tiling import in_stripes
 from mlx_maple.hub import Progress
 from mlx_maple.metadata import check_number
 from mlx_maple.models import (
@@ -88,6 +93,8 @@ def load(
     source: str | Path | None = None,
     *,
     dtype: str | mx.Dtype | None = None,
+    quantize: int | None = None,
+    low_memory: bool = False,
     vae: str | Path | None = None,
     taesd: str | Path | None = None,
     variant: str | None = None,
@@ -104,6 +111,10 @@ def load(
             (``known_models``). None is the embedded model, "demo".
         dtype: of weights and activations; None is float16 on a GPU and float32 on the CPU, where
             16-bit matrix products are slow.
+        quantize: 8 or 4: the bits in which the weights of the text encoder and the UNet are kept;
+            None keeps them as they are stored, which may be quantised.
+        low_memory: hold only the network that is in use, draw guidance halves one after the other
+            and decode in stripes: less memory, the same pictures, more time.
         vae: take the autoencoder from here instead, named as ``source`` is.
         taesd: take a small autoencoder for previews from here.
         variant: of a diffusers folder's weights, such as "fp16"; None takes what suits ``dtype``.
@@ -116,9 +127,11 @@ def load(
         ConvertError: the file cannot be used, or not be read; see maple_convert.errors.
         HubError: the hub could not be reached, or refuses.
         NoModel: nothing is there by that name.
-        ValueError: an unknown ``dtype``.
+        ValueError: an unknown ``dtype``, or ``quantize`` to other bits.
     """
     name = dtype_name(dtype)
+    if quantize is not None and quantize not in quantizing.BITS:
+        raise ValueError(f"[load] quantize must be 8 or 4, got {quantize!r}.")
 
     def find(what: str | Path | None, variant: str | None) -> _Found:
         return _find(what, name, variant, local_files_only, progress)
@@ -134,17 +147,30 @@ def load(
                 )
         notes = [*found.notes, *model.notes]
         replaced = {part: other for part, other in (("vae", vae), ("taesd", taesd)) if other}
-        modules = {
-            part: _build(model, part, name) for part in model.components if part not in replaced
+        sources = {
+            part: _Source(_reopening(model, found, ema), found, part)
+            for part in model.components
+            if part not in replaced
         }
         names: dict[str, str] = {}
         for part, other in replaced.items():
             elsewhere = find(other, None)
             notes += elsewhere.notes
-            modules[part], names[part] = _load_part(elsewhere, part, name), elsewhere.name
+            sources[part] = _Source(_opening(elsewhere), elsewhere, part)
+            names[part] = elsewhere.name
+        how = _How(name, quantize, low_memory)
+        modules: dict[str, nn.Module] = {}
+        for part, origin in sources.items():
+            with nullcontext(model) if origin.found is found else origin.open() as opened:
+                modules[part] = origin.built(opened, how, is_skeleton=low_memory)
         _check_fit(found.path, modules)
-        _read_now(found, modules)
-        return _assemble(model, modules, found, names.get("vae", ""), notes)
+        reload: dict[str, Reload] = {}
+        for part, origin in sources.items():
+            if low_memory:
+                reload[part] = partial(origin.load, how)
+            else:
+                modules[part] = origin.ready(modules[part], how)
+        return _assemble(model, modules, found, names.get("vae", ""), notes, reload)
 
 
 def default_dtype() -> str:
@@ -366,21 +392,100 @@ def _is_maple_folder(path: Path) -> bool:
 # Strictly into modules ------------------------------------------------------------------------
 
 
-def _build(model: SourceModel, part: str, dtype: str) -> nn.Module:
-    """One network with its weights in ``dtype``."""
+@dataclass(frozen=True)
+class _How:
+    """How networks are loaded.
+
+    Attributes:
+        dtype: of what is not quantised, and of scales.
+        bits: that the weights are to be quantised to, or None.
+        low_memory: whether networks are loaded one at a time, when they are used.
+    """
+
+    dtype: str
+    bits: int | None
+    low_memory: bool
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where one network comes from.
+
+    Attributes:
+        open: opens the file or folder, now and again.
+        found: what was made out of it.
+        part: the network's name.
+    """
+
+    open: Callable[[], SourceModel]
+    found: _Found
+    part: str
+
+    def load(self, how: _How) -> nn.Module:
+        """The network with its weights read, ready to draw."""
+        with self.open() as model:
+            module = self.built(model, how)
+        return self.ready(module, how)
+
+    def built(self, model: SourceModel, how: _How, *, is_skeleton: bool = False) -> nn.Module:
+        """The network, its weights still to be read; a skeleton has none."""
+        if self.part not in model.components:
+            there = ", ".join(model.components)
+            raise UnsupportedCheckpoint(self.found.path, f"holds no {self.part} but {there}")
+        return _build(model, self.part, how, is_skeleton=is_skeleton)
+
+    def ready(self, module: nn.Module, how: _How) -> nn.Module:
+        """The network with its weights read, and what is done to it before it draws."""
+        _read_now(self.found, self.part, module, one_by_one=how.low_memory)
+        if self.part == "vae" and how.low_memory:
+            return in_stripes(cast(AutoencoderKL, module))
+        return module
+
+
+def _opening(found: _Found) -> Callable[[], SourceModel]:
+    return lambda: open_model(found.path, variant=found.variant)
+
+
+def _reopening(model: SourceModel, found: _Found, ema: bool) -> Callable[[], SourceModel]:
+    """Opens a model again: its twin, where it has one."""
+    if model.layout == "maple":
+        return lambda: open_model(model.path)
+    return lambda: open_model(found.path, variant=found.variant, ema=ema)
+
+
+def _build(model: SourceModel, part: str, how: _How, *, is_skeleton: bool = False) -> nn.Module:
+    """One network with its weights; as a skeleton, without them."""
     component = model.components[part]
     config_class, module_class = _MODULES[part]
     try:
         module = module_class(config_class(**component.config))
     except (TypeError, ValueError) as error:
         raise InvalidCheckpoint(model.path, f"{part}: {error}") from error
+    module.eval()
+    stored, bits = component.bits, how.bits if part in quantizing.QUANTIZED else None
+    if stored is not None:
+        if bits not in (None, stored):
+            reason = f"its weights are quantised to {stored} bits already: they cannot be {bits}"
+            raise UnsupportedCheckpoint(model.path, reason)
+        quantizing.as_quantized(module, stored)
     _check_names(model.path, component, module)
-    if model.layout == "maple":
-        weights = dict(_lazily(model, part))
+    to_quantize = bits if stored is None else None
+    if is_skeleton:
+        if to_quantize is not None:
+            quantizing.as_quantized(module, to_quantize)
     else:
-        weights = {name: _array(tensor) for name, tensor in component.tensors(dtype)}
-    cast = {name: value.astype(DTYPES[dtype]) for name, value in weights.items()}
-    _fill(model.path, part, module, cast)
+        # What is quantised is quantised as it is stored, and cast then: the same numbers result as
+        # from a folder that was quantised before.
+        read_as = how.dtype if to_quantize is None else None
+        if model.layout == "maple":
+            weights = dict(_lazily(model, part))
+        else:
+            weights = {name: _array(tensor) for name, tensor in component.tensors(read_as)}
+        _fill(model.path, part, module, weights)
+        weights.clear()
+        if to_quantize is not None:
+            quantizing.quantize(module, to_quantize)
+    module.set_dtype(DTYPES[how.dtype])
     return module
 
 
@@ -433,25 +538,16 @@ def _fill(path: Path, part: str, module: nn.Module, weights: Mapping[str, mx.arr
     if missing or unexpected or misshapen:
         raise LayoutMismatch(path, missing, unexpected, misshapen)
     for name, value in weights.items():
-        if not mx.issubdtype(value.dtype, mx.floating):
+        is_packed = expected[name].dtype == mx.uint32  # a quantised leaf's weights
+        if not (value.dtype == mx.uint32 if is_packed else mx.issubdtype(value.dtype, mx.floating)):
             raise InvalidCheckpoint(path, f"{part}.{name} is {value.dtype}, not a weight")
     module.load_weights(list(weights.items()), strict=True)
-    module.eval()
 
 
 def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
     found = tree_flatten(module.parameters())
     assert isinstance(found, list)
     return found
-
-
-def _load_part(found: _Found, part: str, dtype: str) -> nn.Module:
-    """One network out of a file of its own, or out of a whole model."""
-    with open_model(found.path, variant=found.variant) as model:
-        if part not in model.components:
-            there = ", ".join(model.components)
-            raise UnsupportedCheckpoint(found.path, f"holds no {part} but {there}")
-        return _build(model, part, dtype)
 
 
 def _check_fit(path: Path, modules: Mapping[str, nn.Module]) -> None:
@@ -466,27 +562,33 @@ def _check_fit(path: Path, modules: Mapping[str, nn.Module]) -> None:
                 )
 
 
-def _read_now(found: _Found, modules: Mapping[str, nn.Module]) -> None:
+def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) -> None:
     """Read what every picture needs now, so that a fault of the file shows here and not in a step.
 
     The autoencoder's two halves stay lazy: a picture from text never reads the encoder. Values are
     looked at where no conversion did: NaN anywhere ends in a black picture minutes later.
+
+    Args:
+        found: where it comes from.
+        part: the network's name.
+        module: the network.
+        one_by_one: each weight before the next, so that no two are read and cast at once.
     """
-    weights = [
-        (f"{part}.{name}", value)
-        for part in ("text_encoder", "unet")
-        for name, value in _parameters(modules[part])
-    ]
+    if part not in ("text_encoder", "unet"):
+        return
+    weights = [(f"{part}.{name}", value) for name, value in _parameters(module)]
     try:
-        mx.eval([value for _, value in weights])
+        for some in [[pair] for pair in weights] if one_by_one else [weights]:
+            mx.eval([value for _, value in some])
     except RuntimeError as error:
         if "[read]" in str(error):
             raise UnreadableFile(found.path, "could not be read to its end") from error
         raise
     if not found.is_finite:
         # The extremes show NaN and infinities, and cost a fifth of looking at each value.
-        finite = [mx.isfinite(value.max()) & mx.isfinite(value.min()) for _, value in weights]
-        for (name, _), is_finite in zip(weights, np.array(mx.stack(finite)), strict=True):
+        floats = [(n, value) for n, value in weights if mx.issubdtype(value.dtype, mx.floating)]
+        finite = [mx.isfinite(value.max()) & mx.isfinite(value.min()) for _, value in floats]
+        for (name, _), is_finite in zip(floats, np.array(mx.stack(finite)), strict=True):
             if not is_finite:
                 raise InvalidCheckpoint(found.path, f"{name} holds NaN or infinite values")
 
@@ -497,6 +599,7 @@ def _assemble(
     found: _Found,
     vae_name: str,
     notes: list[str],
+    reload: Mapping[str, Reload],
 ) -> StableDiffusion:
     try:
         return StableDiffusion(
@@ -514,6 +617,7 @@ def _assemble(
             family=model.family,
             layout=model.layout,
             notes=notes,
+            reload=reload,
         )
     except VocabularyError as error:
         raise InvalidCheckpoint(error.path, error.reason) from error

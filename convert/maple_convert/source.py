@@ -64,12 +64,14 @@ class Component:
         config: keyword arguments of the network's config class.
         slots: every parameter, in the order in which the file holds them.
         dropped: keys of the file below this component's prefix that are left out, and why.
+        bits: that its weights are quantised to, 8 or 4, or None.
     """
 
     name: str
     config: dict[str, Any]
     slots: list[Slot]
     dropped: dict[str, str] = field(default_factory=dict[str, str])
+    bits: int | None = None
 
     @property
     def keys(self) -> dict[str, TensorInfo]:
