@@ -652,7 +652,8 @@ class StableDiffusion:
                 both[1],
                 scale,
                 self._dtype("unet"),
-                together=not self._networks.is_low_memory,
+                # In turn where memory is short; but see above for the CPU.
+                together=_on_cpu() or not self._networks.is_low_memory,
             )
 
         if not _on_cpu():
