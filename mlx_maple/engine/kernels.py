@@ -738,14 +738,18 @@ def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
         return Plain(), "the CPU backend takes no kernels: MLX's operations"
     if os.environ.get("MAPLE_KERNELS") == "0":
         return Plain(), "switched off by MAPLE_KERNELS=0: MLX's operations"
-    if backend == "cuda":
-        found = Kernels(_CUDA, mx.fast.cuda_kernel, backend, has_gate=True)
-    else:
-        found = Kernels(_METAL, mx.fast.metal_kernel, backend, has_gate=False)
+    found = kernels_of(backend)
     fault = disagreement(found, dtype)
     if fault is not None:
         return Plain(), f"not used on this device ({fault}): MLX's operations"
     return found, "compiled and checked on this device"
+
+
+def kernels_of(backend: str, make: Callable[..., Any] | None = None) -> Kernels:
+    """A backend's kernels, unchecked; ``make`` can take the place of MLX's, to look at calls."""
+    if backend == "cuda":
+        return Kernels(_CUDA, make or mx.fast.cuda_kernel, backend, has_gate=True)
+    return Kernels(_METAL, make or mx.fast.metal_kernel, backend, has_gate=False)
 
 
 def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
