@@ -474,13 +474,18 @@ def _build(model: SourceModel, part: str, how: _How, *, is_skeleton: bool = Fals
         if to_quantize is not None:
             quantizing.as_quantized(module, to_quantize)
     else:
-        # What is quantised is quantised as it is stored, and cast then: the same numbers result as
-        # from a folder that was quantised before.
-        read_as = how.dtype if to_quantize is None else None
         if model.layout == "maple":
             weights = dict(_lazily(model, part))
         else:
+            read_as = how.dtype if to_quantize is None else None
             weights = {name: _array(tensor) for name, tensor in component.tensors(read_as)}
+        if to_quantize is not None:
+            # In the narrower of what is stored and what is run in, and cast afterwards: as
+            # `maple convert --quantize` does, so that its folder gives the same numbers.
+            target = DTYPES[how.dtype]
+            for name, value in weights.items():
+                if target.size < value.dtype.size:
+                    weights[name] = value.astype(target)
         _fill(model.path, part, module, weights)
         weights.clear()
         if to_quantize is not None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from maple_convert.errors import ConvertError, one_line
+from maple_convert.quantized import Quantizer
 
 FAULT, USAGE, NO_MEMORY, CANCELLED = 1, 2, 4, 130
 EPILOG = """exit codes: 0 done, 1 input or output, 2 wrong usage, 3 the file cannot be used,
@@ -77,12 +78,18 @@ def add_convert_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def run_convert(args: argparse.Namespace, *, tokenizer: Mapping[str, Path] | None = None) -> int:
+def run_convert(
+    args: argparse.Namespace,
+    *,
+    tokenizer: Mapping[str, Path] | None = None,
+    quantizer: Quantizer | None = None,
+) -> int:
     """Convert and say what was written.
 
     Args:
         args: of ``add_convert_arguments``.
         tokenizer: "vocab" and "merges" files for a diffusers folder whose source brings none.
+        quantizer: of a maple folder's weights.
     """
     from maple_convert.conversion import convert
     from maple_convert.readers import read_json
@@ -103,6 +110,7 @@ def run_convert(args: argparse.Namespace, *, tokenizer: Mapping[str, Path] | Non
             tokenizer=tokenizer,
             progress=bar.draw,
             digest=not args.no_digest,
+            quantizer=quantizer,
         )
     finally:
         bar.clear()
@@ -115,6 +123,7 @@ def run_convert(args: argparse.Namespace, *, tokenizer: Mapping[str, Path] | Non
                     "bytes": report.bytes,
                     "components": report.components,
                     "dtype": report.dtype,
+                    "bits": report.bits,
                     "seconds": round(report.seconds, 3),
                     "notes": report.notes,
                 }
@@ -124,9 +133,10 @@ def run_convert(args: argparse.Namespace, *, tokenizer: Mapping[str, Path] | Non
     if not args.quiet:
         for note in report.notes:
             print(f"note: {one_line(note)}", file=sys.stderr)
+    quantised = "" if report.bits is None else f" and {report.bits} bits"
     print(
         f"{one_line(str(report.path))}: {report.layout} layout, {', '.join(report.components)}, "
-        f"{_size(report.bytes)} of {report.dtype}, in {report.seconds:.1f} s"
+        f"{_size(report.bytes)} of {report.dtype}{quantised}, in {report.seconds:.1f} s"
     )
     return 0
 

@@ -10,19 +10,27 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from maple_convert import maple_folder
-from maple_convert.errors import ConvertError, InvalidCheckpoint, UnreadableFile, one_line
+from maple_convert import maple_folder, quantized
+from maple_convert.errors import (
+    ConvertError,
+    InvalidCheckpoint,
+    UnreadableFile,
+    UnsupportedCheckpoint,
+    one_line,
+)
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config, files
 from maple_convert.layouts.parts import Weights
 from maple_convert.model import WrongUse, open_model
 from maple_convert.open_folder import KINDS, check_vocabulary
+from maple_convert.quantized import Quantizer
 from maple_convert.readers import read_json
 from maple_convert.source import Component, Slot, SourceModel
 from maple_convert.stream import Block
@@ -102,6 +110,7 @@ class Report:
         bytes: size of the weight files.
         components: parameters of each component.
         dtype: type of the weights written; "mixed" where they differ.
+        bits: that the weights are quantised to, or None.
         seconds: how long it took.
         notes: what had to be decided, one sentence each.
     """
@@ -113,6 +122,7 @@ class Report:
     dtype: str
     seconds: float
     notes: list[str]
+    bits: int | None = None
 
 
 @dataclass(frozen=True)
@@ -136,6 +146,7 @@ def convert(
     tokenizer: Mapping[str, Path] | None = None,
     progress: Progress | None = None,
     digest: bool = True,
+    quantizer: Quantizer | None = None,
 ) -> Report:
     """Write a model in another layout, dtype or both; whole or not at all.
 
@@ -151,6 +162,7 @@ def convert(
         tokenizer: "vocab" and "merges" files for a diffusers folder whose source brings none.
         progress: called with bytes written, bytes in all, and what is being written.
         digest: compute the source's sha256 for the maple folder's config.
+        quantizer: quantises the weights of a maple folder's text encoder and UNet.
 
     Raises:
         ConvertError: the source cannot be used, or the output not be written.
@@ -159,11 +171,18 @@ def convert(
     started = time.perf_counter()
     source, out = Path(source), Path(out)
     _check_arguments(out, to, dtype)
+    if quantizer is not None and to != "maple":
+        raise WrongUse(f"only a maple folder holds quantised weights, not --to {to}.")
     try:
         with open_model(source, variant=variant, ema=ema, config=config) as model:
             _check_places(model, out)
+            if any(part.bits for part in model.components.values()):
+                reason = "its weights are quantised: convert the model that it was made from"
+                raise UnsupportedCheckpoint(source, reason)
             notes = list(model.notes)
             plan = _PLANS[to](model, dtype, notes)
+            if quantizer is not None:
+                plan = _quantized(plan, model, quantizer)
             total = sum(entry.info.nbytes for file in plan for entry in file.entries)
             done = written = 0
             with (
@@ -184,7 +203,7 @@ def convert(
                     written += write_safetensors(path, file.entries, file.metadata, wrote)
                 # The small files last: without them a folder is nothing.
                 if to == "maple":
-                    _finish_maple(model, partial, dtype, sha256.result)
+                    _finish_maple(model, partial, dtype, sha256.result, quantizer)
                 elif to == "diffusers":
                     _finish_diffusers(model, partial, tokenizer, notes)
             return Report(
@@ -195,6 +214,7 @@ def convert(
                 dtype=_dtype_of(model, dtype),
                 seconds=time.perf_counter() - started,
                 notes=notes,
+                bits=None if quantizer is None else quantizer.bits,
             )
     except OSError as error:
         raise UnreadableFile(out, _why(error)) from error
@@ -310,8 +330,38 @@ def _plan_maple(model: SourceModel, dtype: str | None, notes: list[str]) -> list
     ]
 
 
+def _quantized(plan: list[_File], model: SourceModel, quantizer: Quantizer) -> list[_File]:
+    """The files of a maple folder with the weights quantised that the format wants so."""
+    return [
+        replace(file, entries=_quantized_entries(model.components[name], file.entries, quantizer))
+        if (name := file.metadata["component"]) in quantized.COMPONENTS
+        else file
+        for file in plan
+    ]
+
+
+def _quantized_entries(
+    component: Component, entries: list[Entry], quantizer: Quantizer
+) -> list[Entry]:
+    found: list[Entry] = []
+    for slot, entry in zip(component.slots, entries, strict=True):
+        if quantized.group_size(slot.row) is None:
+            found.append(entry)
+            continue
+        stored = quantized.narrower(slot.info.dtype, entry.info.dtype)
+        read = partial(slot.blocks, stored)
+        row = replace(slot.row, published=slot.row.native)
+        target = entry.info.dtype
+        found += quantized.quantized_entries(row, stored, target, read, quantizer)
+    return found
+
+
 def _finish_maple(
-    model: SourceModel, folder: Path, dtype: str | None, sha256: Callable[[], str | None]
+    model: SourceModel,
+    folder: Path,
+    dtype: str | None,
+    sha256: Callable[[], str | None],
+    quantizer: Quantizer | None,
 ) -> None:
     for name, path in model.tokenizer_files.items():
         copy_small(path, folder / maple_folder.TOKENIZER_FILES[name])
@@ -330,10 +380,17 @@ def _finish_maple(
         "source": model.source or {"file": model.path.absolute().name, "sha256": sha256()},
         "converter": _converter(),
         "dtype": _dtype_of(model, dtype),
-        "quantization": None,
+        "quantization": _quantization(model, quantizer),
     }
     maple_folder.check_config(folder / maple_folder.CONFIG_NAME, config)
     write_json(folder / maple_folder.CONFIG_NAME, config)
+
+
+def _quantization(model: SourceModel, quantizer: Quantizer | None) -> dict[str, Any] | None:
+    names = [name for name in quantized.COMPONENTS if name in model.components]
+    if quantizer is None or not names:
+        return None
+    return {"bits": quantizer.bits, "components": names}
 
 
 # -- CompVis ----------------------------------------------------------------------------------

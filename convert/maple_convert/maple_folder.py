@@ -16,6 +16,7 @@ import numpy.typing as npt
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
 from maple_convert.layouts import LAYOUTS
 from maple_convert.layouts.diffusers_config import PREDICTIONS
+from maple_convert.quantized import BITS, COMPONENTS
 
 FORMAT = "mlx-maple"
 FORMAT_VERSION = 1
@@ -122,7 +123,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     """Check a whole config.json against the format.
 
     Raises:
-        UnsupportedCheckpoint: another format version, or quantised.
+        UnsupportedCheckpoint: another format version.
         InvalidCheckpoint: anything that the format does not allow, named.
     """
     if not is_maple(config):
@@ -136,8 +137,6 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise InvalidCheckpoint(path, f"lacks {', '.join(missing)}")
     if unknown := sorted(set(config) - _KEYS):
         raise InvalidCheckpoint(path, f"unknown key {one_line(unknown[0], 60)!r}")
-    if config["quantization"] is not None:
-        raise UnsupportedCheckpoint(path, "quantised folders are not read by this version")
     if config["prediction"] not in PREDICTIONS:
         raise InvalidCheckpoint(path, f"prediction is {_shown(config['prediction'])}")
     if not _text(config["family"]):
@@ -149,6 +148,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         if name not in LAYOUTS:
             raise InvalidCheckpoint(path, f"unknown component {one_line(name, 60)!r}")
         check_component(path, name, _table(path, f"components.{name}", settings))
+    _check_quantization(path, config["quantization"], components)
     check_use(path, config["scheduler"], config["defaults"], config["latent_rgb_factors"])
     if config["dtype"] not in (*DTYPES, MIXED):
         raise InvalidCheckpoint(path, f"dtype is {_shown(config['dtype'])}")
@@ -163,6 +163,22 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise InvalidCheckpoint(path, f"tokenizer is {_shown(config['tokenizer'])}")
     if config.get("alphas_cumprod") is not None:
         check_alphas(path, _numbers(path, "alphas_cumprod", config["alphas_cumprod"]))
+
+
+def _check_quantization(path: Path, value: object, components: Mapping[str, Any]) -> None:
+    """Check what is said of quantised weights: nothing, or the bits and which components."""
+    if value is None:
+        return
+    found = _table(path, "quantization", value)
+    if set(found) != {"bits", "components"}:
+        raise InvalidCheckpoint(path, f"quantization is {_shown(found)}")
+    bits, names = found["bits"], cast(object, found["components"])
+    if isinstance(bits, bool) or bits not in BITS:
+        raise InvalidCheckpoint(path, f"quantization.bits is {_shown(bits)}")
+    listed = cast("list[object]", names) if isinstance(names, list) else []
+    known = [name for name in COMPONENTS if name in components]
+    if not listed or any(name not in known for name in listed) or len(listed) > len(known):
+        raise InvalidCheckpoint(path, f"quantization.components is {_shown(found['components'])}")
 
 
 def check_component(path: Path, name: str, settings: Mapping[str, Any]) -> None:

@@ -215,6 +215,7 @@ def inspect(path: Path | str, *, variant: str | None = None, keys: bool = False)
                     "bytes": part.nbytes,
                     "tensors": len(part.slots),
                     "dtypes": part.dtypes,
+                    "bits": part.bits,
                     "config": part.config,
                 }
                 for name, part in model.components.items()

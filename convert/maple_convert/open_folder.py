@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from maple_convert import detect, maple_folder
+from maple_convert import detect, maple_folder, quantized
 from maple_convert.detect import Section
 from maple_convert.errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint, one_line
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config
@@ -314,13 +314,17 @@ def _open_maple(path: Path, stack: ExitStack, config: Config) -> SourceModel:
             raise InvalidCheckpoint(path, f"lacks {weights.name}, which config.json names")
         checkpoint = stack.enter_context(open_checkpoint(weights))
         rows = LAYOUTS[name].rows(settings, NATIVE)
+        bits = _bits(config, name)
+        if bits is not None:
+            rows = quantized.quantized_rows(rows, bits)
         slots = [Slot(row, checkpoint, row.native) for row in rows]
         match(weights, checkpoint.tensors, slots)
+        packed = {row.native for row in rows if row.packed}
         for key, info in checkpoint.tensors.items():
-            if info.dtype not in maple_folder.DTYPES:
+            if info.dtype not in maple_folder.DTYPES and key not in packed:
                 raise InvalidCheckpoint(weights, f"{key} is {info.dtype}: not allowed here")
         slots = in_file_order(slots, checkpoint.tensors)
-        model.components[name] = Component(name, dict(settings), slots)
+        model.components[name] = Component(name, dict(settings), slots, bits=bits)
         model.files.append(weights)
     if config["tokenizer"] is not None:
         files = {name: path / file for name, file in maple_folder.TOKENIZER_FILES.items()}
@@ -330,6 +334,12 @@ def _open_maple(path: Path, stack: ExitStack, config: Config) -> SourceModel:
         check_vocabulary(model, files["vocab"])
         model.tokenizer_files = files
     return model
+
+
+def _bits(config: Config, component: str) -> int | None:
+    """What a component's weights are quantised to, or None."""
+    said = config["quantization"]
+    return said["bits"] if said is not None and component in said["components"] else None
 
 
 # ---------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maple_convert.errors import InvalidCheckpoint, LayoutMismatch
-from maple_convert.layouts import Row, files
+from maple_convert.layouts import LAYOUTS, NATIVE, Row, files
 from maple_convert.layouts.diffusers_config import SD1_SCHEDULER
+from maple_convert.quantized import PACKED
 from maple_convert.readers import read_json
 from maple_convert.stream import stream_rows
 from maple_convert.tensors import FLOATS, STORAGE, Checkpoint, Tensor, TensorInfo
@@ -80,8 +81,8 @@ class Component:
 
     @property
     def parameters(self) -> int:
-        """How many numbers it holds."""
-        return sum(slot.info.size for slot in self.slots)
+        """How many numbers it holds, whatever they are stored as."""
+        return sum(TensorInfo("float32", row.native_shape).size for row in self._plain_rows())
 
     @property
     def nbytes(self) -> int:
@@ -90,11 +91,21 @@ class Component:
 
     @property
     def dtypes(self) -> dict[str, int]:
-        """Stored dtype to number of parameters."""
+        """Stored dtype to number of parameters; "4-bit" or "8-bit" for quantised ones."""
+        infos = self.keys
         counted: dict[str, int] = {}
-        for slot in self.slots:
-            counted[slot.info.dtype] = counted.get(slot.info.dtype, 0) + slot.info.size
+        for row in self._plain_rows():
+            dtype = infos[row.native].dtype
+            dtype = f"{self.bits}-bit" if dtype == PACKED else dtype
+            size = TensorInfo("float32", row.native_shape).size
+            counted[dtype] = counted.get(dtype, 0) + size
         return counted
+
+    def _plain_rows(self) -> list[Row]:
+        """Every parameter as it is unquantised."""
+        if self.bits is None:
+            return [slot.row for slot in self.slots]
+        return LAYOUTS[self.name].rows(self.config, NATIVE)
 
     def tensors(self, dtype: str | None = None) -> Iterator[tuple[str, Tensor]]:
         """Every parameter under its native name, contiguous, one alive at a time.
@@ -196,7 +207,7 @@ def match(
 
     Raises:
         LayoutMismatch: listing missing, unexpected and misshapen keys.
-        InvalidCheckpoint: if a weight is not of a floating type.
+        InvalidCheckpoint: if a weight is of another type than it must be.
     """
     used = {slot.key: slot for slot in slots}
     missing = [key for key in used if key not in tensors]
@@ -217,8 +228,9 @@ def match(
             left_out[key] = reason
     if missing or unexpected or misshapen:
         raise LayoutMismatch(path, missing, unexpected, misshapen)
-    for key in used:
-        if tensors[key].dtype not in FLOATS:
+    for key, slot in used.items():
+        found = tensors[key].dtype
+        if found != PACKED if slot.row.packed else found not in FLOATS:
             raise InvalidCheckpoint(path, f"{key} is {tensors[key].dtype}, not a weight")
     return left_out
 

@@ -20,6 +20,7 @@ STORAGE = {
     "bfloat16": np.dtype("<u2"),
     "int64": np.dtype("<i8"),
     "int32": np.dtype("<i4"),
+    "uint32": np.dtype("<u4"),
     "int16": np.dtype("<i2"),
     "int8": np.dtype("i1"),
     "uint8": np.dtype("u1"),

@@ -33,6 +33,7 @@ SAFETENSORS_NAMES = {
     "bfloat16": "BF16",
     "int64": "I64",
     "int32": "I32",
+    "uint32": "U32",
     "int16": "I16",
     "int8": "I8",
     "uint8": "U8",

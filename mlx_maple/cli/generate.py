@@ -60,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--vae", metavar="MODEL", help="take the autoencoder from here instead")
     add("--taesd", metavar="MODEL", help="a small autoencoder, for --preview taesd")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
+    add("--quantize", type=int, choices=(8, 4), help="bits to keep the weights in")
+    add(
+        "--low-memory",
+        action="store_true",
+        help="hold one network at a time and decode in stripes: less memory, more time",
+    )
     add("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
     add("--ema", action="store_true", help="use the EMA copy of the UNet's weights")
     add("--no-cache", action="store_true", help="keep no converted twin of a raw checkpoint")
@@ -361,6 +367,8 @@ def _load(
         sd = loading.load(
             source,
             dtype=dtype,
+            quantize=args.quantize,
+            low_memory=args.low_memory,
             vae=args.vae,
             taesd=args.taesd,
             variant=args.variant,
@@ -383,6 +391,8 @@ def _load(
         "parameters": info.parameters,
         "bytes": info.bytes,
         "dtype": info.components["unet"].dtype,
+        "bits": info.components["unet"].bits,
+        "low_memory": args.low_memory,
         "notes": list(info.notes),
     }
     for note in info.notes:

@@ -20,7 +20,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx.utils import tree_flatten
+from numpy.typing import NDArray
 
 BITS = (8, 4)
 GROUP_SIZES = (64, 32)  # the first that divides a row; a row that neither divides is left alone
@@ -90,6 +92,35 @@ QuantizedLeaf = nn.QuantizedLinear | QuantizedConv2d
 def group_size(row: int) -> int | None:
     """How many numbers of a row of so many share a scale; None where no size divides it."""
     return next((size for size in GROUP_SIZES if row % size == 0), None)
+
+
+class Quantizer:
+    """Quantises matrices of numpy arrays, for who writes folders (maple_convert.quantized).
+
+    Args:
+        bits: 8 or 4.
+    """
+
+    def __init__(self, bits: int) -> None:
+        self.bits = bits
+
+    def __call__(
+        self, matrix: NDArray[Any], dtype: str, group_size: int
+    ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """(O, n) to words (O, n * bits / 32), scales and biases (O, n / G).
+
+        Args:
+            matrix: bfloat16 lies in uint16.
+            dtype: what it means: float32, float16 or bfloat16. Scales and biases come in it.
+            group_size: G.
+        """
+        values = mx.array(matrix)
+        if dtype == "bfloat16":
+            values = values.view(mx.bfloat16)
+        words, *others = mx.quantize(values, group_size, self.bits)
+        if dtype == "bfloat16":
+            others = [other.view(mx.uint16) for other in others]
+        return np.array(words), np.array(others[0]), np.array(others[1])
 
 
 def quantize(module: nn.Module, bits: int, *, evaluate: bool = True) -> None:

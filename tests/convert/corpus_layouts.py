@@ -489,6 +489,7 @@ MAPLE_LIES = [
     {"family": {"\x1b[31m": 1}},
     {"source": {"file": ["\x1b"], "sha256": None}},
     {"quantization": {"bits": 4}},
+    {"quantization": {"bits": 4, "components": {"unet": {}}}},
     {"tokenizer": "/etc/"},
     {"tokenizer": "tokenizer/"},
     {"prediction": ["epsilon"]},

@@ -25,12 +25,14 @@ TYPES = {
     else (RNG.standard_normal((2, 3)) * 40).astype(dtype)
     for name, dtype in STORAGE.items()
 }
+NOT_IN_TORCH = {"uint32"}  # it has the type, but no class of storages for it
 
 
 def all_types():
     return {
         name: tf.tensor(array, "bfloat16") if name == "bfloat16" else array
         for name, array in TYPES.items()
+        if name not in NOT_IN_TORCH
     }
 
 
@@ -51,7 +53,7 @@ def write_safetensors(path: Path, arrays: dict[str, tuple[str, np.ndarray]], **m
 def safetensors_of_all_types(path: Path) -> Path:
     codes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
              "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-             "bool": "BOOL"}  # fmt: skip
+             "bool": "BOOL", "uint32": "U32"}  # fmt: skip
     return write_safetensors(path, {name: (codes[name], TYPES[name]) for name in TYPES}, a="b")
 
 
@@ -71,8 +73,10 @@ def test_every_type_in_every_container_whatever_its_name(kind, suffix, tmp_path)
     with open_checkpoint(path) as checkpoint:
         assert checkpoint.container == kind.strip()
         assert checkpoint.path == path
-        assert list(checkpoint.tensors) == list(TYPES)
-        for name, array in TYPES.items():
+        there = set(TYPES) if kind == "safetensors" else set(TYPES) - NOT_IN_TORCH
+        assert list(checkpoint.tensors) == [name for name in TYPES if name in there]
+        for name in there:
+            array = TYPES[name]
             assert checkpoint.tensors[name] == TensorInfo(name, (2, 3))
             value = checkpoint.read(name)
             assert value.dtype == name and value.array.dtype == STORAGE[name]
@@ -461,9 +465,10 @@ def test_bools_are_true_or_false_whatever_their_bytes(tmp_path):
 
 
 def test_zero_dim_tensors_are_arrays(tmp_path):
-    tree = {name: tf.tensor(array[0, 0].reshape(()), name) for name, array in TYPES.items()}
+    names = set(TYPES) - NOT_IN_TORCH
+    tree = {name: tf.tensor(TYPES[name][0, 0].reshape(()), name) for name in names}
     with open_checkpoint(tf.write_torch_zip(tmp_path / "a.pt", tree)) as checkpoint:
-        for name in TYPES:
+        for name in names:
             value = checkpoint.read(name).array
             assert isinstance(value, np.ndarray) and value.shape == ()
             assert value.dtype == STORAGE[name] and value == TYPES[name][0, 0]

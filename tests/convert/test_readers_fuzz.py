@@ -122,7 +122,7 @@ def test_plain_objects_come_back(tmp_path, tree, protocol):
 @given(
     st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40)), max_size=4),
     st.integers(0, 30),
-    st.sampled_from(sorted(STORAGE)),
+    st.sampled_from(sorted(set(STORAGE) - {"uint32"})),  # which torch has no storages of
     st.booleans(),
 )
 def test_any_view_reads_as_numpy_sees_it(tmp_path, axes, offset, dtype, legacy):
@@ -163,7 +163,7 @@ def library(data: bytes) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None
 def ours(path) -> dict[str, tuple[str, tuple[int, ...], bytes]] | None:
     codes = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
              "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8",
-             "bool": "BOOL"}  # fmt: skip
+             "bool": "BOOL", "uint32": "U32"}  # fmt: skip
     try:
         with open_checkpoint(path) as checkpoint:
             return {
@@ -222,7 +222,7 @@ def test_refusals_beyond_the_librarys(tmp_path):
     stricter = {
         "a name twice": f'{{"x":{entry},"x":{entry}}}',
         "an unknown field": f'{{"x":{entry[:-1]},"stride":[1]}}}}',
-        "a type without arithmetic": '{"x":{"dtype":"U32","shape":[1],"data_offsets":[0,4]}}',
+        "a type without arithmetic": '{"x":{"dtype":"U16","shape":[2],"data_offsets":[0,4]}}',
     }
     for why, text in stricter.items():
         data = struct.pack("<Q", len(text)) + text.encode() + bytes(4)

@@ -151,12 +151,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter: its native name and shape, its published name and shape, the way between."""
+    """One parameter: its native name and shape, its published name and shape, the way between.
+
+    ``packed`` says that it holds the words of quantised numbers (quantized.py) and no floats.
+    """
 
     native: str
     published: str
     weights: Weights
     native_shape: Shape
+    packed: bool = False
 
     @property
     def published_shape(self) -> Shape:

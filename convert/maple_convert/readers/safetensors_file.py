@@ -34,13 +34,14 @@ DTYPES = {
     "BF16": "bfloat16",
     "I64": "int64",
     "I32": "int32",
+    "U32": "uint32",
     "I16": "int16",
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
 }
 NOT_COMPUTED = frozenset(
-    "U16 U32 U64 C64 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4".split()
+    "U16 U64 C64 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4".split()
 )
 
 
