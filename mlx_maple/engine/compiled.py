@@ -53,13 +53,12 @@ class GuidedSteps:
         is_guided = negative is not None and guidance_scale != 1
         context = mx.concatenate([negative, positive]) if is_guided else positive
         prompt = self.unet.prompt(context)
-        flat = [each for pair in prompt for each in pair]
         known = sorted(set(timesteps))
         rows = {}
         if known:
             made = self.unet.times(mx.array(known, dtype=mx.float32))
             rows = {time: made[i : i + 1] for i, time in enumerate(known)}
-            mx.eval(flat, list(rows.values()))
+            mx.eval(prompt, list(rows.values()))
         scale = mx.array(guidance_scale, dtype=mx.float32)
 
         def call(latents: mx.array, timestep: float) -> mx.array:
@@ -67,26 +66,25 @@ class GuidedSteps:
             if row is None:
                 row = self.unet.times(mx.array([timestep], dtype=mx.float32))
             if is_guided:
-                return self._double(latents, row, scale, *flat)
-            return self._single(latents, row, *flat)
+                return self._double(latents, row, scale, *prompt)
+            return self._single(latents, row, *prompt)
 
         return call
 
-    def _predict(self, latents: mx.array, row: mx.array, *flat: mx.array) -> mx.array:
-        prompt = list(zip(flat[::2], flat[1::2], strict=True))
+    def _predict(self, latents: mx.array, row: mx.array, *prompt: mx.array) -> mx.array:
         return self.unet.predict(latents, row, prompt).astype(mx.float32)
 
     def _guided(
-        self, latents: mx.array, row: mx.array, scale: mx.array, *flat: mx.array
+        self, latents: mx.array, row: mx.array, scale: mx.array, *prompt: mx.array
     ) -> mx.array:
         if self.one_by_one:
             count = latents.shape[0]
-            avoided = self._predict(latents, row, *(each[:count] for each in flat))
+            avoided = self._predict(latents, row, *(each[:count] for each in prompt))
             # MLX would start both at once: the second half waits for the first.
             later = mx.depends([latents], [avoided])[0]
-            wanted = self._predict(later, row, *(each[count:] for each in flat))
+            wanted = self._predict(later, row, *(each[count:] for each in prompt))
         else:
-            both = self._predict(mx.concatenate([latents, latents]), row, *flat)
+            both = self._predict(mx.concatenate([latents, latents]), row, *prompt)
             avoided, wanted = mx.split(both, 2)
         return avoided + scale * (wanted - avoided)
 

@@ -24,11 +24,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_maple.engine.attention import CUDA_MAX_WIDTH, SCORE_BYTES, attend_heads
+
 # One block a group of one sample, while that many numbers do not keep a multiprocessor for long.
 ONE_BLOCK = 160_000
 STREAM_THREADS = 256  # of blocks that stream a map
-SLABS = 64  # parts of a map whose sums are taken apart, for large maps
+SLABS = 128  # parts of a map whose sums are taken apart, for large maps
 WARP = 32
+FEW_KEYS = 128  # so many and fewer are attended to by our kernel, not cuDNN's
 ROWS = 4  # token rows a block normalises, one a warp
 TOLERANCE = {
     mx.float32: 2e-5,
@@ -108,6 +111,45 @@ class Plain:
         value, gate = mx.split(x + bias.astype(x.dtype), 2, axis=-1)
         return value * nn.gelu(gate)
 
+    def attention(
+        self,
+        queries: mx.array,
+        others: mx.array,
+        heads: int,
+        *,
+        scale: float,
+        score_bytes: int = SCORE_BYTES,
+        backend: str | None = None,
+    ) -> mx.array:
+        """Attention on products that hold their parts side by side: to (B, T, K D).
+
+        Args:
+            queries: (B, T, …), whose first K D numbers are the queries.
+            others: (B, S, …), whose last 2 K D are keys and values; the same array for
+                self-attention.
+            heads: K.
+            scale: of the scores.
+            score_bytes: the most that scores may take where they are stored.
+            backend: whose kernels MLX is asked for.
+        """
+        batch, tokens, _ = queries.shape
+        parts = 3 if others is queries else 2
+        width = others.shape[-1] // parts // heads
+
+        def split(x: mx.array, part: int) -> mx.array:
+            x = x.reshape(batch, x.shape[1], -1, heads, width)
+            return x[:, :, part].transpose(0, 2, 1, 3)
+
+        mixed = attend_heads(
+            split(queries, 0),
+            split(others, parts - 2),
+            split(others, parts - 1),
+            scale=scale,
+            score_bytes=score_bytes,
+            backend=backend,
+        )
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+
     def total(
         self,
         value: mx.array,
@@ -167,6 +209,7 @@ _CUDA = _Dialect(
         "barrier": "__syncthreads();",
         "rsqrt": "rsqrtf",
         "device": "",
+        "unroll": '_Pragma("unroll")',
     },
     """
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
@@ -181,7 +224,7 @@ __device__ inline float warp_sum(float x) {
   for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
   return x;
 }
-__device__ inline float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 """,
     1024,
@@ -195,6 +238,7 @@ _METAL = _Dialect(
         "barrier": "threadgroup_barrier(mem_flags::mem_threadgroup);",
         "rsqrt": "metal::precise::rsqrt",
         "device": "device",
+        "unroll": '_Pragma("unroll")',
     },
     """
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
@@ -233,76 +277,139 @@ class _Form:
 
     @property
     def inputs(self) -> list[str]:
-        named = [n for n in ("residual", "skip", "shift") if getattr(self, n)]
-        return ["value", *named]
+        """Names of the terms."""
+        return ["value", *(n for n in ("residual", "skip", "shift") if getattr(self, n))]
 
     @property
     def suffix(self) -> str:
+        """What tells this form's kernels from others'."""
         parts = ("residual", "skip", "shift", "silu", "unfold")
         return "".join(f"_{n}" for n in parts if getattr(self, n))
 
-    def gather(self, b: str, n: str, c: str, source: str = "terms") -> str:
-        """Text that fills ``float x[V]`` with the sum at sample b, pixel n, channel c.
+    def aim(self, c: str) -> str:
+        """Text that points ``from`` at sample b, channels c to c + V of a map that holds them.
 
-        Args:
-            b: expression of the sample.
-            n: of the pixel.
-            c: of the first of V channels.
-            source: what to read: the "terms"; the terms, and "write" value + residual down; or
-                what was "written".
+        A thread keeps its channels while it walks over pixels ``step`` numbers apart, and so keeps
+        ``owed``, what is owed there, in registers.
         """
-        at = f"(({b}) * N + ({n})) * C1 + ({c})"
-        own = f"auto v = fetch<V>({'total' if source == 'written' else 'value'} + {at});"
-        if source != "written":
-            own += f"""
-      auto r = fetch<V>(residual + {at});
-      for (int i = 0; i < V; ++i) v.at[i] = T(float(v.at[i]) + float(r.at[i]));"""
-        if source == "write":
-            own += f"""
-      put<V>(total + {at}, v);"""
-        if not self.residual:
-            own = f"auto v = fetch<V>(value + {at});"
-        text = f"{{ {own} for (int i = 0; i < V; ++i) x[i] = float(v.at[i]); }}"
+        text = f"const $device T* from = value + b * N * C1 + {c};\n    int step = C1;"
         if self.skip:
-            text = f"""
-    if (({c}) < C1) {text} else {{
-      auto v = fetch<V>(skip + (({b}) * N + ({n})) * C2 + ({c}) - C1);
-      for (int i = 0; i < V; ++i) x[i] = float(v.at[i]);
-    }}"""
-        if self.shift:
+            text = f"""const bool is_own = {c} < C1;
+    const $device T* from = is_own ? value + b * N * C1 + {c} : skip + b * N * C2 + {c} - C1;
+    const int step = is_own ? C1 : C2;"""
+        if self.residual:
             text += f"""
-    for (int i = 0; i < V; ++i) x[i] += shift[({b}) * row_stride + row_start + ({c}) + i];"""
-        return text
+    const $device T* other = residual + b * N * C1 + {c};
+    $device T* sum_to = total + b * N * C1 + {c};"""
+        owed = f"fetch<V>(shift + b * row_stride + row_start + {c})" if self.shift else "{}"
+        return text + f"\n    const Pack<float, V> owed = {owed};"
 
-    def store(self, b: str, n: str, c: str) -> str:
-        """Text that normalises, gates and writes ``x``: ``y = x * weight * rstd + …``."""
+    @property
+    def is_summed(self) -> str:
+        """An expression: whether a residual is added to these channels."""
+        return "false" if not self.residual else "is_own" if self.skip else "true"
+
+    def origin(self, c: str) -> str:
+        """An expression: the sum at pixel 0, channel c, of sample b, as it is written down."""
+        own = f"float(value[b * N * C1 + {c}])"
+        if self.residual:
+            own = f"float(T({own} + float(residual[b * N * C1 + {c}])))"
+        if self.skip:
+            own = f"({c} < C1 ? {own} : float(skip[b * N * C2 + {c} - C1]))"
+        return own + (f" + shift[b * row_stride + row_start + {c}]" if self.shift else "")
+
+    def add_up(self, begin: str, end: str) -> str:
+        """Text for the first pass over pixels: ``sum`` and ``squares`` about ``origin``.
+
+        Loads go ahead of the arithmetic, some pixels at once: nothing here tells the compiler that
+        what is stored is never loaded.
+        """
+        added = ""
+        if self.residual:
+            added = f"""
+      if ({self.is_summed}) {{
+        Pack<T, V> w[AHEAD];
+        $unroll
+        for (int k = 0; k < AHEAD; ++k)
+          if (n + k * R < {end}) w[k] = fetch<V>(other + (n + k * R) * step);
+        $unroll
+        for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
+          $unroll
+          for (int i = 0; i < V; ++i) v[k].at[i] = T(float(v[k].at[i]) + float(w[k].at[i]));
+          put<V>(sum_to + (n + k * R) * step, v[k]);
+        }}
+      }}"""
+        return f"""
+    for (int n = {begin}; n < {end}; n += R * AHEAD) {{
+      Pack<T, V> v[AHEAD];
+      $unroll
+      for (int k = 0; k < AHEAD; ++k)
+        if (n + k * R < {end}) v[k] = fetch<V>(from + (n + k * R) * step);{added}
+      $unroll
+      for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
+        $unroll
+        for (int i = 0; i < V; ++i) {{
+          const float d = float(v[k].at[i]) + owed.at[i] - origin;
+          sum += d;
+          squares += d * d;
+        }}
+      }}
+    }}"""
+
+    def normalise(self, begin: str, end: str, c: str) -> str:
+        """Text for the second pass over pixels, which writes ``y_out``."""
+        source = "from"
+        if self.residual:
+            source = "again"
         gate = "y = silu(y);" if self.silu else ""
-        text = f"""
-    Pack<T, V> out;
+        if self.unfold:
+            store = f"""
+        const int row = m / columns, column = m - row * columns;
+        for (int near = 0; near < 9; ++near) {{
+          const int dy = near / 3 - 1, dx = near % 3 - 1;
+          // This pixel is that neighbour of the one at (row - dy, column - dx).
+          const int i = row - dy, j = column - dx;
+          if (i >= 0 && i < rows && j >= 0 && j < columns)
+            put<V>(y_out + ((b * N + i * columns + j) * 9 + near) * C + {c}, out);
+          const int u = row + dy, w = column + dx;
+          if (u < 0 || u >= rows || w < 0 || w >= columns)
+            put<V>(y_out + ((b * N + m) * 9 + near) * C + {c}, none);
+        }}"""
+        else:
+            store = f"put<V>(y_out + (b * N + m) * C + {c}, out);"
+        again = ""
+        if self.residual:
+            again = f"const $device T* again = {self.is_summed} ? sum_to : from;"
+        none = ""
+        if self.unfold:
+            none = "Pack<T, V> none;\n    for (int i = 0; i < V; ++i) none.at[i] = T(0.0f);"
+        return f"""{again} {none}
+    const Pack<float, V> gain = fetch<V>(weight + {c});
+    const Pack<float, V> offsets = fetch<V>(bias + {c});
+    float a[V], z[V];
+    $unroll
     for (int i = 0; i < V; ++i) {{
-      float y = (x[i] - mean) * rstd * weight[({c}) + i] + bias[({c}) + i];
-      {gate}
-      out.at[i] = T(y);
+      a[i] = rstd * gain.at[i];
+      z[i] = (owed.at[i] - mean) * a[i] + offsets.at[i];
+    }}
+    for (int n = {begin}; n < {end}; n += R * AHEAD) {{
+      Pack<T, V> v[AHEAD];
+      $unroll
+      for (int k = 0; k < AHEAD; ++k)
+        if (n + k * R < {end}) v[k] = fetch<V>({source} + (n + k * R) * step);
+      $unroll
+      for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
+        const int m = n + k * R;
+        Pack<T, V> out;
+        $unroll
+        for (int i = 0; i < V; ++i) {{
+          float y = float(v[k].at[i]) * a[i] + z[i];
+          {gate}
+          out.at[i] = T(y);
+        }}
+        {store}
+      }}
     }}"""
-        if not self.unfold:
-            return text + f"\n    put<V>(y_out + (({b}) * N + ({n})) * C + ({c}), out);"
-        return (
-            text
-            + f"""
-    Pack<T, V> none;
-    for (int i = 0; i < V; ++i) none.at[i] = T(0.0f);
-    const int row = ({n}) / columns, column = ({n}) - row * columns;
-    for (int k = 0; k < 9; ++k) {{
-      const int dy = k / 3 - 1, dx = k % 3 - 1;
-      // This pixel is neighbour k of the one at (row - dy, column - dx).
-      const int i = row - dy, j = column - dx;
-      if (i >= 0 && i < rows && j >= 0 && j < columns)
-        put<V>(y_out + ((({b}) * N + i * columns + j) * 9 + k) * C + ({c}), out);
-      const int u = row + dy, v = column + dx;
-      if (u < 0 || u >= rows || v < 0 || v >= columns)
-        put<V>(y_out + ((({b}) * N + ({n})) * 9 + k) * C + ({c}), none);
-    }}"""
-        )
 
 
 def _one_block_norm(form: _Form) -> str:
@@ -315,32 +422,24 @@ def _one_block_norm(form: _Form) -> str:
   const int P = CPG / V, R = THREADS / P;
   const int c = g * CPG + (tid % P) * V, r = tid / P;
   $shared float sums[64];
-  float x[V];
-  {form.gather("b", "0", "g * CPG")}
-  const float origin = x[0];
+  {form.aim("c")}
+  const int first = g * CPG;
+  const float origin = {form.origin("first")};
   float sum = 0.0f, squares = 0.0f;
-  if (r < R) for (int n = r; n < N; n += R) {{
-    {form.gather("b", "n", "c", "write")}
-    for (int i = 0; i < V; ++i) {{
-      const float d = x[i] - origin;
-      sum += d;
-      squares += d * d;
-    }}
+  if (r < R) {{{form.add_up("r", "N")}
   }}
   sum = warp_sum(sum);
   squares = warp_sum(squares);
-  if (tid % 32 == 0) {{ sums[tid / 32] = sum; sums[32 + tid / 32] = squares; }}
-  $barrier
   const int lane = tid % 32;
+  if (lane == 0) {{ sums[tid / 32] = sum; sums[32 + tid / 32] = squares; }}
+  $barrier
   sum = warp_sum(lane < THREADS / 32 ? sums[lane] : 0.0f);
   squares = warp_sum(lane < THREADS / 32 ? sums[32 + lane] : 0.0f);
   const float count = float(N) * float(CPG);
   const float offset = sum / count;
   const float mean = origin + offset;
   const float rstd = $rsqrt(squares / count - offset * offset + eps[0]);
-  if (r < R) for (int n = r; n < N; n += R) {{
-    {form.gather("b", "n", "c", "written")}
-    {form.store("b", "n", "c")}
+  if (r < R) {{{form.normalise("r", "N", "c")}
   }}
 """
 
@@ -358,21 +457,12 @@ def _slab_sums(form: _Form) -> str:
   for (int base = 0; base < Q; base += THREADS) {{
     const int width = Q - base < THREADS ? Q - base : THREADS;
     const int q = base + tid % width, r = tid / width;
-    const int c = q * V;
-    float x[V];
     float sum = 0.0f, squares = 0.0f;
     if (r < R) {{
-      const int first_channel = q / P * CPG;
-      {form.gather("b", "0", "first_channel")}
-      float origin = x[0];
-      for (int n = begin + r; n < end; n += R) {{
-        {form.gather("b", "n", "c", "write")}
-        for (int i = 0; i < V; ++i) {{
-          const float d = x[i] - origin;
-          sum += d;
-          squares += d * d;
-        }}
-      }}
+      const int c = q * V, first = q / P * CPG;
+      {form.aim("c")}
+      const float origin = {form.origin("first")};
+      {form.add_up("begin + r", "end")}
     }}
     held[tid] = sum;
     held[THREADS + tid] = squares;
@@ -393,34 +483,36 @@ def _slab_sums(form: _Form) -> str:
 
 
 def _slab_norm(form: _Form) -> str:
-    """The second pass over large maps: every block knows all groups, and streams some pixels."""
+    """The second pass over large maps: every block knows all groups, and takes some pixels."""
     return f"""{_DIMS}
-  const int b = $block_y, tid = $thread, Q = C / V;
-  $shared float means[MAX_GROUPS];
-  $shared float rstds[MAX_GROUPS];
-  float x[V];
+  const int b = $block_y, tid = $thread;
+  const int Q = C / V, P = CPG / V;
+  const int R = Q < THREADS ? THREADS / Q : 1;
+  const int begin = $block * EACH, end = begin + EACH < N ? begin + EACH : N;
+  $shared float means[THREADS];
+  $shared float rstds[THREADS];
   if (tid < G) {{
     float sum = 0.0f, squares = 0.0f;
+    $unroll
     for (int k = 0; k < SLABS; ++k) {{
       sum += partial[((b * SLABS + k) * G + tid) * 2];
       squares += partial[((b * SLABS + k) * G + tid) * 2 + 1];
     }}
-    const int first_channel = tid * CPG;
-    {form.gather("b", "0", "first_channel")}
+    const int first = tid * CPG;
     const float count = float(N) * float(CPG);
     const float offset = sum / count;
-    means[tid] = x[0] + offset;
+    means[tid] = offset + {form.origin("first")};
     rstds[tid] = $rsqrt(squares / count - offset * offset + eps[0]);
   }}
   $barrier
-  const int begin = $block * WORK * THREADS + tid;
-  for (int k = 0; k < WORK; ++k) {{
-    const int at = begin + k * THREADS;
-    if (at < N * Q) {{
-      const int n = at / Q, c = (at - n * Q) * V;
-      const float mean = means[c / CPG], rstd = rstds[c / CPG];
-      {form.gather("b", "n", "c")}
-      {form.store("b", "n", "c")}
+  for (int base = 0; base < Q; base += THREADS) {{
+    const int width = Q - base < THREADS ? Q - base : THREADS;
+    const int q = base + tid % width, r = tid / width;
+    if (r < R) {{
+      const int c = q * V;
+      const float mean = means[q / P], rstd = rstds[q / P];
+      {form.aim("c")}
+      {form.normalise("begin + r", "end", "c")}
     }}
   }}
 """
@@ -432,36 +524,47 @@ _LAYER_NORM = """
   const int row = $block * ROWS + $thread / 32;
   if (row < L) {
     constexpr int EACH = (C / V + 31) / 32;
+    Pack<T, V> v[EACH];
+    $unroll
+    for (int k = 0; k < EACH; ++k) {
+      const int c = (k * 32 + lane) * V;
+      if (c < C) v[k] = fetch<V>(value + row * C + c);
+    }
     float x[EACH * V];
     float sum = 0.0f;
-#pragma unroll
+    $unroll
     for (int k = 0; k < EACH; ++k) {
       const int c = (k * 32 + lane) * V;
       if (c < C) {
-        auto v = fetch<V>(value + row * C + c);
+        const Pack<float, V> owed = fetch<V>(shift + c);
+        $unroll
         for (int i = 0; i < V; ++i) {
-          x[k * V + i] = float(v.at[i]) + shift[c + i];
+          x[k * V + i] = float(v[k].at[i]) + owed.at[i];
           sum += x[k * V + i];
         }
       }
     }
     const float mean = warp_sum(sum) / float(C);
     float squares = 0.0f;
-#pragma unroll
+    $unroll
     for (int k = 0; k < EACH; ++k)
-      if ((k * 32 + lane) * V < C)
+      if ((k * 32 + lane) * V < C) {
+        $unroll
         for (int i = 0; i < V; ++i) {
           const float d = x[k * V + i] - mean;
           squares += d * d;
         }
+      }
     const float rstd = $rsqrt(warp_sum(squares) / float(C) + eps[0]);
-#pragma unroll
+    $unroll
     for (int k = 0; k < EACH; ++k) {
       const int c = (k * 32 + lane) * V;
       if (c < C) {
+        const Pack<float, V> gain = fetch<V>(weight + c), offset = fetch<V>(bias + c);
         Pack<T, V> out;
+        $unroll
         for (int i = 0; i < V; ++i)
-          out.at[i] = T((x[k * V + i] - mean) * rstd * weight[c + i] + bias[c + i]);
+          out.at[i] = T((x[k * V + i] - mean) * rstd * gain.at[i] + offset.at[i]);
         put<V>(y_out + row * C + c, out);
       }
     }
@@ -473,11 +576,13 @@ _GATE = """
   const int at = ($block * THREADS + $thread) * V;
   if (at < L * F) {
     const int row = at / F, f = at - row * F;
-    auto v = fetch<V>(value + row * 2 * F + f);
-    auto g = fetch<V>(value + row * 2 * F + F + f);
+    const Pack<T, V> v = fetch<V>(value + row * 2 * F + f);
+    const Pack<T, V> g = fetch<V>(value + row * 2 * F + F + f);
+    const Pack<float, V> p = fetch<V>(bias + f), q = fetch<V>(bias + F + f);
     Pack<T, V> out;
+    $unroll
     for (int i = 0; i < V; ++i)
-      out.at[i] = T((float(v.at[i]) + bias[f + i]) * gelu(float(g.at[i]) + bias[F + f + i]));
+      out.at[i] = T((float(v.at[i]) + p.at[i]) * gelu(float(g.at[i]) + q.at[i]));
     put<V>(y_out + at, out);
   }
 """
@@ -487,8 +592,8 @@ def _total(residual: bool) -> str:
     added = ""
     if residual:
         added = """
-    auto r = fetch<V>(residual + from);
-    for (int i = 0; i < V; ++i) x[i] += float(r.at[i]);"""
+    const Pack<T, V> w = fetch<V>(residual + from);
+    for (int i = 0; i < V; ++i) x[i] += float(w.at[i]);"""
     return f"""
   const int B = dims[0], C = dims[1], rows = dims[2], columns = dims[3];
   const int out_rows = dims[4], out_columns = dims[5], factor = dims[6];
@@ -499,13 +604,148 @@ def _total(residual: bool) -> str:
     const int inside = pixel - b * out_rows * out_columns;
     const int row = inside / out_columns, column = inside - row * out_columns;
     const int from = ((b * rows + row / factor) * columns + column / factor) * C + c;
-    auto v = fetch<V>(value + from);
+    const Pack<T, V> v = fetch<V>(value + from);
+    const Pack<float, V> owed = fetch<V>(shift + c);
     float x[V];
-    for (int i = 0; i < V; ++i) x[i] = float(v.at[i]) + shift[c + i];{added}
+    for (int i = 0; i < V; ++i) x[i] = float(v.at[i]) + owed.at[i];{added}
     Pack<T, V> out;
     for (int i = 0; i < V; ++i) out.at[i] = T(x[i]);
     put<V>(y_out + pixel * C + c, out);
   }}
+"""
+
+
+# FlashAttention-2 (Dao 2023, arXiv:2307.08691) on tensor cores, for what MLX has no fused kernel on
+# CUDA: heads wider than 128; and for few keys, where cuDNN's call costs more than its work. Four
+# warps share 64 keys and values at a time; each owns 16 queries, whose scores and sums never leave
+# its registers. Accumulators of the first product are, in pairs, operands of the second.
+_ATTENTION = """
+  constexpr int DP = (D + 15) / 16 * 16, STRIDE = DP + 8, KEYS = 64;
+  __shared__ __align__(16) T keys[KEYS * STRIDE];
+  __shared__ __align__(16) T values[KEYS * STRIDE];
+  const int TQ = dims[0], S = dims[1], H = dims[2], q_row = dims[3], kv_row = dims[4];
+  const int b = $block_y / H, h = $block_y % H;
+  const int tid = $thread, warp = tid / 32, lane = tid % 32, quad = lane / 4, pair = lane % 4 * 2;
+  const T* q_from = queries + b * TQ * q_row + h * D;
+  const T* k_from = others + b * S * kv_row + kv_row - (2 * H - h) * D;
+  const int row0 = $block * 64 + warp * 16 + quad, row1 = row0 + 8;
+
+  uint32_t q[DP / 16][4];
+#pragma unroll
+  for (int t = 0; t < DP / 16; ++t)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int row = j % 2 ? row1 : row0, d = t * 16 + pair + j / 2 * 8;
+      q[t][j] = row < TQ && d < D ? two_at(q_from + row * q_row + d) : 0u;
+    }
+  float o[D / 8][4] = {};
+  float top0 = -INFINITY, top1 = -INFINITY, sum0 = 0.0f, sum1 = 0.0f;
+  const float factor = scale[0] * 1.4426950408889634f;
+
+  for (int start = 0; start < S; start += KEYS) {
+    __syncthreads();
+    for (int e = tid; e < KEYS * (DP / 8); e += 128) {
+      const int row = e / (DP / 8), d = e % (DP / 8) * 8;
+      uint4 k = make_uint4(0, 0, 0, 0), v = k;
+      if (start + row < S && d < D) {
+        const T* at = k_from + (start + row) * kv_row + d;
+        k = *reinterpret_cast<const uint4*>(at);
+        v = *reinterpret_cast<const uint4*>(at + H * D);
+      }
+      *reinterpret_cast<uint4*>(keys + row * STRIDE + d) = k;
+      *reinterpret_cast<uint4*>(values + row * STRIDE + d) = v;
+    }
+    __syncthreads();
+    float s[KEYS / 8][4] = {};
+#pragma unroll
+    for (int t = 0; t < DP / 16; ++t)
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n) {
+        const T* at = keys + (n * 8 + quad) * STRIDE + t * 16 + pair;
+        multiply<T>(s[n], q[t], two_at(at), two_at(at + 8));
+      }
+    float new0 = top0, new1 = top1;
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const bool is_key = start + n * 8 + pair + j % 2 < S;
+        s[n][j] = is_key ? s[n][j] * factor : -INFINITY;
+        if (j < 2) new0 = fmaxf(new0, s[n][j]); else new1 = fmaxf(new1, s[n][j]);
+      }
+#pragma unroll
+    for (int i = 1; i < 4; i *= 2) {
+      new0 = fmaxf(new0, __shfl_xor_sync(0xffffffffu, new0, i));
+      new1 = fmaxf(new1, __shfl_xor_sync(0xffffffffu, new1, i));
+    }
+    const float old0 = exp2f(top0 - new0), old1 = exp2f(top1 - new1);
+    top0 = new0; top1 = new1;
+    sum0 *= old0; sum1 *= old1;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      o[n][0] *= old0; o[n][1] *= old0; o[n][2] *= old1; o[n][3] *= old1;
+    }
+    uint32_t p[KEYS / 16][4];
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n) {
+      const float a = exp2f(s[n][0] - top0), c = exp2f(s[n][1] - top0);
+      const float e = exp2f(s[n][2] - top1), g = exp2f(s[n][3] - top1);
+      sum0 += a + c;
+      sum1 += e + g;
+      p[n / 2][n % 2 * 2] = packed<T>(a, c);
+      p[n / 2][n % 2 * 2 + 1] = packed<T>(e, g);
+    }
+#pragma unroll
+    for (int t = 0; t < KEYS / 16; ++t)
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        uint32_t x, y;
+        const T* at = values + (t * 16 + lane % 16) * STRIDE + n * 8;
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(x), "=r"(y) : "r"(uint32_t(__cvta_generic_to_shared(at))));
+        multiply<T>(o[n], p[t], x, y);
+      }
+  }
+#pragma unroll
+  for (int i = 1; i < 4; i *= 2) {
+    sum0 += __shfl_xor_sync(0xffffffffu, sum0, i);
+    sum1 += __shfl_xor_sync(0xffffffffu, sum1, i);
+  }
+  T* to = y_out + (b * TQ) * H * D + h * D;
+#pragma unroll
+  for (int n = 0; n < D / 8; ++n) {
+    const int d = n * 8 + pair;
+    if (row0 < TQ) two_at(to + row0 * H * D + d) = packed<T>(o[n][0] / sum0, o[n][1] / sum0);
+    if (row1 < TQ) two_at(to + row1 * H * D + d) = packed<T>(o[n][2] / sum1, o[n][3] / sum1);
+  }
+"""
+
+_ATTENTION_HEADER = """
+template <typename T> __device__ inline const uint32_t& two_at(const T* p) {
+  return *reinterpret_cast<const uint32_t*>(p);
+}
+template <typename T> __device__ inline uint32_t& two_at(T* p) {
+  return *reinterpret_cast<uint32_t*>(p);
+}
+template <typename T> __device__ inline uint32_t packed(float a, float b) {
+  Pack<T, 2> two;
+  two.at[0] = T(a);
+  two.at[1] = T(b);
+  return *reinterpret_cast<uint32_t*>(&two);
+}
+template <typename T>
+__device__ inline void multiply(float* c, const uint32_t* a, uint32_t x, uint32_t y) {
+  if constexpr (cuda::std::is_same_v<T, __half>)
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(y));
+  else
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(y));
+}
 """
 
 
@@ -520,6 +760,12 @@ def _ints(*values: int) -> mx.array:
 @cache
 def _float(value: float) -> mx.array:
     return mx.array([value], dtype=mx.float32)
+
+
+def _code(text: str) -> str:
+    """A source without indentation and comments."""
+    lines = (line.partition("//")[0].strip() for line in text.splitlines())
+    return "\n".join(line for line in lines if line) + "\n"
 
 
 def _width(*counts: int) -> int:
@@ -537,14 +783,17 @@ class Kernels:
     has_gate: bool  # Metal has no erf of its own: there MLX's fused operations serve
     _made: dict[str, Any] = field(default_factory=dict)
 
-    def _kernel(self, name: str, inputs: list[str], outputs: list[str], source: str) -> Any:
+    def _kernel(
+        self, name: str, inputs: list[str], outputs: list[str], source: str, header: str = ""
+    ) -> Any:
         if name not in self._made:
-            text = Template(source).substitute(self.dialect.words)
+            # MLX hashes a kernel's text at every call: what is not code is left out.
+            text = _code(Template(source).substitute(self.dialect.words))
             self._made[name] = self.make(
                 name=f"maple_{name}",
                 input_names=inputs,
                 output_names=outputs,
-                header=self.dialect.header,
+                header=_code(self.dialect.header) + _code(header),
                 source=text,
             )
         return self._made[name]
@@ -592,6 +841,7 @@ class Kernels:
         total_names = [] if residual is None else ["total"]
         types = [value.dtype] * (1 + len(totals))
         threads = self.dialect.threads
+        ahead = 16 // width if width > 2 else 8
         if pixels * per_group <= ONE_BLOCK and per_group // width <= threads:
             kernel = self._kernel(
                 "group_norm" + form.suffix,
@@ -601,7 +851,7 @@ class Kernels:
             )
             outputs = kernel(
                 inputs=[*terms, *ends],
-                template=[*template, ("THREADS", threads)],
+                template=[*template, ("THREADS", threads), ("AHEAD", ahead)],
                 grid=(batch * norm.groups * threads, 1, 1),
                 threadgroup=(threads, 1, 1),
                 output_shapes=[y_shape, *totals],
@@ -614,8 +864,7 @@ class Kernels:
             ["partial", *total_names],
             _slab_sums(form),
         )
-        template.append(("THREADS", STREAM_THREADS))
-        template.append(("SLABS", SLABS))
+        template += [("THREADS", STREAM_THREADS), ("SLABS", SLABS), ("AHEAD", ahead)]
         partial, *total = sums(
             inputs=[*terms, dims],
             template=template,
@@ -633,12 +882,11 @@ class Kernels:
             ["y_out"],
             _slab_norm(second),
         )
-        work = 4
-        blocks = -(-pixels * (channels // width) // (STREAM_THREADS * work))
+        each = 4 * ahead * max(STREAM_THREADS * width // channels, 1)
         (y,) = apply(
             inputs=[total, *terms[2 if residual is not None else 1 :], partial, *ends],
-            template=[*template, ("WORK", work), ("MAX_GROUPS", STREAM_THREADS)],
-            grid=(blocks * STREAM_THREADS, batch, 1),
+            template=[*template, ("EACH", each)],
+            grid=(-(-pixels // each) * STREAM_THREADS, batch, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
             output_shapes=[y_shape],
             output_dtypes=[value.dtype],
@@ -685,6 +933,49 @@ class Kernels:
             threadgroup=(STREAM_THREADS, 1, 1),
             output_shapes=[(*x.shape[:-1], width)],
             output_dtypes=[x.dtype],
+        )[0]
+
+    def attention(
+        self,
+        queries: mx.array,
+        others: mx.array,
+        heads: int,
+        *,
+        scale: float,
+        score_bytes: int = SCORE_BYTES,
+        backend: str | None = None,
+    ) -> mx.array:
+        """As ``Plain.attention``."""
+        is_self = others is queries
+        batch, tokens, q_row = queries.shape
+        keys, kv_row = others.shape[1:]
+        width = kv_row // (3 if is_self else 2) // heads
+        is_half = queries.dtype in (mx.float16, mx.bfloat16)
+        is_ours = width > CUDA_MAX_WIDTH or keys <= FEW_KEYS
+        if self.name != "cuda" or not is_half or width % 8 or width > 160 or not is_ours:
+            return Plain().attention(
+                queries, others, heads, scale=scale, score_bytes=score_bytes, backend=backend
+            )
+        kernel = self._kernel(
+            "attention",
+            ["queries", "others", "scale", "dims"],
+            ["y_out"],
+            _ATTENTION,
+            _ATTENTION_HEADER,
+        )
+        blocks = -(-tokens // 64)
+        return kernel(
+            inputs=[
+                queries,
+                others,
+                _float(scale),
+                _ints(tokens, keys, heads, q_row, kv_row, 0, 0, 0),
+            ],
+            template=[("T", queries.dtype), ("D", width)],
+            grid=(blocks * 128, batch * heads, 1),
+            threadgroup=(128, 1, 1),
+            output_shapes=[(batch, tokens, heads * width)],
+            output_dtypes=[queries.dtype],
         )[0]
 
     def total(
@@ -768,6 +1059,7 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
     row = shift[0, :channels]
     large = array(1, 3000, 64), Norm(norm.weight, norm.bias, 1, 1e-6), shift[:1]
 
+    joined, alone, pairs = array(2, 70, 960), array(2, 70, 80), array(2, 77, 160)
     cases: dict[str, Callable[[Any], Any]] = {
         "group norm": lambda k: k.group_norm(value, norm, shift=shift, start=7),
         "group norm with a residual": lambda k: k.group_norm(
@@ -778,6 +1070,8 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
         ),
         "group norm of a large map": lambda k: k.group_norm(large[0], large[1], shift=large[2]),
         "layer norm": lambda k: k.layer_norm(value, norm.weight, norm.bias, row, 1e-5),
+        "attention": lambda k: k.attention(joined, joined, 2, scale=0.11),
+        "attention to few": lambda k: k.attention(alone, pairs, 2, scale=0.3),
         "gate": lambda k: k.gate(value, row),
         "total": lambda k: k.total(value, residual, row, size, (12, 9)),
     }

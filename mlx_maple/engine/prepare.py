@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_maple.engine.attention import METAL_WIDTHS, SCORE_BYTES, attend_heads, running_backend
+from mlx_maple.engine.attention import METAL_WIDTHS, SCORE_BYTES, running_backend
 from mlx_maple.engine.kernels import Kernels, Norm, Plain, kernels_for
 from mlx_maple.engine.quantize import QuantizedConv2d
 from mlx_maple.models import AutoencoderKL, UNet
@@ -345,17 +345,15 @@ class Block(nn.Module):
         self.shift3 = self.shift2 + _bias(attn2.to_out)
         self.owed = self.shift3 + _bias(block.ff.proj_out)
 
-    def keys_values(self, context: mx.array) -> tuple[mx.array, mx.array]:
-        """What the prompt (B, T, D) shows to every pixel at every step: two (B, K, T, D)."""
-        keys, values = self._heads_of(self.kv(context), 2)
-        return keys, values
+    def keys_values(self, context: mx.array) -> mx.array:
+        """What the prompt (B, T, D) shows to every pixel at every step: (B, T, 2 K D)."""
+        return self.kv(context)
 
-    def __call__(self, x: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, prompt: mx.array) -> mx.array:
         """(B, N, C) to the same."""
-        queries, own_keys, own_values = self._heads_of(self.qkv(self._norm(1, x)), 3)
-        x = self.out1(self._attend(queries, own_keys, own_values), x)
-        (queries,) = self._heads_of(self.q(self._norm(2, x)), 1)
-        x = self.out2(self._attend(queries, keys, values), x)
+        joined = self.qkv(self._norm(1, x))
+        x = self.out1(self._attend(joined, joined), x)
+        x = self.out2(self._attend(self.q(self._norm(2, x)), prompt), x)
         gated = self._recipe.kernels.gate(self.ff_in(self._norm(3, x)), self.gate_bias)
         return self.ff_out(gated, x)
 
@@ -363,27 +361,30 @@ class Block(nn.Module):
         weight, bias = self[f"norm{i}_weight"], self[f"norm{i}_bias"]
         return self._recipe.kernels.layer_norm(x, weight, bias, self[f"shift{i}"], LAYER_NORM_EPS)
 
-    def _heads_of(self, x: mx.array, parts: int) -> list[mx.array]:
-        """(B, N, parts K D) to so many views (B, K, N, D), padded where the weights are not."""
-        batch, tokens, _ = x.shape
-        x = x.reshape(batch, tokens, parts, self._heads, self._width)
+    def _attend(self, queries: mx.array, others: mx.array) -> mx.array:
+        is_self = others is queries
         if self._pad:
-            x = mx.pad(x, [(0, 0)] * 4 + [(0, self._pad)])
-        return [x[:, :, i].transpose(0, 2, 1, 3) for i in range(parts)]
-
-    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        mixed = attend_heads(
+            queries = self._wider(queries)
+            others = queries if is_self else self._wider(others)
+        mixed = self._recipe.kernels.attention(
             queries,
-            keys,
-            values,
+            others,
+            self._heads,
             scale=self._scale,
             score_bytes=self._recipe.score_bytes,
             backend=self._recipe.backend,
         )
         if self._pad:
-            mixed = mixed[..., : self._width]
-        batch, _, tokens, _ = mixed.shape
-        return mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+            batch, tokens, _ = mixed.shape
+            mixed = mixed.reshape(batch, tokens, self._heads, -1)[..., : self._width]
+            mixed = mixed.reshape(batch, tokens, -1)
+        return mixed
+
+    def _wider(self, x: mx.array) -> mx.array:
+        """Heads padded with zeros, where the weights are packed and could not be."""
+        batch, tokens, _ = x.shape
+        x = x.reshape(batch, tokens, -1, self._width)
+        return mx.pad(x, [(0, 0)] * 3 + [(0, self._pad)]).reshape(batch, tokens, -1)
 
 
 def _padded_rows(layer: nn.Module, heads: int, width: int) -> nn.Module:
@@ -427,7 +428,7 @@ class Transformer(nn.Module):
             inner = self.blocks[-1].owed
         self.owed = owed + _bias(block.proj_out) + self.proj_out.of(inner)
 
-    def __call__(self, x: Map, prompt: list[tuple[mx.array, mx.array]]) -> Map:
+    def __call__(self, x: Map, prompt: list[mx.array]) -> Map:
         """Take each block's keys and values from the end of ``prompt``."""
         y, x.value = self._recipe.kernels.group_norm(
             x.value,
@@ -439,7 +440,7 @@ class Transformer(nn.Module):
         x.residual = None
         tokens = self.proj_in(y)
         for block in self.blocks:
-            tokens = block(tokens, *prompt.pop())
+            tokens = block(tokens, prompt.pop())
         return Map(self.proj_out(tokens, x.value), None, x.size)
 
 
@@ -563,7 +564,7 @@ class PreparedUNet(nn.Module):
         embedded = nn.silu(self.time_embedding(waves.astype(self.dtype)))
         return self.time_product(embedded).astype(mx.float32) + self.time_bias
 
-    def prompt(self, context: mx.array) -> list[tuple[mx.array, mx.array]]:
+    def prompt(self, context: mx.array) -> list[mx.array]:
         """Keys and values of every cross-attention for (B, T, D), in the order of their use."""
         context = context.astype(self.dtype)
         return [
@@ -574,9 +575,7 @@ class PreparedUNet(nn.Module):
             for block in step.blocks
         ]
 
-    def predict(
-        self, latents: mx.array, times: mx.array, prompt: Sequence[tuple[mx.array, mx.array]]
-    ) -> mx.array:
+    def predict(self, latents: mx.array, times: mx.array, prompt: Sequence[mx.array]) -> mx.array:
         """Predict from what ``times`` (a row, or one a sample) and ``prompt`` have made."""
         stack = list(reversed(prompt))
         x = _map(self.conv_in(latents.astype(self.dtype)))
@@ -637,16 +636,15 @@ class Pixels(nn.Module):
         )
         x.residual = None
         qkv = self.qkv(y, self.qkv_bias)
-        batch, pixels, _ = qkv.shape
-        queries, keys, values = mx.split(qkv.reshape(batch, 1, pixels, -1), 3, axis=-1)
-        mixed = attend_heads(
-            queries,
-            keys,
-            values,
+        mixed = self._recipe.kernels.attention(
+            qkv,
+            qkv,
+            1,
+            scale=(qkv.shape[-1] // 3) ** -0.5,
             score_bytes=self._recipe.score_bytes,
             backend=self._recipe.backend,
         )
-        return Map(self.out(mixed.reshape(batch, pixels, -1), x.value), None, x.size)
+        return Map(self.out(mixed, x.value), None, x.size)
 
 
 class Half(nn.Module):
