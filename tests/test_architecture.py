@@ -36,6 +36,9 @@ FOREIGN = {
     "_openblas": set(),
 }
 NEVER = {"torch", "diffusers", "transformers", "k_diffusion"}
+# Scripts that `maple bench` runs in processes of their own, to measure what others take: they may
+# import those, nothing of ours, and nothing of ours may import them.
+RIVALS = "mlx_maple.cli.rivals"
 
 
 def part_of(module: str) -> str:
@@ -69,9 +72,14 @@ def imported(source: str, module: str, is_package: bool) -> set[str]:
 
 def wrong_arrows(source: str, module: str, is_package: bool = False) -> list[str]:
     part, wrong = part_of(module), []
+    is_rival = module.startswith(RIVALS)
     for name in sorted(imported(source, module, is_package)):
         top = name.partition(".")[0]
-        if top in ("mlx_maple", "maple_convert"):
+        if (is_rival and top == "mlx_maple") or name.startswith(RIVALS):
+            wrong.append(f"{module} imports {name}")
+        elif is_rival and top in NEVER:
+            continue
+        elif top in ("mlx_maple", "maple_convert"):
             target = part_of(name)
             allowed = {part} if part == "maple_convert" else {part, *ALLOWED[part], *ANYONE}
             if target not in allowed:
@@ -117,6 +125,9 @@ def test_every_part_is_in_the_table():
         ("maple_convert.model", "import mlx.core"),
         ("maple_convert.model", "import huggingface_hub"),
         ("maple_convert.readers.zip", "from mlx_maple import hub"),
+        ("mlx_maple.cli.rivals.torch_diffusers", "from mlx_maple.engine import measure"),
+        ("mlx_maple.cli.bench", "from mlx_maple.cli.rivals import torch_diffusers"),
+        ("mlx_maple.cli.bench", "import torch"),
     ],
 )
 def test_a_wrong_arrow_is_seen(module, line):
@@ -131,6 +142,7 @@ def test_a_wrong_arrow_is_seen(module, line):
         ("mlx_maple.loading", "import maple_convert"),
         ("mlx_maple.cli.doctor", "from mlx_maple import _OPENBLAS, __version__"),
         ("maple_convert.model", "from .readers import open_checkpoint"),
+        ("mlx_maple.cli.rivals.torch_diffusers", "import torch"),
     ],
 )
 def test_a_right_arrow_passes(module, line):

@@ -1,0 +1,174 @@
+"""What one call of a network asks of the device: how many primitives, how many bytes of weights.
+
+Where a graph is small, as a UNet step is on a large GPU, the host's work of encoding one primitive
+after the other is what takes the time: their number tells more than their arithmetic. Nothing is
+evaluated here: the call is described, and the description is read.
+
+On a CPU MLX takes its fused operations apart while they are described, and knows no kernels of
+ours. So that a count taken anywhere holds for a GPU, each of them is stood in for by one primitive
+that no network uses.
+"""
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_maple.engine.kernels import kernels_of
+from mlx_maple.engine.prepare import UNFOLD_PIXELS, Recipe
+
+# Primitives that only say how the same memory is to be seen, and start no kernel. (A reshape of
+# what does not lie in order copies; an honest count would have to know strides.)
+VIEWS = frozenset(
+    "AsStrided Broadcast BroadcastAxes Depends ExpandDims Flatten Reshape Slice Split Squeeze "
+    "StopGradient Transpose Unflatten View".split()
+)
+STAND_INS = {  # the primitive that stands for a fused operation, and its name
+    "ArcTanh": "ScaledDotProductAttention",
+    "ArcSinh": "LayerNorm",
+    "ArcCosh": "RMSNorm",
+    "ErfInv": "CustomKernel",
+}
+
+
+@dataclass(frozen=True)
+class Count:
+    """The primitives of one call.
+
+    Attributes:
+        kernels: how many compute something.
+        views: how many only see memory in another shape.
+        by_name: of those that compute, how often each occurs, most frequent first.
+        weight_bytes: of the arrays that the call reads beside its arguments.
+    """
+
+    kernels: int
+    views: int
+    by_name: Mapping[str, int]
+    weight_bytes: int
+
+
+def count(function: Callable[..., Any], *arguments: mx.array) -> Count:
+    """Count what ``function(*arguments)`` describes; its weights must have been evaluated.
+
+    Args:
+        function: a network or any other function of arrays; one array or several come out.
+        arguments: evaluated arrays.
+    """
+    mx.eval(arguments)
+    with as_on_a_gpu():
+        text = io.StringIO()
+        out = function(*arguments)
+        mx.export_to_dot(text, *(out if isinstance(out, list | tuple) else [out]))
+        weight_bytes = _constant_bytes(function, arguments)
+    names = Counter(re.findall(r"label ?= ?\"(\w+)\"", text.getvalue()))
+    for mark, name in STAND_INS.items():
+        if mark in names:
+            names[name] += names.pop(mark)
+    views = sum(names.pop(view, 0) for view in VIEWS)
+    by_name = {_short(name): number for name, number in names.most_common()}
+    return Count(sum(names.values()), views, by_name, weight_bytes)
+
+
+def _constant_bytes(function: Callable[..., Any], arguments: Sequence[mx.array]) -> int:
+    total = 0
+
+    def look(part: dict[str, Any]) -> None:
+        nonlocal total
+        for _, array in part.get("constants", []):
+            total += array.nbytes
+
+    mx.export_function(look, function, *arguments)
+    return total
+
+
+def _short(name: str) -> str:
+    """A fused chain's name without the broadcasts in it: "CompiledSigmoidMultiply"."""
+    return name.replace("Broadcast", "") if name.startswith("Compiled") else name
+
+
+def described_recipe(backend: str) -> Recipe:
+    """How networks are made ready for a backend that need not be there; they can only be described.
+
+    Args:
+        backend: "metal" or "cuda".
+    """
+    kernels = kernels_of(backend, described_kernel)
+    return Recipe(backend, kernels, unfold_pixels=UNFOLD_PIXELS.get(backend, 0))
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """While this lasts, fused operations are described as one primitive each, on any device."""
+    kept = {name: getattr(mx.fast, name) for name in _FUSED}
+    for name, stand_in in _FUSED.items():
+        setattr(mx.fast, name, stand_in)
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(mx.fast, name, function)
+
+
+def _attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+    mask = options.get("mask")
+    others = [k, v, *([mask] if isinstance(mask, mx.array) else [])]
+    return mx.arctanh(_after(q[..., : v.shape[-1]], others))
+
+
+def _layer_norm(
+    x: mx.array, weight: mx.array | None, bias: mx.array | None, eps: float, **options: Any
+) -> mx.array:
+    return mx.arcsinh(_after(x, [a for a in (weight, bias) if a is not None]))
+
+
+def _rms_norm(x: mx.array, weight: mx.array | None, eps: float, **options: Any) -> mx.array:
+    return mx.arccosh(_after(x, [] if weight is None else [weight]))
+
+
+def described_kernel(**making: Any) -> Callable[..., list[mx.array]]:
+    """Takes mx.fast.metal_kernel's place: one primitive a call, however many arrays come out."""
+
+    def call(
+        *,
+        inputs: Sequence[mx.array],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+        **options: Any,
+    ) -> list[mx.array]:
+        arrays = [a for a in inputs if isinstance(a, mx.array)]
+        outputs: list[mx.array] = []
+        for shape, dtype in zip(output_shapes, output_dtypes, strict=True):
+            empty = mx.broadcast_to(_nothing(dtype), tuple(shape))
+            if not outputs:
+                outputs.append(mx.erfinv(_after(empty, arrays)))
+            else:
+                outputs.append(_after(empty, outputs[:1]))
+        return outputs
+
+    return call
+
+
+_FUSED: dict[str, Callable[..., Any]] = {
+    "scaled_dot_product_attention": _attention,
+    "layer_norm": _layer_norm,
+    "rms_norm": _rms_norm,
+    "metal_kernel": described_kernel,
+    "cuda_kernel": described_kernel,
+}
+
+
+def _nothing(dtype: mx.Dtype) -> mx.array:
+    zero = mx.zeros((), dtype=dtype)
+    mx.eval(zero)
+    return zero
+
+
+def _after(x: mx.array, others: Sequence[mx.array]) -> mx.array:
+    """``x``, which now also needs ``others``."""
+    return mx.depends([x], list(others))[0] if others else x
