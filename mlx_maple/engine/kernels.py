@@ -104,7 +104,8 @@ class Plain:
         self, x: mx.array, weight: mx.array, bias: mx.array, shift: mx.array, eps: float
     ) -> mx.array:
         """Normalise tokens (…, C) that still owe a float32 ``shift`` (C,)."""
-        return mx.fast.layer_norm(x + shift.astype(x.dtype), weight, bias, eps)
+        weight, bias, shift = (each.astype(x.dtype) for each in (weight, bias, shift))
+        return mx.fast.layer_norm(x + shift, weight, bias, eps)
 
     def gate(self, x: mx.array, bias: mx.array) -> mx.array:
         """GEGLU of (…, 2F), which still owes its ``bias`` (2F,) float32: to (…, F)."""
@@ -192,7 +193,7 @@ class _Dialect:
     Attributes:
         words: for ``$name`` in the sources.
         header: functions that the sources call.
-        threads: of a block that owns a group.
+        threads: of a block that owns a group; more would have to share its registers.
     """
 
     words: dict[str, str]
@@ -227,7 +228,7 @@ __device__ inline float warp_sum(float x) {
 __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 """,
-    1024,
+    512,
 )
 _METAL = _Dialect(
     {
@@ -251,7 +252,7 @@ template <int N, typename T> inline void put(device T* p, Pack<T, N> v) {
 inline float warp_sum(float x) { return simd_sum(x); }
 inline float silu(float x) { return x / (1.0f + metal::exp(-x)); }
 """,
-    512,  # a kernel that needs many registers is not given more on the smaller chips
+    512,
 )
 
 
@@ -301,8 +302,11 @@ class _Form:
             text += f"""
     const $device T* other = residual + b * N * C1 + {c};
     $device T* sum_to = total + b * N * C1 + {c};"""
-        owed = f"fetch<V>(shift + b * row_stride + row_start + {c})" if self.shift else "{}"
-        return text + f"\n    const Pack<float, V> owed = {owed};"
+        text += "\n    Pack<float, V> owed = {};"
+        if self.shift:  # whose beginning need not be aligned for a wider access
+            text += f"""
+    for (int i = 0; i < V; ++i) owed.at[i] = shift[b * row_stride + row_start + {c} + i];"""
+        return text
 
     @property
     def is_summed(self) -> str:
