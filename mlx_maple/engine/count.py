@@ -35,6 +35,9 @@ STAND_INS = {  # the primitive that stands for a fused operation, and its name
     "ErfInv": "CustomKernel",
 }
 
+# (name of an operation in mx.fast, its arguments, its options)
+Seen = Callable[[str, Sequence[Any], Mapping[str, Any]], None]
+
 
 @dataclass(frozen=True)
 class Count:
@@ -53,38 +56,31 @@ class Count:
     weight_bytes: int
 
 
-def count(function: Callable[..., Any], *arguments: mx.array) -> Count:
-    """Count what ``function(*arguments)`` describes; its weights must have been evaluated.
+def count(
+    function: Callable[..., Any], *arguments: mx.array, weights: Mapping[str, mx.array]
+) -> Count:
+    """Count what ``function(*arguments)`` describes.
 
     Args:
         function: a network or any other function of arrays; one array or several come out.
-        arguments: evaluated arrays.
+        arguments: of that function.
+        weights: arrays by name, of which some are read.
     """
-    mx.eval(arguments)
+    mx.eval(arguments, list(weights.values()))  # what is left to do then is the call's own
+    named = {f"weight{i}": weight for i, weight in enumerate(weights.values())}
     with as_on_a_gpu():
         text = io.StringIO()
         out = function(*arguments)
-        mx.export_to_dot(text, *(out if isinstance(out, list | tuple) else [out]))
-        weight_bytes = _constant_bytes(function, arguments)
-    names = Counter(re.findall(r"label ?= ?\"(\w+)\"", text.getvalue()))
+        mx.export_to_dot(text, *(out if isinstance(out, list | tuple) else [out]), **named)
+    graph = text.getvalue()
+    names = Counter(re.findall(r"label ?= ?\"(\w+)\"", graph))
     for mark, name in STAND_INS.items():
         if mark in names:
             names[name] += names.pop(mark)
     views = sum(names.pop(view, 0) for view in VIEWS)
     by_name = {_short(name): number for name, number in names.most_common()}
-    return Count(sum(names.values()), views, by_name, weight_bytes)
-
-
-def _constant_bytes(function: Callable[..., Any], arguments: Sequence[mx.array]) -> int:
-    total = 0
-
-    def look(part: dict[str, Any]) -> None:
-        nonlocal total
-        for _, array in part.get("constants", []):
-            total += array.nbytes
-
-    mx.export_function(look, function, *arguments)
-    return total
+    read = set(re.findall(r"\"(\w+)\" ->", graph)) & named.keys()
+    return Count(sum(names.values()), views, by_name, sum(named[name].nbytes for name in read))
 
 
 def _short(name: str) -> str:
@@ -103,11 +99,24 @@ def described_recipe(backend: str) -> Recipe:
 
 
 @contextmanager
-def as_on_a_gpu() -> Iterator[None]:
-    """While this lasts, fused operations are described as one primitive each, on any device."""
+def as_on_a_gpu(seen: Seen | None = None) -> Iterator[None]:
+    """While this lasts, fused operations are described as one primitive each, on any device.
+
+    Args:
+        seen: is told of each call: the operation's name in mx.fast and its arguments.
+    """
+
+    def watched(name: str, stand_in: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            if seen is not None:
+                seen(name, arguments, options)
+            return stand_in(*arguments, **options)
+
+        return call
+
     kept = {name: getattr(mx.fast, name) for name in _FUSED}
     for name, stand_in in _FUSED.items():
-        setattr(mx.fast, name, stand_in)
+        setattr(mx.fast, name, watched(name, stand_in))
     try:
         yield
     finally:

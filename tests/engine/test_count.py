@@ -1,0 +1,132 @@
+"""How many primitives a step evaluates, and that the number does not grow unseen."""
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_maple.engine.compiled import GuidedSteps
+from mlx_maple.engine.count import as_on_a_gpu, count, described_recipe
+from mlx_maple.engine.prepare import prepare_unet, prepare_vae
+from mlx_maple.models import AutoencoderKL, UNet, UNetConfig, VAEConfig
+
+WIDTHS = (32, 64, 128, 128)  # a tenth of SD 1's; the structure is the same
+CONTEXT = 64
+LATENTS = (1, 64, 64, 4)
+# Measured; a lower number is an improvement to be written down here, a higher one a regression.
+GUIDED_STEP = {"metal": 389, "cuda": 383}
+DECODER = {"metal": 82, "cuda": 82}
+PUBLISHED_STEP = 2019
+
+
+def weights(module):
+    return dict(tree_flatten(module.parameters()))
+
+
+def half(module):
+    """Its weights in float16, in which attention is fused."""
+    module.set_dtype(mx.float16)
+    mx.eval(module.parameters())
+    return module
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return half(UNet(UNetConfig(block_out_channels=WIDTHS, cross_attention_dim=CONTEXT)))
+
+
+def guided_step(unet, backend, compiles=True):
+    prepared = prepare_unet(unet, described_recipe(backend))
+    mx.eval(prepared.parameters())
+    prompts = (mx.zeros((1, 77, CONTEXT)) for _ in range(2))
+    model = GuidedSteps(prepared, compiles=compiles).model(*prompts, 7.5, [10.0])
+    latents = mx.zeros(LATENTS)
+    return count(lambda x: model(x, 10.0), latents, weights=weights(prepared)), prepared
+
+
+@pytest.mark.parametrize("backend", GUIDED_STEP)
+def test_a_guided_step_of_sd1s_structure(unet, backend):
+    counted, _ = guided_step(unet, backend)
+    assert counted.kernels <= GUIDED_STEP[backend], dict(counted.by_name)
+    assert counted.by_name["CustomKernel"] > 100  # norms are ours, and were seen
+
+
+@pytest.mark.parametrize("backend", DECODER)
+def test_the_decoder_of_sd1s_structure(backend):
+    vae = half(AutoencoderKL(VAEConfig(block_out_channels=(32, 64, 128, 128))))
+    prepared = prepare_vae(vae, described_recipe(backend))
+    mx.eval(prepared.parameters())
+    counted = count(prepared.decode, mx.zeros(LATENTS, mx.float16), weights=weights(prepared))
+    assert counted.kernels <= DECODER[backend], dict(counted.by_name)
+
+
+def test_the_published_network_takes_many_times_more(unet):
+    """The control: its norms alone are 61 times a dozen primitives."""
+    latents, context = mx.zeros((2, *LATENTS[1:])), mx.zeros((2, 77, CONTEXT))
+    counted = count(unet, latents, mx.array([10.0, 10.0]), context, weights=weights(unet))
+    assert counted.kernels == PUBLISHED_STEP
+    assert counted.by_name["Convolution"] == 52
+    assert counted.by_name["ScaledDotProductAttention"] == 32
+    assert counted.by_name["LayerNorm"] == 48
+
+
+def test_a_step_reads_each_weight_but_those_of_the_prompt_and_the_time(unet):
+    counted, prepared = guided_step(unet, "cuda", compiles=False)
+    left = [
+        weight.nbytes
+        for name, weight in weights(prepared).items()
+        if name.startswith("time_") or ".kv." in name or name.endswith(".owed")
+    ]
+    every = sum(weight.nbytes for weight in weights(prepared).values())
+    assert len(left) > 16
+    assert counted.weight_bytes == every - sum(left)
+
+
+def test_views_are_not_counted_and_repeated_use_is_counted_once():
+    x, w = mx.ones((4, 6)), mx.ones((6, 6))
+    mx.eval(w)
+
+    def work(x):
+        y = (x @ w).reshape(2, 2, 6).transpose(1, 0, 2)[:, None]
+        return y + y
+
+    counted = count(work, x, weights={"w": w, "unused": mx.ones((50,))})
+    assert counted.by_name == {"Matmul": 1, "Add": 1}
+    assert counted.kernels == 2
+    assert counted.views >= 3
+    assert counted.weight_bytes == w.nbytes
+
+
+def test_a_kernel_with_two_outputs_is_one():
+    with as_on_a_gpu():
+        kernel = mx.fast.metal_kernel(
+            name="two", input_names=["x"], output_names=["a", "b"], source=""
+        )
+
+        def work(x):
+            a, b = kernel(
+                inputs=[x],
+                grid=(1, 1, 1),
+                threadgroup=(1, 1, 1),
+                output_shapes=[(3,), (2, 2)],
+                output_dtypes=[mx.float16, mx.float32],
+            )
+            assert (a.shape, b.shape, a.dtype, b.dtype) == (
+                (3,),
+                (2, 2),
+                mx.float16,
+                mx.float32,
+            )
+            return [a, b]
+
+        assert count(work, mx.ones((5,)), weights={}).by_name == {"CustomKernel": 1}
+
+
+def test_nothing_is_left_behind():
+    before = mx.fast.layer_norm, mx.fast.metal_kernel
+    with pytest.raises(RuntimeError, match="broken"):
+        count(broken, mx.ones((1,)), weights={})
+    assert (mx.fast.layer_norm, mx.fast.metal_kernel) == before
+
+
+def broken(x):
+    raise RuntimeError("broken")
