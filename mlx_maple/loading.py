@@ -30,7 +30,7 @@ from maple_convert.errors import (
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, known_models, twins
 from mlx_maple.engine import quantize as quantizing
-from mlx_maple.engine.low_memory import Reload
+from mlx_maple.engine.low_memory import Reload, set_environment
 from mlx_maple.engine.tiling import in_stripes
 from mlx_maple.hub import Progress
 from mlx_maple.metadata import check_number
@@ -132,6 +132,8 @@ def load(
     name = dtype_name(dtype)
     if quantize is not None and quantize not in quantizing.BITS:
         raise ValueError(f"[load] quantize must be 8 or 4, got {quantize!r}.")
+    if low_memory:
+        set_environment()
 
     def find(what: str | Path | None, variant: str | None) -> _Found:
         return _find(what, name, variant, local_files_only, progress)

@@ -5,14 +5,16 @@ first half, UNet, the autoencoder's second half). Each is loaded when its turn c
 afterwards, which costs reading it again for the next drawing, as a rule from the system's file
 cache.
 
-MLX itself trades memory for speed in three ways, all of them bounded here:
+MLX itself trades memory for speed in four ways, all of them bounded here:
 
 - it keeps freed buffers for reuse: ``mx.set_cache_limit``;
 - it prepares operations before the device has finished those before them, so that the buffers of
   several are alive at once. Above ``mx.set_memory_limit`` it waits for the device instead;
+- on a GPU it hands operations over in batches, up to a hundred at once, and no buffer of a batch is
+  given back before all of it is done: ``MLX_MAX_OPS_PER_BUFFER``, which MLX reads once, before its
+  first work on a GPU;
 - on Metal a Winograd convolution may take three quarters of the device's working set, or of
-  ``MLX_CONV_WINOGRAD_WORKING_SET`` bytes. MLX looks at that at each convolution, and takes another
-  algorithm where the bound is too low for this one.
+  ``MLX_CONV_WINOGRAD_WORKING_SET`` bytes; where that is too little MLX takes another algorithm.
 """
 
 import os
@@ -26,10 +28,23 @@ from mlx.utils import tree_flatten
 
 CACHE_BYTES = 32 << 20  # of freed buffers that MLX may keep
 AHEAD_BYTES = 64 << 20  # beside what is held, before MLX waits for the device
-WINOGRAD_VARIABLE = "MLX_CONV_WINOGRAD_WORKING_SET"
-WINOGRAD_BYTES = 128 << 20
+BATCH = 8  # operations that a GPU is handed at once
+ENVIRONMENT = {
+    "MLX_MAX_OPS_PER_BUFFER": str(BATCH),
+    "MLX_CONV_WINOGRAD_WORKING_SET": str(128 << 20),
+}
 
 Reload = Callable[[], nn.Module]
+
+
+def set_environment() -> None:
+    """Bound what only the environment bounds, but for what the user has set.
+
+    For the whole process, and before its first work on a GPU; afterwards it comes too late for the
+    batches.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 class Networks:
@@ -92,7 +107,6 @@ class Networks:
         if not self._reload:
             yield
             return
-        os.environ.setdefault(WINOGRAD_VARIABLE, str(WINOGRAD_BYTES))
         cache = mx.set_cache_limit(CACHE_BYTES)
         limit = mx.set_memory_limit(self._held_bytes() + AHEAD_BYTES)
         self._is_bounded = True

@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, attend
-from mlx_maple.models import AutoencoderKL
+from mlx_maple.models import AutoencoderKL, VAEConfig
 from mlx_maple.models.layers import GroupNorm
 from mlx_maple.models.resnet import Downsample, ResnetBlock, Upsample, double
 from mlx_maple.models.vae import Decoder, Encoder, MidBlock, PixelAttention
@@ -51,6 +51,59 @@ def in_stripes(
     vae.encoder = StripedEncoder(vae.encoder, work)
     vae.decoder = StripedDecoder(vae.decoder, work)
     return vae
+
+
+def striped_bytes(
+    config: VAEConfig,
+    width: int,
+    height: int,
+    itemsize: int,
+    *,
+    is_encoding: bool,
+    unfolds: bool,
+    stripe_bytes: int = STRIPE_BYTES,
+    score_bytes: int = LOW_MEMORY_SCORE_BYTES,
+) -> int:
+    """The most memory that one picture takes in stripes, beside the weights.
+
+    Args:
+        config: of the autoencoder.
+        width: in pixels.
+        height: in pixels.
+        itemsize: bytes of an activation.
+        is_encoding: the first half; else the second.
+        unfolds: whether convolutions unfold their input in float32, as they do on the CPU.
+        stripe_bytes: as for ``in_stripes``.
+        score_bytes: as for ``in_stripes``.
+    """
+    widths = config.block_out_channels
+    most = 0
+
+    def convolution(pixels: int, inputs: int, outputs: int, maps: int) -> None:
+        """Maps that are held (channels in all), and what a stripe of a convolution needs beside."""
+        nonlocal most
+        stripes = -(-4 * pixels * max(inputs, outputs) // stripe_bytes)
+        stripe = pixels // stripes
+        # As float32: centred and normed. As they are: activated, convolved, with the skip.
+        beside = stripe * (8 * inputs + itemsize * (inputs + 2 * outputs))
+        if stripes == 1:  # the plain layer: nothing is assembled, and one copy made in place
+            beside -= stripe * (4 * inputs + itemsize * outputs)
+        unfolded = 4 * 10 * stripe * inputs if unfolds else 0
+        most = max(most, itemsize * pixels * maps + beside + unfolded)
+
+    for level, channels in enumerate(widths):
+        pixels = width * height // 4**level
+        finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, len(widths) - 1)]
+        before = finer if is_encoding else coarser
+        convolution(pixels, before, channels, before + channels)
+        convolution(pixels, channels, channels, before + 2 * channels)
+        if is_encoding and level < len(widths) - 1:
+            convolution(pixels // 4, channels, channels, 4 * channels + channels)
+        if not is_encoding and level > 0:
+            convolution(4 * pixels, channels, channels, channels // 4 + channels)
+    tokens = width * height // config.downscale**2
+    scores = min(score_bytes, tokens**2 * itemsize)
+    return max(most, tokens * widths[-1] * (6 * itemsize + 4) + 2 * scores)
 
 
 class StripedEncoder(Encoder):

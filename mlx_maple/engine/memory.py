@@ -1,0 +1,530 @@
+"""How much memory a drawing will take, told before it is drawn.
+
+A network's demand is not written down here a second time: the network itself is described at the
+asked size, without weights and without being run, and the description is walked in the order in
+which MLX will work. Each array is counted from the operation that makes it to the last that reads
+it; what sees another array's memory counts for nothing, and what may be made in its place, takes
+it over.
+
+Two things are the backend's: operations that need memory of their own (``_workspace``), and how
+long memory that is no longer needed stays taken. MLX prepares operations before the device has
+done those before them, and lets go of arrays when a batch of operations is done: ``LAG`` says how
+many. The numbers are those of MLX 0.32.4.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_maple.engine import low_memory
+from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, running_backend
+from mlx_maple.engine.count import as_on_a_gpu
+from mlx_maple.engine.kernels import kernels_of
+from mlx_maple.engine.prepare import Recipe, prepare_unet, prepare_vae
+from mlx_maple.engine.quantize import QUANTIZED, as_quantized
+from mlx_maple.engine.tiling import striped_bytes
+from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
+
+# Operations between the last use of an array and its memory's return. On the CPU MLX is a hundred
+# dispatches ahead of the work, two an operation and more; on CUDA (Hopper and later) a graph of 100
+# operations is built before it is run; on Metal a command buffer holds 40 to 50.
+LAG = {"cpu": 48, "cuda": 100, "metal": 50}
+
+TOKENS = 77
+SIZE_STEP = 64  # pixels between the sizes that are tried
+
+# They see their input's memory in another shape, if it lies in order where that matters.
+VIEWS = frozenset(
+    "AsStrided Broadcast BroadcastAxes Depends ExpandDims Slice Split Squeeze StopGradient "
+    "Transpose Unflatten View".split()
+)
+RESHAPES = frozenset({"Reshape", "Flatten"})  # views of what lies in order, copies of the rest
+# Their result may take the place of an input that nobody reads afterwards.
+IN_PLACE = frozenset(
+    "Abs Add ArgReduce AsType Ceil Cos Divide Erf Exp Floor Log Maximum Minimum Multiply Negative "
+    "Power Remainder Round Rsqrt Select Sigmoid Sign Sin SliceUpdate Softmax Sqrt Square Subtract "
+    "Tanh Where Compiled LayerNorm RMSNorm".split()
+)
+
+
+# The plan -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One part of a drawing.
+
+    Attributes:
+        name: "text", "encode", "step" or "decode".
+        weights: bytes of the networks that are in memory.
+        working: bytes beside them, at most.
+    """
+
+    name: str
+    weights: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Bytes in all."""
+        return self.weights + self.working
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A drawing and how a model is loaded for it.
+
+    Attributes:
+        configs: of text_encoder, unet and vae.
+        width: in pixels.
+        height: in pixels.
+        count: pictures at once.
+        guided: whether a negative prompt takes part.
+        from_picture: whether the drawing starts from one.
+        dtype: of weights and activations.
+        bits: of the quantised weights: 8, 4 or None.
+        low_memory: whether only the network in use is held.
+        backend: "metal", "cuda" or "cpu".
+    """
+
+    configs: Mapping[str, Any]
+    width: int
+    height: int
+    count: int = 1
+    guided: bool = True
+    from_picture: bool = False
+    dtype: mx.Dtype = mx.float16
+    bits: int | None = None
+    low_memory: bool = False
+    backend: str = ""
+
+    @property
+    def batch(self) -> int:
+        """Pictures in one call of the UNet."""
+        if self.backend == "cpu":  # one by one, both halves of the guidance together
+            return 2 if self.guided else 1
+        return self.count * (2 if self.guided and not self.low_memory else 1)
+
+
+class Plan:
+    """What a drawing takes.
+
+    Attributes:
+        request: the drawing.
+        components: bytes of each network's weights; the autoencoder's halves apart, as each is
+            read when it is first used.
+        phases: in their order.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request if request.backend else replace(request, backend=running_backend())
+        self._networks = _networks(self.request)
+        self.components = {
+            "text_encoder": _weight_bytes(self._networks["text_encoder"]),
+            "unet": _weight_bytes(self._networks["unet"]),
+            "vae_encoder": _weight_bytes(self._networks["vae"], but="decoder"),
+            "vae_decoder": _weight_bytes(self._networks["vae"], but="encoder"),
+        }
+
+    @cached_property
+    def phases(self) -> list[Phase]:
+        """What each part of the drawing takes, in their order."""
+        request, sizes = self.request, self.components
+        names = ["text", *(["encode"] if request.from_picture else []), "step", "decode"]
+        own = {
+            "text": sizes["text_encoder"],
+            "encode": sizes["vae_encoder"],
+            "step": sizes["unet"],
+            "decode": sizes["vae_decoder"],
+        }
+        held = sum(own[name] for name in names)
+        working = {
+            "text": self._text,
+            "encode": lambda: self._autoencoder(is_encoding=True),
+            "step": self._step,
+            "decode": lambda: self._autoencoder(is_encoding=False),
+        }
+        return [
+            Phase(
+                name=name,
+                weights=own[name] if request.low_memory else held,
+                working=working[name](),
+            )
+            for name in names
+        ]
+
+    @property
+    def peak(self) -> int:
+        """Bytes at most."""
+        return max(phase.total for phase in self.phases)
+
+    def _text(self) -> int:
+        ids = mx.zeros((1, TOKENS), mx.int32)
+        return self._peak("text_encoder", lambda network: lambda ids: network(ids).last, ids)
+
+    def _step(self) -> int:
+        request = self.request
+        config, factor = request.configs["unet"], request.configs["vae"].downscale
+        rows, columns = request.height // factor, request.width // factor
+        latents = mx.zeros((request.batch, rows, columns, config.in_channels), request.dtype)
+        context = mx.zeros((request.batch, TOKENS, config.cross_attention_dim), request.dtype)
+        return self._peak("unet", lambda network: network, latents, mx.zeros((1,)), context)
+
+    def _autoencoder(self, *, is_encoding: bool) -> int:
+        request = self.request
+        config, dtype = request.configs["vae"], request.dtype
+        height, width = request.height, request.width
+        if request.low_memory:
+            return striped_bytes(
+                config,
+                width,
+                height,
+                dtype.size,
+                is_encoding=is_encoding,
+                unfolds=request.backend == "cpu",
+            )
+        if is_encoding:
+            pixels = mx.zeros((1, height, width, config.in_channels), dtype)
+            return self._peak("vae", lambda network: lambda x: network.encode(x).mean, pixels)
+        shape = (1, height // config.downscale, width // config.downscale, config.latent_channels)
+        return self._peak("vae", lambda network: network.decode, mx.zeros(shape, dtype))
+
+    def _peak(self, part: str, call: Callable[[Any], Callable[..., Any]], *inputs: mx.array) -> int:
+        """The most that a network's call takes, whose weights are described as arguments."""
+        network = self._networks[part]
+        parameters = tree_flatten(network.parameters())
+        assert isinstance(parameters, list)
+        names = [name for name, _ in parameters]
+
+        def described(*arrays: mx.array) -> Any:
+            weights = zip(names, arrays[len(inputs) :], strict=True)
+            network.update(tree_unflatten(list(weights)))
+            return call(network)(*arrays[: len(inputs)])
+
+        backend = self.request.backend
+        trace = _Trace(backend)
+        values = [value for _, value in parameters]
+        try:
+            with _as_on(backend):
+                mx.export_function(trace.read, described, *inputs, *values)
+        finally:
+            network.update(tree_unflatten(parameters))
+        if not self.request.low_memory:
+            return trace.peak(LAG[backend])
+        if backend == "cpu":  # which waits where more than the bound would be taken
+            return max(trace.peak(0), min(trace.peak(LAG[backend]), low_memory.AHEAD_BYTES))
+        return trace.peak(low_memory.BATCH)
+
+
+def advice(request: Request, free: int) -> list[tuple[str, int]]:
+    """What would fit into so many bytes: options to add, and what they take.
+
+    From the least change to the greatest; empty where nothing fits.
+    """
+    found: list[tuple[str, int]] = []
+    tried = replace(request, low_memory=True)
+    steps = [("--count 1", replace(request, count=1))] if request.count > 1 else []
+    steps.append(("--low-memory", tried))
+    if request.bits is None:
+        steps += [(f"--low-memory --quantize {b}", replace(tried, bits=b)) for b in (8, 4)]
+    for words, other in steps:
+        if other != request and (peak := Plan(other).peak) <= free:
+            found.append((words, peak))
+            break
+    smaller = _largest(request, free)
+    if smaller is not None:
+        found.append((f"-W {smaller.width} -H {smaller.height}", Plan(smaller).peak))
+    elif not found:
+        least = replace(tried, bits=4 if request.bits is None else request.bits, count=1)
+        smaller = _largest(least, free)
+        if smaller is not None:
+            bits = "" if request.bits else " --quantize 4"
+            words = f"--low-memory{bits} -W {smaller.width} -H {smaller.height}"
+            found.append((words, Plan(smaller).peak))
+    return found
+
+
+def _largest(request: Request, free: int) -> Request | None:
+    """The same drawing at the largest smaller size that fits, of about the same proportions."""
+    longer = max(request.width, request.height)
+    low, high, best = 1, (longer - 1) // SIZE_STEP, None
+    while low <= high:
+        middle = (low + high) // 2
+        scale = middle * SIZE_STEP / longer
+        width, height = (max(8, int(n * scale) // 8 * 8) for n in (request.width, request.height))
+        tried = replace(request, width=width, height=height)
+        if Plan(tried).peak <= free:
+            best, low = tried, middle + 1
+        else:
+            high = middle - 1
+    return best
+
+
+def _networks(request: Request) -> dict[str, Any]:
+    """The networks of a request, made ready as they will be, with no weights in them."""
+    classes = {"text_encoder": CLIPTextEncoder, "unet": UNet, "vae": AutoencoderKL}
+    found: dict[str, Any] = {}
+    for part, make in classes.items():
+        network = make(request.configs[part])
+        network.set_dtype(request.dtype)
+        if request.bits is not None and part in QUANTIZED:
+            as_quantized(network, request.bits)
+            network.set_dtype(request.dtype)
+        found[part] = network
+    if request.backend != "cpu":
+        recipe = _recipe(request)
+        found["unet"] = prepare_unet(found["unet"], recipe)
+        if not request.low_memory:
+            found["vae"] = prepare_vae(found["vae"], recipe)
+    return found
+
+
+def _recipe(request: Request) -> Recipe:
+    """How the networks are made ready: as they are here, or would be on another backend."""
+    if request.backend == running_backend():
+        recipe = Recipe.usual(request.dtype)
+    else:
+        with _as_on(request.backend):
+            recipe = replace(
+                Recipe.usual(request.dtype, backend=request.backend),
+                kernels=kernels_of(request.backend),
+            )
+    return replace(recipe, score_bytes=LOW_MEMORY_SCORE_BYTES) if request.low_memory else recipe
+
+
+@contextmanager
+def _as_on(backend: str) -> Iterator[None]:
+    """Describe fused operations as the one operation that they are on a GPU, wherever this is."""
+    if backend in ("cpu", running_backend()):
+        yield
+        return
+    with as_on_a_gpu():
+        # Each of a kernel's results takes memory of its own, which counting it as one does not say.
+        for name in ("cuda_kernel", "metal_kernel"):
+            setattr(mx.fast, name, lambda **making: _kernel)
+        yield
+
+
+def _kernel(
+    *,
+    inputs: Sequence[Any],
+    output_shapes: Sequence[Sequence[int]],
+    output_dtypes: Sequence[mx.Dtype],
+    **options: Any,
+) -> list[mx.array]:
+    arrays = [each for each in inputs if isinstance(each, mx.array)]
+    zero = mx.depends([mx.zeros(())], arrays)[0] if arrays else mx.zeros(())
+    shapes = zip(output_shapes, output_dtypes, strict=True)
+    return [mx.erfinv(mx.broadcast_to(zero.astype(dtype), tuple(shape))) for shape, dtype in shapes]
+
+
+def _weight_bytes(network: nn.Module, but: str = "") -> int:
+    """Bytes of a network's weights, but for those below one name."""
+    found = tree_flatten(network.parameters())
+    assert isinstance(found, list)
+    return sum(value.nbytes for name, value in found if not but or not name.startswith(f"{but}."))
+
+
+# What a call takes --------------------------------------------------------------------------------
+
+
+def peak_of(
+    function: Callable[..., Any],
+    *inputs: mx.array,
+    backend: str | None = None,
+    lag: int | None = None,
+) -> int:
+    """The most memory, in bytes, that a call takes beside its inputs and what it captures.
+
+    Args:
+        function: of arrays, to one or several arrays; it must not evaluate.
+        inputs: arrays of the shapes and types in question; they need no values.
+        backend: that it will run on; None is the one that runs.
+        lag: operations until memory returns; None is the backend's.
+    """
+    backend = running_backend() if backend is None else backend
+    trace = _Trace(backend)
+    mx.export_function(trace.read, function, *inputs)
+    return trace.peak(LAG[backend] if lag is None else lag)
+
+
+@dataclass(eq=False)
+class _Buffer:
+    """Memory that arrays share.
+
+    Attributes:
+        nbytes: how much.
+        last: the number of the last operation that reads it.
+        is_ours: whether the call takes it; else it was there before.
+    """
+
+    nbytes: int
+    last: int = -1
+    is_ours: bool = True
+
+
+@dataclass
+class _Array:
+    """An array: whose memory it sees, and whether that lies in the array's own order."""
+
+    buffer: _Buffer
+    shape: tuple[int, ...]
+    in_order: bool = True
+
+
+@dataclass
+class _Operation:
+    name: str
+    inputs: list[_Array]
+    outputs: list[_Array]
+    workspace: int
+
+    @property
+    def is_view(self) -> bool:
+        return all(each.buffer in [i.buffer for i in self.inputs] for each in self.outputs)
+
+
+class _Trace:
+    """The description of a call, as ``mx.export_function`` tells it."""
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+        self._arrays: dict[str, _Array] = {}
+        self._operations: list[_Operation] = []
+        self._results: list[str] = []
+
+    def read(self, entry: Mapping[str, Any]) -> None:
+        """Take in one part of it."""
+        kind = entry["type"]
+        if kind == "inputs":
+            for name, shape, dtype in entry["inputs"]:
+                self._arrays[name] = _Array(_Buffer(_nbytes(shape, dtype), is_ours=False), shape)
+        elif kind == "constants":
+            for name, array in entry["constants"]:
+                shape = tuple(array.shape)
+                self._arrays[name] = _Array(_Buffer(array.nbytes, is_ours=False), shape)
+        elif kind == "outputs":
+            self._results = [name for name, _, _ in entry["outputs"]]
+        elif kind == "primitive":
+            self._operation(entry)
+
+    def _operation(self, entry: Mapping[str, Any]) -> None:
+        name, number = entry["name"], len(self._operations)
+        inputs = [self._arrays[each[0]] for each in entry["inputs"]]
+        outputs = [
+            self._output(name, inputs, i, tuple(shape), dtype)
+            for i, (_, shape, dtype) in enumerate(entry["outputs"])
+        ]
+        for each in (*inputs, *outputs):
+            each.buffer.last = number
+        for (key, _, _), array in zip(entry["outputs"], outputs, strict=True):
+            self._arrays[key] = array
+        workspace = _workspace(self._backend, name, entry["inputs"], entry["outputs"])
+        self._operations.append(_Operation(name, inputs, outputs, workspace))
+
+    @staticmethod
+    def _output(
+        name: str, inputs: list[_Array], i: int, shape: tuple[int, ...], dtype: mx.Dtype
+    ) -> _Array:
+        if name in VIEWS or (name in RESHAPES and inputs[0].in_order):
+            source = inputs[i] if name == "Depends" else inputs[0]
+            return _Array(
+                source.buffer, shape, source.in_order and _keeps_order(name, source, shape)
+            )
+        return _Array(_Buffer(_nbytes(shape, dtype)), shape)
+
+    def peak(self, lag: int) -> int:
+        """The most that is taken at any time, if memory returns ``lag`` operations late."""
+        end = len(self._operations)
+        for name in self._results:
+            self._arrays[name].buffer.last = end
+        taken = most = clock = 0
+        returns: dict[int, int] = {}  # what the clock shows to the bytes that are back by then
+        merged: dict[_Buffer, _Buffer] = {}  # what was made in place, and whose place it was
+
+        def root(buffer: _Buffer) -> _Buffer:
+            while buffer in merged:
+                buffer = merged[buffer]
+            return buffer
+
+        counted: set[_Buffer] = set()
+        for number, operation in enumerate(self._operations):
+            # A GPU is handed no views; on the CPU they are dispatched like all the rest.
+            if self._backend == "cpu" or not operation.is_view:
+                clock += 1
+                taken -= returns.pop(clock, 0)
+            dying = [
+                buffer
+                for each in operation.inputs
+                if (buffer := root(each.buffer)).last == number and buffer.is_ours
+            ]
+            for each in operation.outputs:
+                if each.buffer in counted or not each.buffer.is_ours or each.buffer in dying:
+                    continue
+                counted.add(each.buffer)
+                place = None
+                if operation.name in IN_PLACE or operation.name.startswith("Compiled"):
+                    place = next((b for b in dying if b.nbytes == each.buffer.nbytes), None)
+                if place is not None:
+                    dying.remove(place)
+                    place.last = each.buffer.last
+                    merged[each.buffer] = place
+                    each.buffer.last = -1
+                else:
+                    taken += each.buffer.nbytes
+            most = max(most, taken + operation.workspace)
+            back = sum(b.nbytes for b in dying if b.last == number) + operation.workspace
+            taken += operation.workspace
+            if back:
+                later = clock + 1 + lag
+                returns[later] = returns.get(later, 0) + back
+        return most
+
+
+def _keeps_order(name: str, source: _Array, shape: tuple[int, ...]) -> bool:
+    """Whether a view still lies in its own order."""
+    before = source.shape
+    if name == "Transpose":
+        return [n for n in before if n != 1] == [n for n in shape if n != 1] and (
+            sum(n != 1 for n in before) < 2
+        )
+    if name in ("Broadcast", "BroadcastAxes"):
+        return _size(before) == _size(shape)
+    if name in ("Slice", "Split", "AsStrided"):
+        if _size(before) == _size(shape):
+            return True
+        axis = next(i for i, (a, b) in enumerate(zip(before, shape, strict=False)) if a != b)
+        return all(n == 1 for n in before[:axis])
+    return True
+
+
+Described = Sequence[tuple[str, Sequence[int], mx.Dtype]]
+
+
+def _workspace(backend: str, name: str, inputs: Described, outputs: Described) -> int:
+    """Memory that an operation takes for itself."""
+    if name == "Convolution" and backend == "cpu":
+        # The CPU's convolution pads its input and unfolds it, both in float32, for one product.
+        (_, source, _), (_, weight, dtype) = inputs[:2]
+        _, out, _ = outputs[0]
+        unfolded = 4 * _size(out[:-1]) * _size(weight[1:])
+        copied = 0 if dtype == mx.float32 else 4 * (_size(weight) + _size(out))
+        return unfolded + 4 * _size(source) + copied
+    return 0
+
+
+def _size(shape: Sequence[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count
+
+
+def _nbytes(shape: Sequence[int], dtype: mx.Dtype) -> int:
+    return _size(shape) * dtype.size
