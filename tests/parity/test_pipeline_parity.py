@@ -2,9 +2,8 @@
 
 The first part draws the six pictures that came with the model (diffusers, DDIM, float32); the rest
 runs diffusers' pipelines live: samplers, seeds, batches, sizes, img2img and inpainting; for karras
-it runs k-diffusion over diffusers' UNet. Bars: latents' cosine 0.9999, pictures 40 dB PSNR; and,
-because a timestep that is off by one still passes those, latents within 0.002. Each control breaks
-one thing that ports get wrong and must miss a bar.
+it runs k-diffusion over diffusers' UNet. The bars are picture_parity's. Each control breaks one
+thing that ports get wrong and must miss a bar.
 """
 
 import sys
@@ -18,7 +17,18 @@ import numpy as np
 import pytest
 import torch
 from diffusers.image_processor import VaeImageProcessor
-from PIL import Image, ImageDraw
+from picture_parity import (
+    compare,
+    decoded,
+    figures,
+    hole,
+    nchw,
+    network,
+    passes,
+    photo,
+    unit_noise,
+)
+from PIL import Image
 
 import mlx_maple
 from mlx_maple import images, pipeline
@@ -37,8 +47,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]
 
-COSINE, PSNR, ERROR = 0.9999, 40.0, 0.002
-BAR = f"cosine >= {COSINE}, PSNR > {PSNR:g} dB, max <= {ERROR}"
 PROMPT, NEGATIVE = "a blue maple leaf on a yellow background", "a red rocket"
 USUAL = {"width": 128, "height": 128, "steps": 10, "guidance_scale": 5}
 THEIRS = {"width": 128, "height": 128, "num_inference_steps": 10, "guidance_scale": 5}
@@ -69,68 +77,10 @@ def reference(trial):
     return np.load(trial / "reference" / "ddim20_cfg5_torch_fp32.npz")
 
 
-def cosine(ours, theirs) -> float:
-    a, b = (np.asarray(array, np.float64).ravel() for array in (ours, theirs))
-    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
-
-
-def psnr(ours, theirs) -> float:
-    a, b = (np.asarray(image, np.float64) for image in (ours, theirs))
-    return float(10 * np.log10(255**2 / max(np.square(a - b).mean(), 1e-6)))
-
-
-def figures(result, latents, pictures) -> dict[str, float]:
-    """The worst of a result's pictures against the reference's."""
-    return {
-        "max_error": float(np.abs(result.latents - latents).max()),
-        "cosine": min(cosine(a, b) for a, b in zip(result.latents, latents, strict=True)),
-        "psnr": min(psnr(a, b) for a, b in zip(result.images, pictures, strict=True)),
-    }
-
-
-def passes(found: dict[str, float]) -> bool:
-    is_close = found["cosine"] >= COSINE and found["max_error"] <= ERROR
-    return is_close and found["psnr"] > PSNR
-
-
-def compare(record, name: str, result, latents, pictures) -> None:
-    found = figures(result, latents, pictures)
-    record(name, **found, bar=BAR)
-    assert passes(found), f"{name}: {found}"
-
-
-def nchw(array) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(np.asarray(array), -1, 1)))
-
-
 def theirs(pipeline, **arguments) -> tuple[np.ndarray, list[Image.Image]]:
     """A diffusers pipeline's final latents (n, h, w, 4) and its pictures of them."""
     latents = pipeline(output_type="latent", **arguments).images
     return np.moveaxis(latents.numpy(), 1, -1), decoded(pipeline, latents)
-
-
-def decoded(pipeline, latents: torch.Tensor) -> list[Image.Image]:
-    pixels = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample
-    return pipeline.image_processor.postprocess(pixels.detach(), output_type="pil")
-
-
-def unit_noise(seed: int, count: int = 1, height: int = 16, width: int = 16) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal((count, height, width, 4), np.float32)
-
-
-def photo() -> Image.Image:
-    """A picture that the model can encode well enough: shapes in plain colours."""
-    image = Image.new("RGB", (128, 128), (250, 220, 40))
-    draw = ImageDraw.Draw(image)
-    draw.ellipse((20, 30, 90, 100), fill=(200, 40, 30))
-    draw.rectangle((70, 60, 118, 118), fill=(30, 90, 200))
-    return image
-
-
-def hole() -> Image.Image:
-    mask = Image.new("L", (128, 128), 0)
-    ImageDraw.Draw(mask).ellipse((40, 40, 110, 120), fill=255)
-    return mask
 
 
 def argmax(pipeline):
@@ -247,21 +197,6 @@ LIVE = {  # every deterministic sampler, with a schedule of each reference
 def test_every_deterministic_sampler_is_live():
     plans = {name: make_plan(NoiseSchedule.from_betas(), name) for name in SAMPLERS}
     assert set(LIVE) == {name for name, plan in plans.items() if not plan.draws}
-
-
-def network(pipe, prompt: str, negative: str, scale: float):
-    """diffusers' UNet under guidance: (latents at its scale, timestep) to a prediction."""
-    wanted, avoided = pipe.encode_prompt(prompt, "cpu", 1, True, negative)
-    context = torch.cat([avoided, wanted])
-
-    def call(x, t):
-        both = torch.cat([x, x]).float()
-        times = torch.full((len(both),), t, dtype=torch.float32)
-        contexts = context.repeat_interleave(len(x), 0)
-        low, high = pipe.unet(both, times, contexts).sample.chunk(2)
-        return (low + scale * (high - low)).to(x.dtype)
-
-    return call
 
 
 @pytest.mark.parametrize(

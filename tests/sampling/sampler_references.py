@@ -152,7 +152,7 @@ def run_diffusers(
     ``noise`` in float64 makes the timestep family compute in it (others are float32 inside).
     ``model`` takes (torch latents at the network's scale, timestep) and gives the raw prediction;
     ``draws`` are the arrays of step noise; ``blend(latents, known)`` is the inpainting pipeline's
-    mix after each step, where ``known`` is ``clean`` noised to the following level.
+    mix after each call, where ``known`` is ``clean`` noised to the following level.
     """
     dtype = torch.from_numpy(noise).dtype
     scheduler = scheduler_for(sampler, schedule, alphas_cumprod, prediction, dtype)
@@ -200,16 +200,16 @@ def run_diffusers(
             out = model(scheduler.scale_model_input(x, t), float(t))
             result = scheduler.step(out, t, x, **settings)
             x = result.prev_sample
-            if order == 2 and call % 2 == 0 and call < len(timesteps) - 1:
-                continue
-            if call in skip:
-                continue
             if blend is not None:
                 known = torch.from_numpy(clean)
                 if call < len(timesteps) - 1:
                     following = timesteps[call + 1 : call + 2]
                     known = scheduler.add_noise(known, torch.from_numpy(noise), following)
                 x = blend(x, known)
+            if order == 2 and call % 2 == 0 and call < len(timesteps) - 1:
+                continue
+            if call in skip:
+                continue
             run.steps.append(ours(x, len(run.steps) + 1))
     return run
 
@@ -251,8 +251,14 @@ def run_k_diffusion(
     clean=None,
     scale=None,
     eta=None,
+    blend=None,
+    kept=None,
 ):
-    """Run a k-diffusion sampler in float64 over ``sigmas``, as A1111 does."""
+    """Run a k-diffusion sampler in float64 over ``sigmas``, as A1111 does.
+
+    ``blend(latents, known)`` mixes in ``kept``, the clean latents of inpainting, noised to the
+    level of each call but the first.
+    """
     run = Run(start=np.zeros(0), sigmas=np.array(sigmas, dtype=np.float64))
     wrap = (
         k_external.DiscreteVDDPMDenoiser
@@ -267,9 +273,17 @@ def run_k_diffusion(
     with float64(), torch.no_grad():
         levels = torch.tensor(sigmas, dtype=torch.float64)
         denoiser = wrap(told, torch.tensor(alphas_cumprod, dtype=torch.float64), quantize=False)
-        x = torch.from_numpy(noise).double() * (levels[0] if scale is None else scale)
+        unit = torch.from_numpy(noise).double()
+
+        def seen(x, sigma):
+            """Written into the sampler's own latents: it has no other way in between its steps."""
+            if blend is not None and run.timesteps:
+                x.copy_(blend(x, torch.from_numpy(kept).double() + sigma[0] * unit))
+            return denoiser(x, sigma)
+
+        x = unit * (levels[0] if scale is None else scale)
         if clean is not None:
-            x = torch.from_numpy(clean).double() + torch.from_numpy(noise).double() * levels[0]
+            x = torch.from_numpy(clean).double() + unit * levels[0]
         run.start = x.numpy().copy()
         queue = iter(draws)
         function = getattr(k_sampling, K_DIFFUSION[sampler])
@@ -285,10 +299,12 @@ def run_k_diffusion(
             run.denoised.append(info["denoised"].numpy().copy())
 
         try:
-            final = function(denoiser, x, levels, callback=note, disable=True, **options).numpy()
+            final = function(seen, x, levels, callback=note, disable=True, **options).numpy()
         except UnboundLocalError:  # one step of an SDE multistep sampler: it has x, and stumbles
             assert len(sigmas) == 2 and sampler in ("dpmpp_2m_sde", "dpmpp_3m_sde")
             final = run.denoised[-1]
+        if blend is not None:
+            final = blend(torch.from_numpy(final), torch.from_numpy(kept).double()).numpy()
         run.steps = [*begun[1:], final]
     return run
 
