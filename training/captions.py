@@ -218,7 +218,8 @@ def hold_out(catalogue: Catalogue, seed: int = 20) -> tuple[set, set]:
 
     Returns:
         100 pairs (emoji, colour), never drawn on any background; and 200 triples (emoji, colour,
-        background) never drawn together, 100 of which repeat a held-out pair.
+        background) never drawn together, 100 of which repeat a held-out pair. Of a small catalogue
+        one triple an emoji, and half as many pairs.
     """
     rng = random.Random(seed)
     able = [
@@ -232,13 +233,13 @@ def hold_out(catalogue: Catalogue, seed: int = 20) -> tuple[set, set]:
     rng.shuffle(able)
     pairs: list[tuple[int, int]] = []
     triples: list[tuple[int, int, int]] = []
-    for i in range(200):
-        emoji = able[i % len(able)]
+    count = min(200, len(able))
+    for i, emoji in enumerate(able[:count]):
         colour = rng.choice(catalogue.icons[catalogue.default_icon(emoji)]["recolours"])
         near = TOO_CLOSE.get(COLOURS[colour], (COLOURS[colour],))
         background = rng.choice([b for b in range(12) if BACKGROUNDS[b][0] not in near])
         triples.append((emoji, colour, background))
-        if i < 100:
+        if i < count // 2:
             pairs.append((emoji, colour))
     return set(pairs), set(triples)
 

@@ -33,7 +33,12 @@ PRESETS = {
             "layers_per_block": 1,
             "norm_num_groups": 32,
         },
-        "unet": {"block_out_channels": (96, 128, 64, 32), "norm_num_groups": 32, "heads": 8},
+        "unet": {
+            "block_out_channels": (96, 128, 64, 32),
+            "layers_per_block": 2,
+            "norm_num_groups": 32,
+            "heads": 8,
+        },
         "text": {"width": 128, "layers": 3, "heads": 2},
     },
     "tiny": {
@@ -42,8 +47,13 @@ PRESETS = {
             "layers_per_block": 1,
             "norm_num_groups": 8,
         },
-        "unet": {"block_out_channels": (16, 16, 8, 8), "norm_num_groups": 8, "heads": 4},
-        "text": {"width": 16, "layers": 1, "heads": 2},
+        "unet": {
+            "block_out_channels": (32, 24),
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "heads": 4,
+        },
+        "text": {"width": 32, "layers": 1, "heads": 2},
     },
 }
 PART_BYTES = 15 * 2**20  # a run's results travel in files of at most 16 MiB
@@ -89,10 +99,11 @@ def make_unet(preset: str) -> nn.Module:
 
     sizes = dict(PRESETS[preset]["unet"])
     heads = sizes.pop("heads")
+    attending = len(sizes["block_out_channels"]) - 1  # levels; the coarsest has no transformers
     return UNet2DConditionModel(
-        sample_size=16, in_channels=4, out_channels=4, layers_per_block=2, attention_head_dim=heads,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        sample_size=16, in_channels=4, out_channels=4, attention_head_dim=heads,
+        down_block_types=("CrossAttnDownBlock2D",) * attending + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attending,
         cross_attention_dim=PRESETS[preset]["text"]["width"], **sizes,
     )  # fmt: skip
 
@@ -152,11 +163,9 @@ class Captioner:
         return ids + [tok.eos] * (LENGTH - len(ids))
 
 
-def _produce(folder: str, seed: int, kind: str, size: int, keep: int, queue) -> None:
+def _produce(folder: str, seed: int, kind: str, size: int, queue) -> None:
     """A worker's loop: batches of scene rows and caption ids, for ever."""
     catalogue = Catalogue(folder)
-    if keep:
-        catalogue.weights[keep:] = [0.0] * (len(catalogue.weights) - keep)
     sampler, captioner = Sampler(catalogue, seed), Captioner(folder, catalogue)
     while True:
         rows = np.empty((size, ROW), np.float32)
@@ -174,16 +183,14 @@ def _produce(folder: str, seed: int, kind: str, size: int, keep: int, queue) -> 
 class Feed:
     """Scenes from worker processes, in an order that does not depend on their speed."""
 
-    def __init__(
-        self, folder: str | Path, kind: str, size: int, workers: int, seed: int, keep: int = 0
-    ) -> None:
+    def __init__(self, folder: str | Path, kind: str, size: int, workers: int, seed: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._queues = [context.Queue(4) for _ in range(workers)]
         self._turn = 0
         self._workers = [
             context.Process(
                 target=_produce,
-                args=(str(folder), 1000 * seed + i, kind, size, keep, q),
+                args=(str(folder), 1000 * seed + i, kind, size, q),
                 daemon=True,
             )
             for i, q in enumerate(self._queues)
@@ -288,13 +295,13 @@ def _matrix(x: Tensor) -> Tensor:
 
 
 class Twin:
-    """A bfloat16 copy that computes, beside the float32 weights that learn."""
+    """A half-precision copy that computes, beside the float32 weights that learn."""
 
-    def __init__(self, module: nn.Module, device: str) -> None:
+    def __init__(self, module: nn.Module, device: str, dtype: torch.dtype = torch.bfloat16) -> None:
         self.live = list(module.parameters())
         self.net = copy.deepcopy(module)
         if device == "cuda":
-            self.net = self.net.bfloat16()
+            self.net = self.net.to(dtype)
         self.copies = list(self.net.parameters())
 
     @torch.no_grad()
@@ -307,6 +314,40 @@ class Twin:
         """Give the float32 weights their gradients."""
         for live, copied in zip(self.live, self.copies, strict=True):
             live.grad = torch.zeros_like(live) if copied.grad is None else copied.grad.float()
+
+
+class Replay:
+    """A computation over fixed buffers, on a GPU recorded once as a CUDA graph and replayed.
+
+    `work` returns a tensor and leaves gradients; `forget` drops them before a plain run.
+    """
+
+    def __init__(self, work: Callable[[], Tensor], forget: Callable[[], None]) -> None:
+        self.work, self.forget = work, forget
+        self.graph = None
+        self.result = torch.zeros(())
+
+    def record(self) -> None:
+        """Warm up and capture."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.forget()
+                self.work()
+        torch.cuda.current_stream().wait_stream(side)
+        self.forget()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.result = self.work()
+
+    def __call__(self) -> Tensor:
+        """Compute once; the result's buffer is the same every time on a GPU."""
+        if self.graph is None:
+            self.forget()
+            return self.work()
+        self.graph.replay()
+        return self.result
 
 
 class Average:

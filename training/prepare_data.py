@@ -239,13 +239,22 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, required=True)
     parser.add_argument("--clip", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these emoji and no others")
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=STYLES)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    emoji = words_for(args.packages, chosen_emoji(args.packages))
+    chosen = chosen_emoji(args.packages)
+    if args.only:
+        if strange := set(args.only) - {name for _, name, _ in chosen}:
+            parser.error(f"no emoji is called {sorted(strange)}")
+        chosen = [item for item in chosen if item[1] in args.only]
+    emoji = words_for(args.packages, chosen)
 
     jobs, owners = [], []
     flat_names = json.loads((args.packages / ART[2][1] / "chars.json").read_text())
     for style, folder in ART:
+        if style not in args.styles:
+            continue
         art = json.loads((args.packages / folder / "icons.json").read_text())
         names = json.loads((args.packages / folder / "chars.json").read_text()) or flat_names
         for index, item in enumerate(emoji):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from common import SCALING_FACTOR, SCHEDULE
+from lora import merge_file
 from render import SIZE
 from torch import Tensor, nn
 from vocabulary import Tokenizer
@@ -38,14 +39,16 @@ class Model:
     tokenizer: Tokenizer
 
     @classmethod
-    def from_folder(cls, folder: Path, device: str) -> Model:
-        """A diffusers folder."""
+    def from_folder(cls, folder: Path, device: str, lora: Path | None = None) -> Model:
+        """A diffusers folder; `lora` is a file of differences for its UNet."""
         from diffusers import AutoencoderKL, UNet2DConditionModel
         from transformers import CLIPTextModel
 
         text = CLIPTextModel.from_pretrained(folder / "text_encoder")
         unet = UNet2DConditionModel.from_pretrained(folder / "unet")
         vae = AutoencoderKL.from_pretrained(folder / "vae")
+        if lora:
+            merge_file(unet.float(), lora)
         nets = [net.float().eval().requires_grad_(False).to(device) for net in (text, unet, vae)]
         return cls(*nets, Tokenizer.from_folder(folder / "tokenizer"))
 
@@ -64,18 +67,17 @@ class Model:
         self, prompts: list[str], guidance: float = 5.0, steps: int = 20, seed: int = 0,
         scheduler: str = "ddim", batch: int = 256,
     ) -> Tensor:  # fmt: skip
-        """(B, 3, 128, 128) in [-1, 1]; picture i starts from the noise of seed + i."""
+        """(B, 3, 128, 128) in [-1, 1]; picture i takes all its noise from seed + i."""
         pictures = []
         for first in range(0, len(prompts), batch):
             some = prompts[first : first + batch]
             plan = _scheduler(scheduler)
             plan.set_timesteps(steps)
-            noise = [
-                torch.randn(
-                    4, SIZE // 8, SIZE // 8, generator=torch.Generator().manual_seed(seed + i)
-                )
-                for i in range(first, first + len(some))
+            sources = [
+                torch.Generator().manual_seed(seed + i) for i in range(first, first + len(some))
             ]
+            noise = [torch.randn(4, SIZE // 8, SIZE // 8, generator=g) for g in sources]
+            extra = {"generator": sources} if scheduler == "lcm" else {}
             x = torch.stack(noise).to(self.device) * plan.init_noise_sigma
             context = self.encode(some)
             if guidance != 1:
@@ -89,7 +91,7 @@ class Model:
                 if guidance != 1:
                     plain, steered = noise_now.chunk(2)
                     noise_now = plain + guidance * (steered - plain)
-                x = plan.step(noise_now, t, x).prev_sample
+                x = plan.step(noise_now, t, x, **extra).prev_sample
             pictures.append(self.vae.decode((x / SCALING_FACTOR).to(context.dtype)).sample.float())
         return torch.cat(pictures)
 

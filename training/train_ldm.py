@@ -27,6 +27,7 @@ from common import (
     Captioner,
     Feed,
     Muon,
+    Replay,
     Twin,
     autocast,
     half,
@@ -122,36 +123,18 @@ class Denoising:
         self.t = torch.zeros(batch, dtype=torch.long, device=device)
         self.context = torch.randn(batch, 77, width, device=device, dtype=dtype, requires_grad=True)
         self.weights = torch.ones(batch, device=device)
-        self.figures = torch.zeros(2, device=device)
-        self.graph = None
+        self.replay = Replay(self._run, self._forget)
 
-    def _run(self) -> None:
+    def _run(self) -> Tensor:
         guess = self.net(self.x, self.t, self.context).sample.float()
         each = (guess - self.noise).square().mean((1, 2, 3))
         loss = (each * self.weights).mean()
         loss.backward()
-        self.figures = torch.stack([loss, each.mean()]).detach()
+        return torch.stack([loss, each.mean()]).detach()
 
     def _forget(self) -> None:
         self.net.zero_grad(set_to_none=True)
         self.context.grad = None
-
-    def prepare(self, capture: bool) -> None:
-        """Run once or thrice to warm up; capture if asked."""
-        if not capture:
-            self._run()
-            return
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self._forget()
-                self._run()
-        torch.cuda.current_stream().wait_stream(side)
-        self._forget()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self._run()
 
     def __call__(
         self, x: Tensor, t: Tensor, context: Tensor, noise: Tensor, weights: Tensor
@@ -163,12 +146,7 @@ class Denoising:
                 (self.weights, weights),
             ):  # fmt: skip
                 buffer.copy_(value)
-        if self.graph is None:
-            self._forget()
-            self._run()
-        else:
-            self.graph.replay()
-        return self.figures, self.context.grad
+        return self.replay(), self.context.grad
 
 
 def text_weights(text: nn.Module, captioner: Captioner) -> dict[str, Tensor]:
@@ -197,7 +175,6 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=65536, help="pictures encoded before training")
     parser.add_argument("--refresh", type=int, default=8, help="steps between two refills")
     parser.add_argument("--workers", type=int, default=10)
-    parser.add_argument("--keep", type=int, default=0, help="draw only the first emoji")
     parser.add_argument("--last", action="store_true", help="end the schedule with this run")
     parser.add_argument("--plain", action="store_true", help="no CUDA graph")
     parser.add_argument("--seed", type=int, default=3)
@@ -212,7 +189,7 @@ def main() -> None:
     device = setup(args.seed + len(facts["runs"]))
     gpu = device == "cuda"
     seed = args.seed + 100 * len(facts["runs"])
-    feed = Feed(args.data, "captioned", min(512, args.batch), args.workers, seed, args.keep)
+    feed = Feed(args.data, "captioned", min(512, args.batch), args.workers, seed)
     catalogue = Catalogue(args.data)
     captioner = Captioner(args.data, catalogue)
     render = Renderer(args.data, catalogue, device)
@@ -294,7 +271,8 @@ def main() -> None:
     log(f"{pool.filled} latents in {time.monotonic() - begin:.0f} s, std",
         pool.moments[: pool.filled, :4].float().std((0, 2, 3)).tolist())  # fmt: skip
     begin = time.monotonic()
-    task.prepare(capture=gpu and not args.plain)
+    if gpu and not args.plain:
+        task.replay.record()
     log(f"ready after {time.monotonic() - begin:.0f} s")
 
     start_step, begin = step, time.monotonic()

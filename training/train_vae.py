@@ -96,13 +96,13 @@ def main() -> None:
     parser.add_argument("--kl", type=float, default=1e-3)
     parser.add_argument("--pool", type=int, default=24576)
     parser.add_argument("--workers", type=int, default=8)
-    parser.add_argument("--keep", type=int, default=0, help="draw only the first emoji")
+    parser.add_argument("--plain", action="store_true", help="no compiler")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     device = setup(args.seed)
     gpu = device == "cuda"
-    feed = Feed(args.data, "mixed", args.batch, args.workers, args.seed, args.keep)
+    feed = Feed(args.data, "mixed", args.batch, args.workers, args.seed)
     catalogue = Catalogue(args.data)
     render = Renderer(args.data, catalogue, device)
     log(len(catalogue.icons), "icons on the device")
@@ -140,7 +140,7 @@ def main() -> None:
         loss.backward()
         optimiser.zero_grad()
 
-    run = compiled(task, device, trial)
+    run = task if args.plain else compiled(task, device, trial)
     log(f"first step after {time.monotonic() - begin:.0f} s")
 
     history: list[list[float]] = []
