@@ -5,7 +5,7 @@
 Float16, random weights, one network after the other on the same card in one run. Every rival has a
 process of its own. A figure is the median of 20 calls that were each waited for, after 5 that were
 not counted; `in a row` is the time a call takes when 20 are made without a wait between them. The
-cases are those of mlx_maple/cli/_bench_worker.py, and `start`: a process on a converted folder of
+cases are those of mlx_maple/cli/_bench_cases.py, and `start`: a process on a converted folder of
 SD 1.5's size, from its start to the first step begun, with the files in the page cache.
 
 Results are kept in one JSON file: a run replaces the rows of the same device, rival and case, and
@@ -176,7 +176,7 @@ def prebuild(args: argparse.Namespace, cases: list[str]) -> None:
 def mlx_examples(checkout: Path, args: argparse.Namespace) -> None:
     """Time the networks of a checkout's stable_diffusion folder: a line of JSON for each case."""
     sys.path[:0] = [str(ROOT), str(ROOT / "convert")]
-    from mlx_maple.cli._bench_worker import Case  # first: it preloads a CPU's matrix library
+    from mlx_maple.cli._bench_cases import Case  # first: it preloads a CPU's matrix library
 
     import mlx.core as mx  # isort: skip
 

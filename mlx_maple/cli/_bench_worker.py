@@ -1,13 +1,4 @@
-"""One process's measurements for `maple bench`: cases by name, a line of JSON for each.
-
-A case is written KIND-SIZE-bBATCH, as in unet-512-b2; size (512) and batch (1) may be left out.
-
-unet    the UNet's part of a step: two pictures in a batch for each that is drawn with guidance
-vae     decoding latents to a picture of SIZE by SIZE pixels
-text    a prompt and a negative prompt
-image   a whole picture: text, 20 guided steps of dpmpp_2m, decoding, a PIL image
-start   from the start of this process to the first step begun; alone in its process
-"""
+"""One process's measurements for `maple bench`: cases by name, a line of JSON for each."""
 
 import os
 import time
@@ -18,7 +9,6 @@ BEGUN = float(os.environ.get("MAPLE_BENCH_BEGUN") or time.time())
 
 import argparse  # noqa: E402
 import json  # noqa: E402
-import re  # noqa: E402
 import statistics  # noqa: E402
 from collections.abc import Callable  # noqa: E402
 from dataclasses import dataclass  # noqa: E402
@@ -26,9 +16,11 @@ from typing import Any, cast  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
 import mlx.nn as nn  # noqa: E402
+from mlx.utils import tree_flatten  # noqa: E402
 
-from mlx_maple.engine.attention import running_backend  # noqa: E402
-from mlx_maple.engine.compiled import compile_works  # noqa: E402
+from mlx_maple.cli import describe  # noqa: E402
+from mlx_maple.cli._bench_cases import Case  # noqa: E402
+from mlx_maple.engine.count import count  # noqa: E402
 from mlx_maple.engine.measure import (  # noqa: E402
     GuidedStep,
     Timing,
@@ -36,55 +28,19 @@ from mlx_maple.engine.measure import (  # noqa: E402
     random_sd15,
     timed,
 )
-from mlx_maple.engine.prepare import PreparedUNet, prepare_unet, prepare_vae  # noqa: E402
+from mlx_maple.engine.prepare import PreparedUNet  # noqa: E402
 from mlx_maple.loading import DTYPES, dtype_name, load  # noqa: E402
-from mlx_maple.models import UNet  # noqa: E402
+from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet  # noqa: E402
 from mlx_maple.pipeline import StableDiffusion  # noqa: E402
 from mlx_maple.sampling import NoiseSchedule  # noqa: E402
+from mlx_maple.text.prompt import encode_prompt  # noqa: E402
 from mlx_maple.text.tokenizer import Tokenizer  # noqa: E402
 
 IMPORTED = time.time()
 
 STEPS = 20
 PROMPT = "a red maple leaf"
-KINDS = ("unet", "vae", "text", "image", "start")
 FORMS = ("prepared", "plain")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One piece of work."""
-
-    kind: str
-    size: int = 512
-    batch: int = 1
-
-    @property
-    def name(self) -> str:
-        """As it is written."""
-        words = [self.kind]
-        if self.kind not in ("text", "start"):
-            words.append(str(self.size))
-        if self.kind == "unet" or self.batch > 1:
-            words.append(f"b{self.batch}")
-        return "-".join(words)
-
-    @classmethod
-    def parse(cls, name: str) -> "Case":
-        """The case that ``name`` tells.
-
-        Raises:
-            ValueError: if it tells none.
-        """
-        match = re.fullmatch(r"([a-z]+)(?:-(\d+))?(?:-b(\d+))?", name)
-        if match is None or match[1] not in KINDS:
-            raise ValueError(
-                f"{name}: no such case; KIND-SIZE-bBATCH, with KIND one of {', '.join(KINDS)}"
-            )
-        case = cls(match[1], int(match[2] or 512), int(match[3] or 1))
-        if case.size % 8 or not 64 <= case.size <= 4096 or not 1 <= case.batch <= 64:
-            raise ValueError(f"{name}: sizes are multiples of 8 up to 4096, batches up to 64")
-        return case
 
 
 class Worker:
@@ -106,43 +62,54 @@ class Worker:
         self.form = form
         self.dtype = dtype_name(dtype)
         self.times = {"warm_up": warm_up, "runs": runs, "rows": rows}
-        self._sd: StableDiffusion | None = None
+        self._sd: StableDiffusion | Plain | None = None
+        self._loaded = 0.0
         self._steps: dict[int, float] = {}  # seconds of a UNet call in a row, by picture size
 
     @property
-    def sd(self) -> StableDiffusion:
-        """The model, loaded when it is first asked for."""
+    def networks(self) -> "StableDiffusion | Plain":
+        """The model or its networks, loaded when they are first asked for."""
         if self._sd is None:
             self._sd = load_for_bench(self.model, self.form, self.dtype)
+            self._loaded = time.time()
         return self._sd
+
+    @property
+    def sd(self) -> StableDiffusion:
+        """The model, where there is a whole one."""
+        assert isinstance(self.networks, StableDiffusion), "plain networks draw no pictures"
+        return self.networks
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The figures of one case."""
         return getattr(self, f"_{case.kind}")(case)
 
     def _unet(self, case: Case) -> dict[str, Any]:
-        unet, size = self.sd.unet, case.size
+        unet, size = self.networks.unet, case.size
         step: Callable[[], mx.array]
         if isinstance(unet, PreparedUNet) and case.batch % 2 == 0:
-            compiles = compile_works(running_backend())[0]
-            step = GuidedStep(unet, case.batch // 2, size, size, compiles)
+            step = GuidedStep(unet, case.batch // 2, size, size)
         else:
             step = UNetStep(unet, case.batch, size, size, DTYPES[self.dtype])
-        row = timed(step, **self.times).row()
+        row = timed(step, **self.times).row() | counted(step, unet)
         if case.batch == 2:
             self._steps[case.size] = row["in_a_row_s"] or row["median_s"] or 0.0
         return row
 
     def _vae(self, case: Case) -> dict[str, Any]:
-        vae = self.sd.vae
+        vae = self.networks.vae
         side = case.size // vae.config.downscale
         latents = mx.random.normal((case.batch, side, side, vae.config.latent_channels))
         latents = latents.astype(DTYPES[self.dtype])
-        return timed(lambda: vae.decode(latents), **self.times).row()
+
+        def decode() -> mx.array:
+            return vae.decode(latents)
+
+        return timed(decode, **self.times).row() | counted(decode, vae.decoder)
 
     def _text(self, case: Case) -> dict[str, Any]:
-        ids = [mx.array(self.sd.tokenize(text)) for text in (PROMPT, "")]
-        return timed(lambda: [self.sd.text_encoder(i).last for i in ids], **self.times).row()
+        ids = [mx.array(self.networks.tokenize(text)) for text in (PROMPT, "")]
+        return timed(lambda: [self.networks.text_encoder(i).last for i in ids], **self.times).row()
 
     def _image(self, case: Case) -> dict[str, Any]:
         """Whole pictures; then with a UNet that answers at once, to know what all else takes."""
@@ -190,15 +157,19 @@ class Worker:
     def _start(self, case: Case) -> dict[str, Any]:
         """Import, loading, the prompt's states: all that a person waits for before the steps."""
         sd = self.sd
-        loaded, begun = time.time(), 0.0
+        loaded, begun = self._loaded, 0.0
         unet = sd.unet
+        call = unet.predict if isinstance(unet, PreparedUNet) else unet
 
-        def first(latents: mx.array, *others: mx.array) -> mx.array:
+        def first(*arguments: Any) -> mx.array:
             nonlocal begun
             begun = begun or time.time()
-            return unet(latents, *others)
+            return call(*arguments)
 
-        sd.unet = cast(UNet, StandIn(unet, self.dtype, first))
+        if isinstance(unet, PreparedUNet):
+            cast(Any, unet).predict = first
+        else:
+            sd.unet = cast(UNet, StandIn(unet, self.dtype, first))
         for progress in sd.generate(PROMPT, seed=0, steps=STEPS):
             if progress.stage == "sample":
                 break
@@ -215,6 +186,17 @@ class Worker:
         }
 
 
+def counted(call: Callable[[], mx.array], network: nn.Module) -> dict[str, int]:
+    """What one call asks of the device, as a row's figures."""
+    weights = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
+    found = count(call, weights=dict(weights))
+    return {
+        "primitives": found.kernels,
+        "views": found.views,
+        "weight_bytes": found.weight_bytes,
+    }
+
+
 class StandIn(nn.Module):
     """Takes the UNet's place in the pipeline, to watch its calls or to answer at once."""
 
@@ -228,21 +210,32 @@ class StandIn(nn.Module):
         return self._call(latents, *others)
 
 
-def load_for_bench(model: str | None, form: str, dtype: str) -> StableDiffusion:
+def load_for_bench(model: str | None, form: str, dtype: str) -> "StableDiffusion | Plain":
     """A model in the form asked for; random weights have SD 1.5's architecture."""
     if model is not None:
         return load(model, dtype=dtype)
     networks: dict[str, Any] = random_sd15(DTYPES[dtype])
-    if form == "prepared":
-        networks["unet"] = prepare_unet(networks["unet"])
-        networks["vae"] = prepare_vae(networks["vae"])
-        mx.eval(networks["unet"].parameters(), networks["vae"].parameters())
+    if form == "plain":
+        return Plain(**networks)
     return StableDiffusion(
         **networks,
         tokenizer=Tokenizer.bundled(),
         noise_schedule=NoiseSchedule.from_betas(),
         name="SD 1.5 with random weights",
     )
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Networks as they are published, which a model would make ready."""
+
+    text_encoder: CLIPTextEncoder
+    unet: UNet
+    vae: AutoencoderKL
+
+    def tokenize(self, text: str) -> list[list[int]]:
+        """As StableDiffusion."""
+        return encode_prompt(Tokenizer.bundled(), text).ids
 
 
 def main() -> None:
@@ -257,6 +250,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=3)
     args = parser.parse_args()
     worker = Worker(args.model, args.form, args.dtype, args.warm_up, args.runs, args.rows)
+    try:
+        _ = worker.networks
+    except Exception as error:
+        code, line = describe(error)
+        print(json.dumps({"error": line, "exit_code": code}))
+        raise
     for case in args.cases:
         row: dict[str, Any] = {"case": case.name, "dtype": worker.dtype}
         try:

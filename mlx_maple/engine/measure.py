@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_maple.engine.compiled import GuidedSteps
+from mlx_maple.engine.compiled import guided_steps
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.models import (
     AutoencoderKL,
@@ -134,22 +134,18 @@ class GuidedStep:
         pictures: at once; each is two in the network's batch.
         height: of the picture in pixels.
         width: likewise.
-        compiles: whether the step is compiled.
     """
 
-    def __init__(
-        self, unet: PreparedUNet, pictures: int, height: int, width: int, compiles: bool
-    ) -> None:
+    def __init__(self, unet: PreparedUNet, pictures: int, height: int, width: int) -> None:
         config = unet.config
         keys = mx.random.split(mx.random.key(0), 3)
         shape = (pictures, height // 8, width // 8, config.in_channels)
         context = (pictures, TOKENS, config.cross_attention_dim)
         self.latents = mx.random.normal(shape, key=keys[0])
-        steps = GuidedSteps(unet, compiles=compiles)
         wanted, avoided = (
             mx.random.normal(context, key=key).astype(unet.dtype) for key in keys[1:]
         )
-        self.model = steps.model(wanted, avoided, 7.5, TIMES)
+        self.model = guided_steps(unet).model(wanted, avoided, 7.5, TIMES)
         self.index = 0
         mx.eval(self.latents)
 
