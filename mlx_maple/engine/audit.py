@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,7 @@ from mlx_maple.engine.count import Seen, as_on_a_gpu, described_kernel
 from mlx_maple.engine.kernels import kernels_of
 from mlx_maple.engine.prepare import Recipe
 
+Network = TypeVar("Network", bound=nn.Module)
 RULES_OF = "MLX 0.32.2 (846d176)"
 VECTOR_WIDTHS = frozenset({64, 96, 128})  # of heads, with 8 queries or fewer
 WINOGRAD_PIXELS, WINOGRAD_CHANNELS = 4096, 256
@@ -108,7 +109,7 @@ def metal_recipe() -> Recipe:
     return Recipe("metal", kernels_of("metal", _watched_kernel))
 
 
-def without_weights(network: nn.Module, dtype: mx.Dtype) -> nn.Module:
+def without_weights(network: Network, dtype: mx.Dtype) -> Network:
     """The network with weights that take no memory: of its shapes, in ``dtype``, all zero."""
     zero = mx.zeros((), dtype=dtype)
     mx.eval(zero)

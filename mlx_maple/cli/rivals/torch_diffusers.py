@@ -166,7 +166,7 @@ def image_call(networks: Networks, batch: int, size: int) -> Callable[[], Any]:
         latents = networks.random(1, 4, size // 8, size // 8) * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             both = networks.channels_last(scheduler.scale_model_input(torch.cat([latents] * 2), t))
-            times = t.to(torch.float32).expand(2)
+            times = t.to(torch.float32).repeat(2)  # laid out as elsewhere: no second compilation
             avoided, wanted = unet(both, times, context, return_dict=False)[0].chunk(2)
             guided = avoided + GUIDANCE * (wanted - avoided)
             latents = scheduler.step(guided, t, latents, return_dict=False)[0]
