@@ -12,12 +12,13 @@ BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
 EXTRA    = $(if $(filter metal,$(BACKEND)),,$(BACKEND))
 comma   := ,
 
-.PHONY: help demo gallery test parity parity-full lint types format check wheel-check docs clean
+.PHONY: help demo gallery test breakage parity parity-full lint types format check wheel-check docs clean
 
 help:
 	@echo "make demo         set up, draw a picture with the model that ships here, print its path"
 	@echo "make gallery      draw the pictures of the README again"
 	@echo "make test         set up and run the tests (no network, no torch)"
+	@echo "make breakage     break one thing at a time and list the tests that fail"
 	@echo "make parity       compare live with torch, diffusers, transformers and k-diffusion"
 	@echo "make parity-full  the same at true Stable Diffusion 1.4 size (12 GB of memory, minutes)"
 	@echo "make lint types   ruff and pyright, as pre-commit and CI run them"
@@ -41,15 +42,20 @@ $(VENV)/.parity: $(VENV)/.dev
 	$(PIP) install --quiet --no-deps k-diffusion==0.1.1.post1
 	@touch $@
 
+# Eight steps of dpmpp_2m draw what the model's own twenty of ddim draw, also on two slow cores.
 demo: $(VENV)/.run
 	@mkdir -p out
-	$(BIN)/maple generate "a red maple leaf on a yellow background" --seed 7 -o out/demo.png --overwrite
+	$(BIN)/maple generate "a red maple leaf on a yellow background" --seed 7 --sampler dpmpp_2m \
+	  --steps 8 -o out/demo.png --overwrite
 
 gallery: $(VENV)/.run
 	$(BIN)/python examples/gallery.py --output docs/images
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -m "not parity and not slow"
+
+breakage: $(VENV)/.dev
+	$(BIN)/python tests/breakage.py
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -q tests/parity -m "parity and not slow"
