@@ -30,7 +30,9 @@ from PIL import Image
 
 from mlx_maple import images, metadata
 from mlx_maple.engine import quantize
+from mlx_maple.engine.compiled import guided_steps, made_ready
 from mlx_maple.engine.low_memory import Networks, Reload
+from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.metadata import Settings, check_number
 from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet
 from mlx_maple.sampling import NoiseSchedule, Plan, Step, guided, make_plan
@@ -238,6 +240,7 @@ class StableDiffusion:
         layout: str = "",
         notes: Sequence[str] = (),
         reload: Mapping[str, Reload] | None = None,
+        compile: bool = True,
     ) -> None:
         """Put a model together from its networks.
 
@@ -260,6 +263,7 @@ class StableDiffusion:
             reload: functions that load a network by name. With them the model is in low-memory
                 mode: of those networks only the one in use is held, and what is given here needs
                 no weights that were read.
+            compile: whether networks may be compiled; they are on a GPU where that works.
         """
         self.tokenizer = tokenizer
         self.noise_schedule = noise_schedule
@@ -269,7 +273,11 @@ class StableDiffusion:
         networks = {"text_encoder": text_encoder, "unet": unet, "vae": vae, "taesd": taesd}
         present = {part: module for part, module in networks.items() if module is not None}
         components = {part: _component(module) for part, module in present.items()}
-        self._networks = Networks(present, reload)
+        self._compiles = compile
+        reload = dict(reload or {})
+        held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
+        reloads = {n: lambda load=load: self._ready(load(), True) for n, load in reload.items()}
+        self._networks = Networks(held, reloads)
         self.configs = self._networks.configs
         self.info = Info(
             name=name,
@@ -292,7 +300,7 @@ class StableDiffusion:
 
     @text_encoder.setter
     def text_encoder(self, module: CLIPTextEncoder) -> None:
-        self._networks["text_encoder"] = module
+        self._networks["text_encoder"] = self._ready(module)
 
     @property
     def unet(self) -> UNet:
@@ -301,7 +309,7 @@ class StableDiffusion:
 
     @unet.setter
     def unet(self, module: UNet) -> None:
-        self._networks["unet"] = module
+        self._networks["unet"] = self._ready(module)
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -310,7 +318,7 @@ class StableDiffusion:
 
     @vae.setter
     def vae(self, module: AutoencoderKL) -> None:
-        self._networks["vae"] = module
+        self._networks["vae"] = self._ready(module)
 
     @property
     def taesd(self) -> TAESD | None:
@@ -319,7 +327,19 @@ class StableDiffusion:
 
     @taesd.setter
     def taesd(self, module: TAESD | None) -> None:
-        self._networks["taesd"] = module
+        self._networks["taesd"] = self._ready(module)
+
+    def _ready(self, network: Any, low_memory: bool | None = None) -> Any:
+        """A network as the device that runs draws fastest with."""
+        if network is None:
+            return None
+        low_memory = self._networks.is_low_memory if low_memory is None else low_memory
+        return made_ready(network, compiles=self._compiles, low_memory=low_memory)
+
+    @property
+    def is_low_memory(self) -> bool:
+        """Whether only the network in use is held."""
+        return self._networks.is_low_memory
 
     def tokenize(self, text: str) -> list[list[int]]:
         """Chunks of 77 ids, as the text encoder reads them."""
@@ -642,6 +662,13 @@ class StableDiffusion:
         if scale != 1:
             text = settings.negative_prompt
             negative = self._states(text, job.clip_skip, "negative prompt", notes)
+
+        unet = self.unet
+        if isinstance(unet, PreparedUNet):
+            negative = None if negative is None else mx.repeat(negative, job.count, 0)
+            positive = mx.repeat(positive, job.count, 0)
+            return guided_steps(unet).model(positive, negative, scale, job.plan.grid.timesteps)
+        del unet
 
         def of(copies: int) -> Model:
             both = [None if s is None else mx.repeat(s, copies, 0) for s in (positive, negative)]

@@ -1,17 +1,21 @@
-"""One guided step of the network as one compiled function.
+"""Networks ready to draw, and one guided step of the UNet as one compiled function.
 
 Between two steps of a sampler only the latents, the time and the level change: the step is traced
 once for a size and run again with new arrays. Where ``mx.compile`` does not work, it runs as it is.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
-from mlx_maple.engine.prepare import PreparedUNet
+from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, SCORE_BYTES, running_backend
+from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE, Recipe
+from mlx_maple.models import AutoencoderKL, UNet
 
 # (latents (B, h, w, C) at the network's input scale, timestep) -> guided prediction, float32
 Model = Callable[[mx.array, float], mx.array]
@@ -51,11 +55,13 @@ class GuidedSteps:
             timesteps: that will be asked for.
         """
         is_guided = negative is not None and guidance_scale != 1
-        context = mx.concatenate([negative, positive]) if is_guided else positive
+        context = positive
+        if negative is not None and is_guided:
+            context = mx.concatenate([negative, positive])
         prompt = self.unet.prompt(context)
         known = sorted(set(timesteps))
         rows = {}
-        if known:
+        if known:  # made now, and all at once
             made = self.unet.times(mx.array(known, dtype=mx.float32))
             rows = {time: made[i : i + 1] for i, time in enumerate(known)}
             mx.eval(prompt, list(rows.values()))
@@ -89,6 +95,63 @@ class GuidedSteps:
         return avoided + scale * (wanted - avoided)
 
 
+def made_ready(network: nn.Module, *, compiles: bool = True, low_memory: bool = False) -> nn.Module:
+    """A UNet or an autoencoder as the device that runs draws fastest with; any other as it is.
+
+    On the CPU that is as it is, too: there BLAS rounds by the size of its matrices, and the same
+    picture is to come out whatever is drawn beside it. What has been made ready, stays.
+
+    Args:
+        network: with its weights.
+        compiles: whether ``mx.compile`` may be used.
+        low_memory: whether memory matters more than time; the autoencoder's own ways to save it
+            are kept then.
+    """
+    backend = running_backend()
+    if backend == "cpu":
+        return network
+    works = compiles and compile_works(backend)[0]
+    score_bytes = LOW_MEMORY_SCORE_BYTES if low_memory else SCORE_BYTES
+    if type(network) is UNet:
+        recipe = replace(Recipe.usual(network.conv_in.weight.dtype), score_bytes=score_bytes)
+        unet = PreparedUNet(network, recipe)
+        unet.steps = GuidedSteps(unet, compiles=works, one_by_one=low_memory)
+        ready = unet
+    elif type(network) is AutoencoderKL and not low_memory:
+        ready = CompiledVAE(network, Recipe.usual(_vae_dtype(network)), compiles=works)
+    else:
+        return network
+    mx.eval(ready.parameters())
+    return ready
+
+
+def guided_steps(unet: PreparedUNet) -> GuidedSteps:
+    """The steps of a UNet that was made ready, compiled where that works."""
+    if unet.steps is None:
+        unet.steps = GuidedSteps(unet, compiles=compile_works(running_backend())[0])
+    return unet.steps
+
+
+def _vae_dtype(vae: AutoencoderKL) -> mx.Dtype:
+    return vae.post_quant_conv.weight.dtype
+
+
+class CompiledVAE(PreparedVAE):
+    """A prepared autoencoder whose decoder is compiled; with other weights it runs as it is."""
+
+    def __init__(self, vae: AutoencoderKL, recipe: Recipe, *, compiles: bool) -> None:
+        super().__init__(vae, recipe)
+        self._compiled_for = _vae_dtype(self) if compiles else None
+        self._decode = mx.compile(super().decode)
+
+    def decode(self, latents: mx.array) -> mx.array:
+        """As models.AutoencoderKL."""
+        # The compiled function keeps the weights that it was traced with.
+        if _vae_dtype(self) == self._compiled_for:
+            return self._decode(latents)
+        return super().decode(latents)
+
+
 @cache
 def compile_works(device: str) -> tuple[bool, str]:
     """Whether ``mx.compile`` gives the right numbers on a device, and a line that says so.
@@ -102,7 +165,7 @@ def compile_works(device: str) -> tuple[bool, str]:
 
     x = mx.array(np.linspace(-4, 4, 4096, dtype=np.float32))
     try:
-        difference = mx.abs(mx.compile(chain)(x) - chain(x)).max().item()
+        difference = float(np.abs(np.array(mx.compile(chain)(x)) - np.array(chain(x))).max())
     except Exception as error:  # a compiler's or a driver's: whatever it is, do without
         return False, f"mx.compile fails on this {device} ({str(error).splitlines()[0][:120]})"
     if not difference < 1e-4:

@@ -14,7 +14,7 @@ Two dialects  One text serves CUDA and Metal; what differs stands in ``_CUDA`` a
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from string import Template
@@ -24,6 +24,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_maple.engine import nvrtc
 from mlx_maple.engine.attention import CUDA_MAX_WIDTH, SCORE_BYTES, attend_heads
 
 # One block a group of one sample, while that many numbers do not keep a multiprocessor for long.
@@ -258,10 +259,8 @@ inline float silu(float x) { return x / (1.0f + metal::exp(-x)); }
 
 # Sources -----------------------------------------------------------------------------------------
 
-# Numbers that a kernel is told at run time, so that one compilation serves all sizes.
-_DIMS = """
-  const int N = dims[0], C1 = dims[1], C2 = dims[2], G = dims[3];
-  const int rows = dims[4], columns = dims[5], row_start = dims[6], row_stride = dims[7];
+# Beside arrays a kernel is told numbers by name, at run time: one compilation serves all sizes.
+_CHANNELS = """
   const int C = C1 + C2, CPG = C / G;
 """
 
@@ -421,7 +420,7 @@ def _one_block_norm(form: _Form) -> str:
 
     Sums of squares about a number of the group itself lose no digits to a large mean.
     """
-    return f"""{_DIMS}
+    return f"""{_CHANNELS}
   const int b = $block / G, g = $block % G, tid = $thread;
   const int P = CPG / V, R = THREADS / P;
   const int c = g * CPG + (tid % P) * V, r = tid / P;
@@ -442,7 +441,7 @@ def _one_block_norm(form: _Form) -> str:
   const float count = float(N) * float(CPG);
   const float offset = sum / count;
   const float mean = origin + offset;
-  const float rstd = $rsqrt(squares / count - offset * offset + eps[0]);
+  const float rstd = $rsqrt(squares / count - offset * offset + eps);
   if (r < R) {{{form.normalise("r", "N", "c")}
   }}
 """
@@ -450,7 +449,7 @@ def _one_block_norm(form: _Form) -> str:
 
 def _slab_sums(form: _Form) -> str:
     """Sums of one slab of pixels, about each group's first number: (B, slabs, G, 2)."""
-    return f"""{_DIMS}
+    return f"""{_CHANNELS}
   const int slab = $block, b = $block_y, tid = $thread;
   const int Q = C / V, P = CPG / V;
   const int R = Q < THREADS ? THREADS / Q : 1;
@@ -488,7 +487,7 @@ def _slab_sums(form: _Form) -> str:
 
 def _slab_norm(form: _Form) -> str:
     """The second pass over large maps: every block knows all groups, and takes some pixels."""
-    return f"""{_DIMS}
+    return f"""{_CHANNELS}
   const int b = $block_y, tid = $thread;
   const int Q = C / V, P = CPG / V;
   const int R = Q < THREADS ? THREADS / Q : 1;
@@ -506,7 +505,7 @@ def _slab_norm(form: _Form) -> str:
     const float count = float(N) * float(CPG);
     const float offset = sum / count;
     means[tid] = offset + {form.origin("first")};
-    rstds[tid] = $rsqrt(squares / count - offset * offset + eps[0]);
+    rstds[tid] = $rsqrt(squares / count - offset * offset + eps);
   }}
   $barrier
   for (int base = 0; base < Q; base += THREADS) {{
@@ -524,7 +523,7 @@ def _slab_norm(form: _Form) -> str:
 
 # A warp a row; the row stays in registers between the passes.
 _LAYER_NORM = """
-  const int L = dims[0], lane = $thread % 32;
+  const int lane = $thread % 32;
   const int row = $block * ROWS + $thread / 32;
   if (row < L) {
     constexpr int EACH = (C / V + 31) / 32;
@@ -559,7 +558,7 @@ _LAYER_NORM = """
           squares += d * d;
         }
       }
-    const float rstd = $rsqrt(warp_sum(squares) / float(C) + eps[0]);
+    const float rstd = $rsqrt(warp_sum(squares) / float(C) + eps);
     $unroll
     for (int k = 0; k < EACH; ++k) {
       const int c = (k * 32 + lane) * V;
@@ -576,7 +575,6 @@ _LAYER_NORM = """
 """
 
 _GATE = """
-  const int L = dims[0], F = dims[1];
   const int at = ($block * THREADS + $thread) * V;
   if (at < L * F) {
     const int row = at / F, f = at - row * F;
@@ -599,8 +597,6 @@ def _total(residual: bool) -> str:
     const Pack<T, V> w = fetch<V>(residual + from);
     for (int i = 0; i < V; ++i) x[i] += float(w.at[i]);"""
     return f"""
-  const int B = dims[0], C = dims[1], rows = dims[2], columns = dims[3];
-  const int out_rows = dims[4], out_columns = dims[5], factor = dims[6];
   const int Q = C / V, at = $block * THREADS + $thread;
   if (at < B * out_rows * out_columns * Q) {{
     const int pixel = at / Q, c = (at - pixel * Q) * V;
@@ -627,7 +623,6 @@ _ATTENTION = """
   constexpr int DP = (D + 15) / 16 * 16, STRIDE = DP + 8, KEYS = 64;
   __shared__ __align__(16) T keys[KEYS * STRIDE];
   __shared__ __align__(16) T values[KEYS * STRIDE];
-  const int TQ = dims[0], S = dims[1], H = dims[2], q_row = dims[3], kv_row = dims[4];
   const int b = $block_y / H, h = $block_y % H;
   const int tid = $thread, warp = tid / 32, lane = tid % 32, quad = lane / 4, pair = lane % 4 * 2;
   const T* q_from = queries + b * TQ * q_row + h * D;
@@ -644,7 +639,7 @@ _ATTENTION = """
     }
   float o[D / 8][4] = {};
   float top0 = -INFINITY, top1 = -INFINITY, sum0 = 0.0f, sum1 = 0.0f;
-  const float factor = scale[0] * 1.4426950408889634f;
+  const float factor = scale * 1.4426950408889634f;
 
   for (int start = 0; start < S; start += KEYS) {
     __syncthreads();
@@ -666,7 +661,7 @@ _ATTENTION = """
 #pragma unroll
       for (int n = 0; n < KEYS / 8; ++n) {
         const T* at = keys + (n * 8 + quad) * STRIDE + t * 16 + pair;
-        multiply<T>(s[n], q[t], two_at(at), two_at(at + 8));
+        multiply(s[n], q[t], two_at(at), two_at(at + 8), T());
       }
     float new0 = top0, new1 = top1;
 #pragma unroll
@@ -707,7 +702,7 @@ _ATTENTION = """
         const T* at = values + (t * 16 + lane % 16) * STRIDE + n * 8;
         asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
                      : "=r"(x), "=r"(y) : "r"(uint32_t(__cvta_generic_to_shared(at))));
-        multiply<T>(o[n], p[t], x, y);
+        multiply(o[n], p[t], x, y, T());
       }
   }
 #pragma unroll
@@ -737,18 +732,17 @@ template <typename T> __device__ inline uint32_t packed(float a, float b) {
   two.at[1] = T(b);
   return *reinterpret_cast<uint32_t*>(&two);
 }
-template <typename T>
-__device__ inline void multiply(float* c, const uint32_t* a, uint32_t x, uint32_t y) {
-  if constexpr (cuda::std::is_same_v<T, __half>)
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(y));
-  else
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(y));
+__device__ inline void multiply(float* c, const uint32_t* a, uint32_t x, uint32_t y, half_t) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(y));
+}
+__device__ inline void multiply(float* c, const uint32_t* a, uint32_t x, uint32_t y, bfloat_t) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+               "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(x), "r"(y));
 }
 """
 
@@ -756,14 +750,39 @@ __device__ inline void multiply(float* c, const uint32_t* a, uint32_t x, uint32_
 # Calling them ------------------------------------------------------------------------------------
 
 
-@cache
-def _ints(*values: int) -> mx.array:
-    return mx.array(values, dtype=mx.int32)
+class _MetalKernel:
+    """mx.fast.metal_kernel with numbers beside the arrays: they travel in an array of their own."""
+
+    def __init__(self, **making: Any) -> None:
+        self._making = making
+        self._made: dict[tuple[str, ...], Any] = {}
+
+    def __call__(
+        self, *, inputs: list[mx.array], scalars: Mapping[str, int | float], **options: Any
+    ) -> list[mx.array]:
+        names = tuple(scalars)
+        if names not in self._made:
+            told = "".join(
+                f"const float {name} = as_type<float>(numbers[{i}]);\n"
+                if isinstance(value, float)
+                else f"const int {name} = numbers[{i}];\n"
+                for i, (name, value) in enumerate(scalars.items())
+            )
+            making = dict(self._making)
+            making["input_names"] = [*making["input_names"], "numbers"]
+            making["source"] = told + making["source"]
+            self._made[names] = mx.fast.metal_kernel(**making)
+        numbers = [
+            int(np.float32(value).view(np.int32)) if isinstance(value, float) else value
+            for value in scalars.values()
+        ]
+        return self._made[names](inputs=[*inputs, _numbers(*numbers)], **options)
 
 
 @cache
-def _float(value: float) -> mx.array:
-    return mx.array([value], dtype=mx.float32)
+def _numbers(*values: int) -> mx.array:
+    # MLX hands arrays of less than eight numbers over in another address space.
+    return mx.array(values + (0,) * (8 - len(values)), dtype=mx.int32)
 
 
 def _code(text: str) -> str:
@@ -782,7 +801,7 @@ class Kernels:
     """The same as ``Plain`` through kernels of our own; shapes and arguments are those there."""
 
     dialect: _Dialect
-    make: Callable[..., Any]  # mx.fast.cuda_kernel or mx.fast.metal_kernel
+    make: Callable[..., Any]  # from names and sources to functions of arrays and numbers
     name: str  # of the backend
     has_gate: bool  # Metal has no erf of its own: there MLX's fused operations serve
     _made: dict[str, Any] = field(default_factory=dict)
@@ -835,11 +854,20 @@ class Kernels:
         )
         rows, columns = (1, pixels) if size is None else size
         stride = 0 if shift is None or shift.shape[0] == 1 else shift.shape[-1]
-        dims = _ints(pixels, own, joined, norm.groups, rows, columns, start, stride)
+        numbers = {
+            "N": pixels,
+            "C1": own,
+            "C2": joined,
+            "G": norm.groups,
+            "rows": rows,
+            "columns": columns,
+            "row_start": start,
+            "row_stride": stride,
+        }
         terms = [value, *(t for t in (residual, skip, shift) if t is not None)]
         width = _width(per_group, own)
         template = [("T", value.dtype), ("V", width)]
-        ends = [norm.weight, norm.bias, _float(norm.eps), dims]
+        ends = [norm.weight, norm.bias]
         y_shape = (batch, pixels, channels * (1 if size is None else 9))
         totals = [] if residual is None else [value.shape]
         total_names = [] if residual is None else ["total"]
@@ -849,12 +877,13 @@ class Kernels:
         if pixels * per_group <= ONE_BLOCK and per_group // width <= threads:
             kernel = self._kernel(
                 "group_norm" + form.suffix,
-                [*form.inputs, "weight", "bias", "eps", "dims"],
+                [*form.inputs, "weight", "bias"],
                 ["y_out", *total_names],
                 _one_block_norm(form),
             )
             outputs = kernel(
                 inputs=[*terms, *ends],
+                scalars={**numbers, "eps": float(norm.eps)},
                 template=[*template, ("THREADS", threads), ("AHEAD", ahead)],
                 grid=(batch * norm.groups * threads, 1, 1),
                 threadgroup=(threads, 1, 1),
@@ -864,13 +893,14 @@ class Kernels:
             return outputs[0], value if residual is None else outputs[1]
         sums = self._kernel(
             "slab_sums" + _Form(form.residual, form.skip, form.shift).suffix,
-            [*form.inputs, "dims"],
+            form.inputs,
             ["partial", *total_names],
             _slab_sums(form),
         )
         template += [("THREADS", STREAM_THREADS), ("SLABS", SLABS), ("AHEAD", ahead)]
         partial, *total = sums(
-            inputs=[*terms, dims],
+            inputs=terms,
+            scalars=numbers,
             template=template,
             grid=(SLABS * STREAM_THREADS, batch, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
@@ -882,13 +912,14 @@ class Kernels:
         second = _Form(False, form.skip, form.shift, silu, form.unfold)
         apply = self._kernel(
             "slab_norm" + second.suffix,
-            [*second.inputs, "partial", "weight", "bias", "eps", "dims"],
+            [*second.inputs, "partial", "weight", "bias"],
             ["y_out"],
             _slab_norm(second),
         )
         each = 4 * ahead * max(STREAM_THREADS * width // channels, 1)
         (y,) = apply(
             inputs=[total, *terms[2 if residual is not None else 1 :], partial, *ends],
+            scalars={**numbers, "eps": float(norm.eps)},
             template=[*template, ("EACH", each)],
             grid=(-(-pixels // each) * STREAM_THREADS, batch, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
@@ -905,7 +936,7 @@ class Kernels:
         rows = x.size // channels
         kernel = self._kernel(
             "layer_norm",
-            ["value", "shift", "weight", "bias", "eps", "dims"],
+            ["value", "shift", "weight", "bias"],
             ["y_out"],
             _LAYER_NORM,
         )
@@ -913,7 +944,8 @@ class Kernels:
             w for w in (8, 4, 2, 1) if channels % w == 0 and (w == 1 or channels // w >= WARP)
         )
         return kernel(
-            inputs=[x, shift, weight, bias, _float(eps), _ints(rows, 0, 0, 0, 0, 0, 0, 0)],
+            inputs=[x, shift, weight, bias],
+            scalars={"L": rows, "eps": float(eps)},
             template=[("T", x.dtype), ("V", width), ("C", channels), ("ROWS", ROWS)],
             grid=(-(-rows // ROWS) * ROWS * WARP, 1, 1),
             threadgroup=(ROWS * WARP, 1, 1),
@@ -928,10 +960,11 @@ class Kernels:
         width = x.shape[-1] // 2
         rows = x.size // (2 * width)
         each = _width(width)
-        kernel = self._kernel("gate", ["value", "bias", "dims"], ["y_out"], _GATE)
+        kernel = self._kernel("gate", ["value", "bias"], ["y_out"], _GATE)
         threads = -(-rows * width // each // STREAM_THREADS) * STREAM_THREADS
         return kernel(
-            inputs=[x, bias, _ints(rows, width, 0, 0, 0, 0, 0, 0)],
+            inputs=[x, bias],
+            scalars={"L": rows, "F": width},
             template=[("T", x.dtype), ("V", each), ("THREADS", STREAM_THREADS)],
             grid=(threads, 1, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
@@ -962,19 +995,22 @@ class Kernels:
             )
         kernel = self._kernel(
             "attention",
-            ["queries", "others", "scale", "dims"],
+            ["queries", "others"],
             ["y_out"],
             _ATTENTION,
             _ATTENTION_HEADER,
         )
         blocks = -(-tokens // 64)
         return kernel(
-            inputs=[
-                queries,
-                others,
-                _float(scale),
-                _ints(tokens, keys, heads, q_row, kv_row, 0, 0, 0),
-            ],
+            inputs=[queries, others],
+            scalars={
+                "TQ": tokens,
+                "S": keys,
+                "H": heads,
+                "q_row": q_row,
+                "kv_row": kv_row,
+                "scale": float(scale),
+            },
             template=[("T", queries.dtype), ("D", width)],
             grid=(blocks * 128, batch * heads, 1),
             threadgroup=(128, 1, 1),
@@ -998,15 +1034,23 @@ class Kernels:
         terms = [value] if residual is None else [value, residual]
         kernel = self._kernel(
             "total" if residual is None else "total_residual",
-            [*["value", "residual"][: len(terms)], "shift", "dims"],
+            [*["value", "residual"][: len(terms)], "shift"],
             ["y_out"],
             _total(residual is not None),
         )
         count = batch * out_rows * out_columns * channels // each
         factor = 1 if doubled is None else 2
-        dims = _ints(batch, channels, rows, columns, out_rows, out_columns, factor, 0)
         return kernel(
-            inputs=[*terms, shift, dims],
+            inputs=[*terms, shift],
+            scalars={
+                "B": batch,
+                "C": channels,
+                "rows": rows,
+                "columns": columns,
+                "out_rows": out_rows,
+                "out_columns": out_columns,
+                "factor": factor,
+            },
             template=[("T", value.dtype), ("V", each), ("THREADS", STREAM_THREADS)],
             grid=(-(-count // STREAM_THREADS) * STREAM_THREADS, 1, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
@@ -1043,8 +1087,8 @@ def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
 def kernels_of(backend: str, make: Callable[..., Any] | None = None) -> Kernels:
     """A backend's kernels, unchecked; ``make`` can take the place of MLX's, to look at calls."""
     if backend == "cuda":
-        return Kernels(_CUDA, make or mx.fast.cuda_kernel, backend, has_gate=True)
-    return Kernels(_METAL, make or mx.fast.metal_kernel, backend, has_gate=False)
+        return Kernels(_CUDA, make or nvrtc.Kernel, backend, has_gate=True)
+    return Kernels(_METAL, make or _MetalKernel, backend, has_gate=False)
 
 
 def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
@@ -1058,7 +1102,8 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
     size, channels = (6, 5), 64
     value, residual, skip = (array(2, 30, channels) for _ in range(3))
     norm = Norm(1 + array(channels, of=mx.float32), array(channels, of=mx.float32), 16, 1e-5)
-    wide = Norm(*(mx.concatenate([a, a]) for a in norm[:2]), norm.groups, norm.eps)
+    weight, bias = (mx.concatenate([a, a]) for a in (norm.weight, norm.bias))
+    wide = Norm(weight, bias, norm.groups, norm.eps)
     shift = array(2, 3 * channels, of=mx.float32)
     row = shift[0, :channels]
     large = array(1, 3000, 64), Norm(norm.weight, norm.bias, 1, 1e-6), shift[:1]

@@ -19,6 +19,7 @@ Source   mlx_maple/models, whose blocks these mirror one by one; tests/engine ho
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -99,7 +100,11 @@ class Product(nn.Module):
         layers: nn.Linear or nn.QuantizedLinear, all of one kind; their biases are the caller's.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+
+    def __init__(self, layers: Sequence[Any]) -> None:
         super().__init__()
         joined = layers[0] if len(layers) == 1 else None
         for name in ("weight", "scales", "biases"):
@@ -129,12 +134,11 @@ class Product(nn.Module):
         return (weight.astype(mx.float32) * row).sum(axis=-1)
 
 
-def _columns(layer: nn.Module, start: int, end: int) -> nn.Module:
+def _columns(layer: Any, start: int, end: int) -> Any:
     """A linear layer over some of its inputs. Quantised ones are cut between their groups."""
-    part = nn.Module()
+    part: Any = nn.Module()
     if "scales" not in layer:
-        part.weight = layer.weight[:, start:end]
-        part.weight = mx.contiguous(part.weight)
+        part.weight = mx.contiguous(layer.weight[:, start:end])
         return part
     group, packed = layer.group_size, 32 // layer.bits
     part.weight = mx.contiguous(layer.weight[:, start // packed : end // packed])
@@ -144,14 +148,18 @@ def _columns(layer: nn.Module, start: int, end: int) -> nn.Module:
     return part
 
 
-def _cuts_between_groups(layer: nn.Module, at: int) -> bool:
+def _cuts_between_groups(layer: Any, at: int) -> bool:
     return "scales" not in layer or at % layer.group_size == 0
 
 
 class Convolution(nn.Module):
     """A 3x3 convolution without its bias, which its maker's map owes."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    weight: mx.array
+    scales: mx.array
+    biases: mx.array
+
+    def __init__(self, layer: Any) -> None:
         super().__init__()
         for name in ("weight", "scales", "biases"):
             if name in layer:
@@ -201,7 +209,7 @@ class MapNorm(nn.Module):
         return Norm(self.weight, self.bias, self.groups, self.eps)
 
 
-def _bias(layer: nn.Module) -> mx.array:
+def _bias(layer: Any) -> mx.array:
     return layer.bias.astype(mx.float32)
 
 
@@ -326,7 +334,7 @@ class Block(nn.Module):
         else:
             self._pad = 0
 
-        def padded(layer: nn.Module) -> nn.Module:
+        def padded(layer: Any) -> Any:
             return _padded_rows(layer, self._heads, self._width)
 
         attn1, attn2 = block.attn1, block.attn2
@@ -387,24 +395,24 @@ class Block(nn.Module):
         return mx.pad(x, [(0, 0)] * 3 + [(0, self._pad)]).reshape(batch, tokens, -1)
 
 
-def _padded_rows(layer: nn.Module, heads: int, width: int) -> nn.Module:
+def _padded_rows(layer: Any, heads: int, width: int) -> Any:
     """A linear layer whose heads are made wider with zero rows."""
     rows, inputs = layer.weight.shape
     if rows == heads * width:
         return layer
-    part = nn.Module()
+    part: Any = nn.Module()
     split = layer.weight.reshape(heads, rows // heads, inputs)
     wider = mx.pad(split, [(0, 0), (0, width - rows // heads), (0, 0)])
     part.weight = wider.reshape(-1, inputs)
     return part
 
 
-def _padded_columns(layer: nn.Module, heads: int, width: int) -> nn.Module:
+def _padded_columns(layer: Any, heads: int, width: int) -> Any:
     """A linear layer that takes such heads, and multiplies their zeros by zeros."""
     if "scales" in layer or layer.weight.shape[1] == heads * width:
         return layer
     rows, inputs = layer.weight.shape
-    part = nn.Module()
+    part: Any = nn.Module()
     split = layer.weight.reshape(rows, heads, inputs // heads)
     wider = mx.pad(split, [(0, 0), (0, 0), (0, width - inputs // heads)])
     part.weight = wider.reshape(rows, -1)
@@ -481,11 +489,13 @@ class PreparedUNet(nn.Module):
     Attributes:
         config: the plain network's.
         dtype: of its weights.
+        steps: engine.compiled's, which are as good as the network they were traced from.
     """
 
     def __init__(self, unet: UNet, recipe: Recipe) -> None:
         super().__init__()
         self._recipe = recipe
+        self.steps: Any = None
         self.config = unet.config
         self.dtype = unet.conv_in.weight.dtype
         self.time_embedding = unet.time_embedding
@@ -512,7 +522,7 @@ class PreparedUNet(nn.Module):
             self.down.append(steps)
 
         middle = unet.mid_block
-        self.mid = [self._resnet(middle.resnets[0], owed, 0)]
+        self.mid: list[Any] = [self._resnet(middle.resnets[0], owed, 0)]
         self.mid.append(Transformer(middle.attentions[0], self.mid[-1].owed, recipe))
         self.mid.append(self._resnet(middle.resnets[1], self.mid[-1].owed, 0))
         owed = self.mid[-1].owed

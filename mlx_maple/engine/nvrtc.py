@@ -1,0 +1,229 @@
+"""CUDA kernels compiled once for a machine: NVIDIA's run-time compiler, and a folder that keeps.
+
+``mx.fast.cuda_kernel`` compiles its kernels anew in every process, a second or more for each with
+the headers that MLX puts before them; drawing one picture would begin with a quarter of a minute.
+Here they are compiled without any header, by the library that MLX has loaded for itself, and what
+came out lies in the cache folder. MLX runs it through ``mx.fast.precompiled_cuda_kernel``.
+
+What the headers would bring, numbers of 16 bits, is defined in ``PRELUDE`` by the instructions that
+convert them.
+"""
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
+TYPES = {mx.float16: "half_t", mx.bfloat16: "bfloat_t", mx.float32: "float"}
+PRELUDE = """
+typedef unsigned int uint32_t;
+#define INFINITY __int_as_float(0x7f800000)
+struct half_t {
+  unsigned short bits;
+  half_t() = default;
+  __device__ explicit half_t(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+  __device__ operator float() const {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+  }
+};
+struct bfloat_t {
+  unsigned short bits;
+  bfloat_t() = default;
+  __device__ explicit bfloat_t(float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+  __device__ operator float() const { return __uint_as_float(uint32_t(bits) << 16); }
+};
+"""
+
+
+class CompileError(Exception):
+    """The compiler is not there, or refuses; in one line."""
+
+
+class Kernel:
+    """A kernel with the call of MLX's own, for arrays whose types it is compiled for as needed.
+
+    Args:
+        name: of the function.
+        input_names: of arrays.
+        output_names: of arrays.
+        source: the function's body.
+        header: functions that it calls.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        input_names: Sequence[str],
+        output_names: Sequence[str],
+        source: str,
+        header: str = "",
+    ) -> None:
+        self._name = name
+        self._names = tuple(input_names), tuple(output_names)
+        self._source = source
+        self._header = header
+        self._compiled: dict[Any, bytes] = {}
+
+    def __call__(
+        self,
+        *,
+        inputs: Sequence[mx.array],
+        scalars: Mapping[str, int | float],
+        template: Sequence[tuple[str, int | mx.Dtype]],
+        grid: tuple[int, int, int],
+        threadgroup: tuple[int, int, int],
+        output_shapes: Sequence[Sequence[int]],
+        output_dtypes: Sequence[mx.Dtype],
+    ) -> list[mx.array]:
+        """Describe a launch: ``scalars`` are told by value, ``template`` when it is compiled."""
+        types = tuple(a.dtype for a in inputs), tuple(output_dtypes)
+        key = tuple(template), types, tuple(type(value) for value in scalars.values())
+        name = "_".join([self._name, *(_word(value) for _, value in template)])
+        if key not in self._compiled:
+            self._compiled[key] = compiled(self._text(name, types, scalars, template))
+        return mx.fast.precompiled_cuda_kernel(
+            name=name,
+            compiled_source=self._compiled[key],
+            inputs=list(inputs),
+            output_shapes=[tuple(shape) for shape in output_shapes],
+            output_dtypes=list(output_dtypes),
+            scalars=list(scalars.values()),
+            grid=grid,
+            threadgroup=threadgroup,
+            ensure_row_contiguous=True,
+        )
+
+    def _text(
+        self,
+        name: str,
+        types: tuple[tuple[mx.Dtype, ...], tuple[mx.Dtype, ...]],
+        scalars: Mapping[str, int | float],
+        template: Sequence[tuple[str, int | mx.Dtype]],
+    ) -> str:
+        arguments = [
+            f"{const}{TYPES[dtype]}* {argument}"
+            for const, names, dtypes in zip(("const ", ""), self._names, types, strict=True)
+            for argument, dtype in zip(names, dtypes, strict=True)
+        ]
+        arguments += [
+            f"{'float' if isinstance(value, float) else 'int'} {argument}"
+            for argument, value in scalars.items()
+        ]
+        told = [
+            f"using {word} = {TYPES[value]};"
+            if isinstance(value, mx.Dtype)
+            else f"constexpr int {word} = {value};"
+            for word, value in template
+        ]
+        head = f'extern "C" __global__ void {name}({", ".join(arguments)}) {{'
+        return "\n".join([PRELUDE, self._header, head, *told, self._source, "}"])
+
+
+def compiled(text: str) -> bytes:
+    """Machine code for the device that runs, out of the cache or the compiler.
+
+    Raises:
+        CompileError: if the compiler is missing or refuses.
+    """
+    architecture = _architecture()
+    library = _library()
+    version = _version(library)
+    key = hashlib.sha256(f"{architecture} {version} {text}".encode()).hexdigest()[:32]
+    kept = _folder() / f"{key}.cubin"
+    try:
+        code = kept.read_bytes()
+        if code.startswith(b"\x7fELF"):
+            return code
+    except OSError:
+        pass
+    code = _compile(library, text, architecture)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
+            file.write(code)
+        os.replace(file.name, kept)
+    except OSError:
+        pass  # a cache that cannot be written costs time, and no more
+    return code
+
+
+def _compile(library: ctypes.CDLL, text: str, architecture: str) -> bytes:
+    program = ctypes.c_void_p()
+    _check(
+        library,
+        library.nvrtcCreateProgram(
+            ctypes.byref(program), text.encode(), b"maple.cu", 0, None, None
+        ),
+    )
+    try:
+        options = [f"--gpu-architecture={architecture}".encode(), b"--std=c++17"]
+        result = library.nvrtcCompileProgram(
+            program, len(options), (ctypes.c_char_p * len(options))(*options)
+        )
+        if result:
+            log = _bytes(library, program, "ProgramLog").decode(errors="replace")
+            lines = [line for line in log.splitlines() if "error" in line] or [log]
+            raise CompileError(lines[0][:200])
+        return _bytes(library, program, "CUBIN")
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes(library: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _check(library, getattr(library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _check(library, getattr(library, f"nvrtcGet{what}")(program, buffer))
+    return buffer.raw
+
+
+def _check(library: ctypes.CDLL, result: int) -> None:
+    if result:
+        library.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise CompileError(library.nvrtcGetErrorString(result).decode())
+
+
+def _library() -> ctypes.CDLL:
+    """The compiler that MLX's CUDA backend has loaded, by the names that it goes by."""
+    for name in LIBRARIES:
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CompileError(f"none of {', '.join(LIBRARIES)} can be loaded")
+
+
+def _version(library: ctypes.CDLL) -> str:
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _check(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return f"{major.value}.{minor.value}"
+
+
+def _architecture() -> str:
+    """Such as sm_90a; from Hopper on with the letter that unlocks all of its instructions."""
+    info = mx.device_info()
+    major = int(info["compute_capability_major"])
+    return f"sm_{major}{info['compute_capability_minor']}{'a' if major >= 9 else ''}"
+
+
+def _folder() -> Path:
+    """Beside the other things that can be made again; see mlx_maple/twins.py."""
+    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    path = Path(os.environ.get("MAPLE_CACHE") or Path(shared) / "mlx-maple")
+    try:
+        return path.expanduser() / "kernels"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / f"mlx-maple-{os.getuid()}" / "kernels"
+
+
+def _word(value: int | mx.Dtype) -> str:
+    return TYPES[value] if isinstance(value, mx.Dtype) else str(value)
