@@ -1,0 +1,84 @@
+"""docs/benchmarks.md is what the kept results make it."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import make_page  # noqa: E402
+
+
+def test_the_page_is_not_stale():
+    assert make_page.PAGE.read_text() == make_page.page(), "run python benchmarks/make_page.py"
+
+
+def test_a_changed_figure_is_seen(tmp_path):
+    """The control."""
+    name = "convert_streaming.json"
+    report = json.loads((make_page.RESULTS / name).read_text())
+    (tmp_path / name).write_text(json.dumps(report))
+    before = make_page.page(tmp_path)
+    report["rows"]["cp"]["seconds"] += 1
+    (tmp_path / name).write_text(json.dumps(report))
+    assert make_page.page(tmp_path) != before
+
+
+def test_results_that_no_section_tells_of_are_an_error(tmp_path):
+    (tmp_path / "unheard_of.json").write_text("{}")
+    with pytest.raises(KeyError, match="unheard_of"):
+        make_page.page(tmp_path)
+
+
+def test_every_section_says_how_to_make_it_again():
+    page = make_page.page()
+    files = {path.stem for path in make_page.RESULTS.glob("*.json")}
+    for name in files & make_page.SECTIONS.keys():
+        assert f"python benchmarks/{name}.py" in page
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file()
+
+
+def gpu_row(rival, case, seconds, **more):
+    facts = {"date": "2031-05-07", "commit": "abc1234", "python": "3.12", "versions": {"mlx": "1"}}
+    row = {"device": "card", "rival": rival, "case": case, "facts": facts}
+    return row | ({} if seconds is None else {"median_s": seconds}) | more
+
+
+def test_a_gpus_table_holds_times_and_ratios(tmp_path):
+    rows = [
+        gpu_row("mlx-maple", "unet-512-b2", 0.005, in_a_row_s=0.0045),
+        gpu_row("torch compiled", "unet-512-b2", 0.0075),
+        gpu_row("mlx-maple", "vae-512", 0.01),
+        gpu_row("torch compiled", "vae-512", None, error="RuntimeError: no"),
+    ]
+    page = make_page.gpu_networks({"rows": rows})
+    assert "| guided step, 512x512 | 5.00 (4.50) | 7.50 |" in page
+    assert "| guided step, 512x512 | 1.50 |" in page
+    assert "| decoding to 512x512 | 10.0 | failed |" in page
+    assert "commit abc1234" in page
+
+
+def test_a_users_bench_has_a_section(tmp_path):
+    facts = {
+        "date": "2031-05-07",
+        "commit": None,
+        "python": "3.12",
+        "versions": {"mlx": "1"},
+        "device": "Apple M9",
+        "model": "x",
+        "dtype": "float16",
+        "processor": "M9",
+        "memory": "16 GB",
+    }
+    rows = [
+        {"rival": "mlx-maple", "case": "text", "median_s": 0.002, "peak_bytes": 10**9},
+        {"rival": "diffusers eager", "case": "text", "error": "no"},
+    ]
+    (tmp_path / "bench_m9.json").write_text(json.dumps({"facts": facts, "rows": rows}))
+    page = make_page.page(tmp_path)
+    assert "## maple bench on Apple M9" in page
+    assert "| text, mlx-maple | 2.00 |  | 1.00 |  |" in page
+    assert "| text, diffusers eager | failed |" in page
