@@ -12,6 +12,7 @@ convert them.
 import ctypes
 import hashlib
 import os
+import struct
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -96,7 +97,9 @@ class Kernel:
             inputs=list(inputs),
             output_shapes=[tuple(shape) for shape in output_shapes],
             output_dtypes=list(output_dtypes),
-            scalars=list(scalars.values()),
+            scalars=[
+                _bits(value) if isinstance(value, float) else value for value in scalars.values()
+            ],
             grid=grid,
             threadgroup=threadgroup,
             ensure_row_contiguous=True,
@@ -114,11 +117,11 @@ class Kernel:
             for const, names, dtypes in zip(("const ", ""), self._names, types, strict=True)
             for argument, dtype in zip(names, dtypes, strict=True)
         ]
-        arguments += [
-            f"{'float' if isinstance(value, float) else 'int'} {argument}"
-            for argument, value in scalars.items()
-        ]
-        told = [
+        # MLX 0.32 takes no float from Python here: its bits come as an integer.
+        floats = [argument for argument, value in scalars.items() if isinstance(value, float)]
+        arguments += [f"int {n}_bits" if n in floats else f"int {n}" for n in scalars]
+        told = [f"const float {n} = __int_as_float({n}_bits);" for n in floats]
+        told += [
             f"using {word} = {TYPES[value]};"
             if isinstance(value, mx.Dtype)
             else f"constexpr int {word} = {value};"
@@ -223,6 +226,10 @@ def _folder() -> Path:
         return path.expanduser() / "kernels"
     except RuntimeError:  # a user without a home
         return Path(tempfile.gettempdir()) / f"mlx-maple-{os.getuid()}" / "kernels"
+
+
+def _bits(value: float) -> int:
+    return int.from_bytes(struct.pack("<f", value), "little", signed=True)
 
 
 def _word(value: int | mx.Dtype) -> str:
