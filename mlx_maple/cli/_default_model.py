@@ -29,7 +29,7 @@ def chosen() -> tuple[str | None, str]:
     file = config_file()
     try:
         name = os.fsdecode(file.read_bytes()).strip("\n")
-    except FileNotFoundError:
+    except OSError:  # not there; or a container's user who may not look into HOME: nothing is set
         name = ""
     return name or None, str(file)
 

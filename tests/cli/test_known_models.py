@@ -201,6 +201,7 @@ def test_a_configuration_that_cannot_be_written_is_one_line(maple, monkeypatch, 
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file"))
     code, out, err = maple("models", "use", "sd15")
     assert code == 1 and out == "" and err.count("\n") == 1
+    assert _default_model.chosen()[0] is None  # and drawing goes on without one
     assert "Traceback" in maple("models", "use", "sd15", "--debug")[2]
 
 
