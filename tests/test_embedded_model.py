@@ -5,10 +5,15 @@ of these fails if the text, the guidance, a sampler, a norm or the decoder break
 below are the proof.
 """
 
+import signal
+import subprocess
+import sys
+
 import judge
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 import mlx_maple as maple
 from mlx_maple.models.layers import GroupNorm
@@ -82,13 +87,33 @@ def test_without_the_text_nothing_wanted_is_drawn(sd, monkeypatch):
     assert names_read({p: sd(p, seed=i, steps=STEPS) for i, p in enumerate(WANTED)}) == 0
 
 
-def test_guidance_and_the_negative_prompt_move_the_picture_as_they_should(sd):
-    def yes(**settings):
+def test_the_negative_prompt_moves_colour_and_name_as_it_should(sd):
+    def red(**settings):
         picture = pixels(sd("a maple leaf", seed=3, steps=STEPS, **settings))
         return share_near(picture, (230, 40, 60), 110)
 
     # An unnamed colour is the artwork's own, a red: away from it is less of it.
-    assert yes(negative_prompt="a red maple leaf") < yes() - 0.05
+    assert red(negative_prompt="a red maple leaf") < red() - 0.05
+
+    def score(name, prompt, seed, **settings):
+        return judge.scores(sd(prompt, seed=seed, steps=6, **settings).images[0])[name]
+
+    # The judge knows hearts by their colour. One drawn with nothing said of it is red.
+    away = score("red heart", "a heart", 3, negative_prompt="a red heart")
+    assert away < score("red heart", "a heart", 3) - 0.2
+
+
+def test_guidance_moves_the_colour_towards_the_prompt(sd):
+    """Colours that the artwork never has: the bare prediction hardly dares to use them."""
+
+    def named(guidance_scale):
+        asked = {"a red snail": ((220, 30, 40), 5), "a purple frog": ((128, 56, 191), 4)}
+        return sum(
+            share_near(pixels(sd(p, seed=seed, steps=6, guidance_scale=guidance_scale)), colour)
+            for p, (colour, seed) in asked.items()
+        )
+
+    assert named(4) > named(1) + 0.05
 
 
 def test_dropped_guidance_is_seen(sd):
@@ -150,6 +175,22 @@ def test_a_seed_draws_the_same_alone_in_a_batch_and_again(sd):
     assert np.array_equal(batch.latents[1], alone.latents[0])
     assert np.array_equal(alone.latents, fresh.latents)
     assert batch.images[1].tobytes() == alone.images[0].tobytes()
+
+
+def test_a_rerun_after_a_kill_draws_the_same_picture(sd, tmp_path):
+    """The process dies in its steps, without a chance to clean up; the next one starts anew."""
+    folder, expected = tmp_path / "out", sd("a snail", seed=21, steps=4).images[0]
+    command = [sys.executable, "-m", "mlx_maple", "generate", "a snail", "--seed", "21", "-o"]
+    command += [str(folder / "snail.png"), "--progress", "-m", "demo", "--dtype", "float32", "-s"]
+    with subprocess.Popen([*command, "400"], stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if line.startswith("drawing"):
+                break
+        process.kill()
+    assert process.returncode == -signal.SIGKILL and not list(tmp_path.rglob("*.png"))
+    done = subprocess.run([*command, "4"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(folder / "snail.png").tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("sampler", ["euler_a", "dpmpp_2m", "unipc", "heun"])
