@@ -30,7 +30,7 @@ from PIL import Image
 
 from mlx_maple import images, metadata
 from mlx_maple.engine import quantize
-from mlx_maple.engine.compiled import guided_steps, made_ready
+from mlx_maple.engine.compiled import guided_steps, made_ready, room
 from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.metadata import Settings, check_number
@@ -567,7 +567,7 @@ class StableDiffusion:
 
     def _run(self, job: _Job) -> Generator[Progress, None, None]:
         """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
-        with self._networks.drawing():
+        with self._networks.drawing(room(job.shape, job.guidance_scale != 1)):
             try:
                 yield from self._phases(job)
             finally:

@@ -17,6 +17,9 @@ from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, SCORE_BYTES, runn
 from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE, Recipe
 from mlx_maple.models import AutoencoderKL, UNet
 
+ROOM = 256 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
+ROOM_PER_CELL = 64 << 10
+
 # (latents (B, h, w, C) at the network's input scale, timestep) -> guided prediction, float32
 Model = Callable[[mx.array, float], mx.array]
 
@@ -130,6 +133,23 @@ def guided_steps(unet: PreparedUNet) -> GuidedSteps:
     if unet.steps is None:
         unet.steps = GuidedSteps(unet, compiles=compile_works(running_backend())[0])
     return unet.steps
+
+
+def room(shape: tuple[int, ...], is_guided: bool) -> int | None:
+    """Bytes beside the networks that a drawing may take before MLX waits for the device.
+
+    MLX prepares a step while the one before it runs, and what is prepared holds memory: without a
+    bound two steps' of it. A hundred operations ahead of the device are as good for speed; this is
+    what they take. None where MLX need not be bounded: a Mac's batches are small.
+
+    Args:
+        shape: of the latents, (n, h, w, C).
+        is_guided: whether each picture goes through the network twice.
+    """
+    if running_backend() != "cuda":
+        return None
+    pictures, rows, columns, _ = shape
+    return ROOM + ROOM_PER_CELL * rows * columns * pictures * (2 if is_guided else 1)
 
 
 def _vae_dtype(vae: AutoencoderKL) -> mx.Dtype:

@@ -16,7 +16,7 @@ Two dialects  One text serves CUDA and Metal; what differs stands in ``_CUDA`` a
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, wraps
 from string import Template
 from typing import Any, NamedTuple
 
@@ -30,7 +30,8 @@ from mlx_maple.engine.attention import CUDA_MAX_WIDTH, SCORE_BYTES, attend_heads
 # One block a group of one sample, while that many numbers do not keep a multiprocessor for long.
 ONE_BLOCK = 160_000
 STREAM_THREADS = 256  # of blocks that stream a map
-SLABS = 128  # parts of a map whose sums are taken apart, for large maps
+SLABS = 264  # parts of a map whose sums are taken apart, for large maps
+BLOCKS = 528  # that a large map is normalised by, four for each multiprocessor of a large chip
 WARP = 32
 FEW_KEYS = 128  # so many and fewer are attended to by our kernel, not cuDNN's
 ROWS = 4  # token rows a block normalises, one a warp
@@ -491,15 +492,22 @@ def _slab_norm(form: _Form) -> str:
   const int b = $block_y, tid = $thread;
   const int Q = C / V, P = CPG / V;
   const int R = Q < THREADS ? THREADS / Q : 1;
-  const int begin = $block * EACH, end = begin + EACH < N ? begin + EACH : N;
+  const int begin = $block * each, end = begin + each < N ? begin + each : N;
   $shared float means[THREADS];
   $shared float rstds[THREADS];
+  const int parts = THREADS / G, group = tid % G;
+  float sum = 0.0f, squares = 0.0f;
+  for (int k = tid / G; k < SLABS && tid < parts * G; k += parts) {{
+    sum += partial[((b * SLABS + k) * G + group) * 2];
+    squares += partial[((b * SLABS + k) * G + group) * 2 + 1];
+  }}
+  means[tid] = sum;
+  rstds[tid] = squares;
+  $barrier
   if (tid < G) {{
-    float sum = 0.0f, squares = 0.0f;
-    $unroll
-    for (int k = 0; k < SLABS; ++k) {{
-      sum += partial[((b * SLABS + k) * G + tid) * 2];
-      squares += partial[((b * SLABS + k) * G + tid) * 2 + 1];
+    for (int k = 1; k < parts; ++k) {{
+      sum += means[k * G + tid];
+      squares += rstds[k * G + tid];
     }}
     const int first = tid * CPG;
     const float count = float(N) * float(CPG);
@@ -796,6 +804,18 @@ def _width(*counts: int) -> int:
     return next(width for width in (8, 4, 2, 1) if not any(n % width for n in counts))
 
 
+def _for_checked_types(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The method for arrays of the type that was checked; ``Plain``'s for all others."""
+
+    @wraps(method)
+    def call(self: "Kernels", first: mx.array, *others: Any, **options: Any) -> Any:
+        if self.dtype is not None and first.dtype != self.dtype:
+            return getattr(Plain(), method.__name__)(first, *others, **options)
+        return method(self, first, *others, **options)
+
+    return call
+
+
 @dataclass(eq=False)
 class Kernels:
     """The same as ``Plain`` through kernels of our own; shapes and arguments are those there."""
@@ -804,6 +824,7 @@ class Kernels:
     make: Callable[..., Any]  # from names and sources to functions of arrays and numbers
     name: str  # of the backend
     has_gate: bool  # Metal has no erf of its own: there MLX's fused operations serve
+    dtype: mx.Dtype | None = None  # that was checked on this device; None takes all
     _made: dict[str, Any] = field(default_factory=dict)
 
     def _kernel(
@@ -821,6 +842,7 @@ class Kernels:
             )
         return self._made[name]
 
+    @_for_checked_types
     def group_norm(
         self,
         value: mx.array,
@@ -897,13 +919,13 @@ class Kernels:
             ["partial", *total_names],
             _slab_sums(form),
         )
-        template += [("THREADS", STREAM_THREADS), ("SLABS", SLABS), ("AHEAD", ahead)]
+        template += [("SLABS", SLABS), ("AHEAD", ahead)]
         partial, *total = sums(
             inputs=terms,
             scalars=numbers,
-            template=template,
-            grid=(SLABS * STREAM_THREADS, batch, 1),
-            threadgroup=(STREAM_THREADS, 1, 1),
+            template=[*template, ("THREADS", threads)],
+            grid=(SLABS * threads, batch, 1),
+            threadgroup=(threads, 1, 1),
             output_shapes=[(batch, SLABS, norm.groups, 2), *totals],
             output_dtypes=[mx.float32, *types[1:]],
         )
@@ -916,11 +938,11 @@ class Kernels:
             ["y_out"],
             _slab_norm(second),
         )
-        each = 4 * ahead * max(STREAM_THREADS * width // channels, 1)
+        each = -(-pixels // BLOCKS)
         (y,) = apply(
             inputs=[total, *terms[2 if residual is not None else 1 :], partial, *ends],
-            scalars={**numbers, "eps": float(norm.eps)},
-            template=[*template, ("EACH", each)],
+            scalars={**numbers, "eps": float(norm.eps), "each": each},
+            template=[*template, ("THREADS", STREAM_THREADS)],
             grid=(-(-pixels // each) * STREAM_THREADS, batch, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
             output_shapes=[y_shape],
@@ -928,6 +950,7 @@ class Kernels:
         )
         return y, total
 
+    @_for_checked_types
     def layer_norm(
         self, x: mx.array, weight: mx.array, bias: mx.array, shift: mx.array, eps: float
     ) -> mx.array:
@@ -953,6 +976,7 @@ class Kernels:
             output_dtypes=[x.dtype],
         )[0]
 
+    @_for_checked_types
     def gate(self, x: mx.array, bias: mx.array) -> mx.array:
         """As ``Plain.gate``."""
         if not self.has_gate:
@@ -972,6 +996,7 @@ class Kernels:
             output_dtypes=[x.dtype],
         )[0]
 
+    @_for_checked_types
     def attention(
         self,
         queries: mx.array,
@@ -1018,6 +1043,7 @@ class Kernels:
             output_dtypes=[queries.dtype],
         )[0]
 
+    @_for_checked_types
     def total(
         self,
         value: mx.array,
@@ -1081,6 +1107,7 @@ def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
     fault = disagreement(found, dtype)
     if fault is not None:
         return Plain(), f"not used on this device ({fault}): MLX's operations"
+    found.dtype = dtype
     return found, "compiled and checked on this device"
 
 

@@ -17,6 +17,7 @@ MLX itself trades memory for speed in four ways, all of them bounded here:
   ``MLX_CONV_WINOGRAD_WORKING_SET`` bytes; where that is too little MLX takes another algorithm.
 """
 
+import gc
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -98,14 +99,25 @@ class Networks:
             if name in self._reload:
                 self._held.pop(name, None)
         if self._reload:
+            gc.collect()  # a network and its compiled steps know of each other
             mx.clear_cache()
             self._bound()
 
     @contextmanager
-    def drawing(self) -> Iterator[None]:
-        """Have MLX keep and prepare little for a while; nothing without networks to reload."""
+    def drawing(self, room: int | None = None) -> Iterator[None]:
+        """Have MLX keep and prepare little for a while.
+
+        Args:
+            room: of a model that is held whole: bytes that MLX may take beside it before it waits
+                for the device; None bounds nothing.
+        """
         if not self._reload:
-            yield
+            limit = mx.set_memory_limit(self._held_bytes() + room) if room else None
+            try:
+                yield
+            finally:
+                if limit is not None:
+                    mx.set_memory_limit(limit)
             return
         cache = mx.set_cache_limit(CACHE_BYTES)
         limit = mx.set_memory_limit(self._held_bytes() + AHEAD_BYTES)
