@@ -11,7 +11,6 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
 from collections.abc import Callable  # noqa: E402
-from dataclasses import dataclass  # noqa: E402
 from typing import Any, cast  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -20,6 +19,7 @@ from mlx.utils import tree_flatten  # noqa: E402
 
 from mlx_maple.cli import describe  # noqa: E402
 from mlx_maple.cli._bench_cases import Case  # noqa: E402
+from mlx_maple.engine.compiled import made_ready  # noqa: E402
 from mlx_maple.engine.count import count  # noqa: E402
 from mlx_maple.engine.measure import (  # noqa: E402
     GuidedStep,
@@ -30,7 +30,7 @@ from mlx_maple.engine.measure import (  # noqa: E402
 )
 from mlx_maple.engine.prepare import PreparedUNet  # noqa: E402
 from mlx_maple.loading import DTYPES, dtype_name, load  # noqa: E402
-from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet  # noqa: E402
+from mlx_maple.models import UNet  # noqa: E402
 from mlx_maple.pipeline import StableDiffusion  # noqa: E402
 from mlx_maple.sampling import NoiseSchedule  # noqa: E402
 from mlx_maple.text.prompt import encode_prompt  # noqa: E402
@@ -47,7 +47,8 @@ class Worker:
     """A model in one of its forms, and what its parts take.
 
     Args:
-        model: a path or hub name; None is SD 1.5's architecture with random weights.
+        model: a path or hub name; None is SD 1.5's architecture with random weights, of which only
+            the networks that are asked for are made.
         form: "prepared" as pictures are drawn, or "plain" as the networks are published.
         dtype: of the weights; None is this device's usual one.
         warm_up: calls before those that count.
@@ -62,30 +63,44 @@ class Worker:
         self.form = form
         self.dtype = dtype_name(dtype)
         self.times = {"warm_up": warm_up, "runs": runs, "rows": rows}
-        self._sd: StableDiffusion | Plain | None = None
+        self._sd: StableDiffusion | None = None
+        self._networks: dict[str, Any] = {}
         self._loaded = 0.0
         self._steps: dict[int, float] = {}  # seconds of a UNet call in a row, by picture size
 
-    @property
-    def networks(self) -> "StableDiffusion | Plain":
-        """The model or its networks, loaded when they are first asked for."""
-        if self._sd is None:
-            self._sd = load_for_bench(self.model, self.form, self.dtype)
-            self._loaded = time.time()
-        return self._sd
+    def network(self, part: str) -> Any:
+        """One network, made or loaded when it is first asked for; alone where it can be."""
+        if self.model is not None:
+            return getattr(self.sd, part)
+        if part not in self._networks:
+            network = random_sd15(DTYPES[self.dtype], parts=[part])[part]
+            self._networks[part] = network if self.form == "plain" else made_ready(network)
+        return self._networks[part]
 
     @property
     def sd(self) -> StableDiffusion:
-        """The model, where there is a whole one."""
-        assert isinstance(self.networks, StableDiffusion), "plain networks draw no pictures"
-        return self.networks
+        """The whole model, made or loaded when it is first asked for."""
+        if self._sd is None:
+            if self.model is not None:
+                self._sd = load(self.model, dtype=self.dtype)
+            else:
+                self._sd = StableDiffusion(
+                    text_encoder=self.network("text_encoder"),
+                    unet=self.network("unet"),
+                    vae=self.network("vae"),
+                    tokenizer=Tokenizer.bundled(),
+                    noise_schedule=NoiseSchedule.from_betas(),
+                    name="SD 1.5 with random weights",
+                )
+            self._loaded = time.time()
+        return self._sd
 
     def measure(self, case: Case) -> dict[str, Any]:
         """The figures of one case."""
         return getattr(self, f"_{case.kind}")(case)
 
     def _unet(self, case: Case) -> dict[str, Any]:
-        unet, size = self.networks.unet, case.size
+        unet, size = self.network("unet"), case.size
         step: Callable[[], mx.array]
         if isinstance(unet, PreparedUNet) and case.batch % 2 == 0:
             step = GuidedStep(unet, case.batch // 2, size, size)
@@ -97,7 +112,7 @@ class Worker:
         return row
 
     def _vae(self, case: Case) -> dict[str, Any]:
-        vae = self.networks.vae
+        vae = self.network("vae")
         side = case.size // vae.config.downscale
         latents = mx.random.normal((case.batch, side, side, vae.config.latent_channels))
         latents = latents.astype(DTYPES[self.dtype])
@@ -108,8 +123,10 @@ class Worker:
         return timed(decode, **self.times).row() | counted(decode, vae.decoder)
 
     def _text(self, case: Case) -> dict[str, Any]:
-        ids = [mx.array(self.networks.tokenize(text)) for text in (PROMPT, "")]
-        return timed(lambda: [self.networks.text_encoder(i).last for i in ids], **self.times).row()
+        encoder = self.network("text_encoder")
+        tokenizer = Tokenizer.bundled() if self.model is None else self.sd.tokenizer
+        ids = [mx.array(encode_prompt(tokenizer, text).ids) for text in (PROMPT, "")]
+        return timed(lambda: [encoder(each).last for each in ids], **self.times).row()
 
     def _image(self, case: Case) -> dict[str, Any]:
         """Whole pictures; then with a UNet that answers at once, to know what all else takes."""
@@ -213,34 +230,6 @@ class StandIn(nn.Module):
         return self._call(latents, *others)
 
 
-def load_for_bench(model: str | None, form: str, dtype: str) -> "StableDiffusion | Plain":
-    """A model in the form asked for; random weights have SD 1.5's architecture."""
-    if model is not None:
-        return load(model, dtype=dtype)
-    networks: dict[str, Any] = random_sd15(DTYPES[dtype])
-    if form == "plain":
-        return Plain(**networks)
-    return StableDiffusion(
-        **networks,
-        tokenizer=Tokenizer.bundled(),
-        noise_schedule=NoiseSchedule.from_betas(),
-        name="SD 1.5 with random weights",
-    )
-
-
-@dataclass(frozen=True)
-class Plain:
-    """Networks as they are published, which a model would make ready."""
-
-    text_encoder: CLIPTextEncoder
-    unet: UNet
-    vae: AutoencoderKL
-
-    def tokenize(self, text: str) -> list[list[int]]:
-        """As StableDiffusion."""
-        return encode_prompt(Tokenizer.bundled(), text).ids
-
-
 def main() -> None:
     """Measure the named cases in turn."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -254,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     worker = Worker(args.model, args.form, args.dtype, args.warm_up, args.runs, args.rows)
     try:
-        _ = worker.networks
+        _ = worker.sd if args.model else None
     except Exception as error:
         code, line = describe(error)
         print(json.dumps({"error": line, "exit_code": code}))
