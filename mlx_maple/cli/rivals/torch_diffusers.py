@@ -5,7 +5,8 @@ needs torch, diffusers and transformers, and it imports nothing of ours. It prin
 for each case, as soon as that is measured. Timing is as in mlx_maple/engine/measure.py.
 """
 
-# pyright: reportMissingImports=false  (whoever has not got torch checks the rest)
+# Whoever has not got torch checks the rest.
+# pyright: reportMissingImports=false
 
 import argparse
 import json
