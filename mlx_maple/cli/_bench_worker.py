@@ -207,7 +207,7 @@ def counted(call: Callable[[], mx.array], network: nn.Module) -> dict[str, Any]:
     """What one call asks of the device, as a row's figures."""
     weights = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
     try:
-        found = count(call, weights=dict(weights))
+        found = count(call, weights=dict(weights), on_a_gpu=False)
     except (RuntimeError, ValueError) as error:  # no reason to lose the times
         return {"count_error": str(error).splitlines()[0][:200]}
     return {

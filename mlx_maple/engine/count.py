@@ -13,7 +13,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,10 @@ class Count:
 
 
 def count(
-    function: Callable[..., Any], *arguments: mx.array, weights: Mapping[str, mx.array]
+    function: Callable[..., Any],
+    *arguments: mx.array,
+    weights: Mapping[str, mx.array],
+    on_a_gpu: bool = True,
 ) -> Count:
     """Count what ``function(*arguments)`` describes.
 
@@ -65,10 +68,11 @@ def count(
         function: a network or any other function of arrays; one array or several come out.
         arguments: of that function.
         weights: arrays by name, of which some are read.
+        on_a_gpu: count as on one, wherever this is; else as on the device that runs.
     """
     mx.eval(arguments, list(weights.values()))  # what is left to do then is the call's own
     named = {f"weight{i}": weight for i, weight in enumerate(weights.values())}
-    with as_on_a_gpu():
+    with as_on_a_gpu() if on_a_gpu else nullcontext():
         text = io.StringIO()
         out = function(*arguments)
         mx.export_to_dot(text, *(out if isinstance(out, list | tuple) else [out]), **named)

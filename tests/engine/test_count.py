@@ -96,6 +96,21 @@ def test_views_are_not_counted_and_repeated_use_is_counted_once():
     assert counted.weight_bytes == w.nbytes
 
 
+def test_the_device_that_runs_can_be_counted_too():
+    q = mx.ones((1, 2, 9, 8))
+
+    def work(q):
+        return mx.fast.scaled_dot_product_attention(q, q, q, scale=1.0)
+
+    fused = {"ScaledDotProductAttention": 1}
+    assert count(work, q, weights={}).by_name == fused
+    here = count(work, q, weights={}, on_a_gpu=False)
+    if mx.default_device().type == mx.DeviceType.cpu:  # where it is taken apart
+        assert here.by_name["Matmul"] == 2 and here.by_name["Softmax"] == 1
+    else:
+        assert here.kernels >= 1
+
+
 def test_a_kernel_with_two_outputs_is_one():
     with as_on_a_gpu():
         kernel = mx.fast.metal_kernel(
