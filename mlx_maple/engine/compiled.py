@@ -119,12 +119,14 @@ def made_ready(network: nn.Module, *, compiles: bool = True, low_memory: bool = 
         recipe = replace(Recipe.usual(network.conv_in.weight.dtype), score_bytes=score_bytes)
         unet = PreparedUNet(network, recipe)
         unet.steps = GuidedSteps(unet, compiles=works, one_by_one=low_memory)
+        mx.eval(unet.parameters())
         ready = unet
     elif type(network) is AutoencoderKL and not low_memory:
-        ready = CompiledVAE(network, Recipe.usual(_vae_dtype(network)), compiles=works)
+        # Each half is read when it is first used: a picture from text alone needs no encoder.
+        ready = PreparedVAE(network, Recipe.usual(network.post_quant_conv.weight.dtype))
+        ready.encoder.in_stages = ready.decoder.in_stages = backend == "cuda"
     else:
         return network
-    mx.eval(ready.parameters())
     return ready
 
 
@@ -150,26 +152,6 @@ def room(shape: tuple[int, ...], is_guided: bool) -> int | None:
         return None
     pictures, rows, columns, _ = shape
     return ROOM + ROOM_PER_CELL * rows * columns * pictures * (2 if is_guided else 1)
-
-
-def _vae_dtype(vae: AutoencoderKL) -> mx.Dtype:
-    return vae.post_quant_conv.weight.dtype
-
-
-class CompiledVAE(PreparedVAE):
-    """A prepared autoencoder whose decoder is compiled; with other weights it runs as it is."""
-
-    def __init__(self, vae: AutoencoderKL, recipe: Recipe, *, compiles: bool) -> None:
-        super().__init__(vae, recipe)
-        self._compiled_for = _vae_dtype(self) if compiles else None
-        self._decode = mx.compile(super().decode)
-
-    def decode(self, latents: mx.array) -> mx.array:
-        """As models.AutoencoderKL."""
-        # The compiled function keeps the weights that it was traced with.
-        if _vae_dtype(self) == self._compiled_for:
-            return self._decode(latents)
-        return super().decode(latents)
 
 
 @cache

@@ -87,10 +87,11 @@ class Kernel:
     ) -> list[mx.array]:
         """Describe a launch: ``scalars`` are told by value, ``template`` when it is compiled."""
         types = tuple(a.dtype for a in inputs), tuple(output_dtypes)
-        key = tuple(template), types, tuple(type(value) for value in scalars.values())
+        threads = threadgroup[0] * threadgroup[1] * threadgroup[2]
+        key = tuple(template), types, tuple(type(value) for value in scalars.values()), threads
         name = "_".join([self._name, *(_word(value) for _, value in template)])
         if key not in self._compiled:
-            self._compiled[key] = compiled(self._text(name, types, scalars, template))
+            self._compiled[key] = compiled(self._text(name, types, scalars, template, threads))
         return mx.fast.precompiled_cuda_kernel(
             name=name,
             compiled_source=self._compiled[key],
@@ -111,6 +112,7 @@ class Kernel:
         types: tuple[tuple[mx.Dtype, ...], tuple[mx.Dtype, ...]],
         scalars: Mapping[str, int | float],
         template: Sequence[tuple[str, int | mx.Dtype]],
+        threads: int,
     ) -> str:
         arguments = [
             f"{const}{TYPES[dtype]}* {argument}"
@@ -127,7 +129,9 @@ class Kernel:
             else f"constexpr int {word} = {value};"
             for word, value in template
         ]
-        head = f'extern "C" __global__ void {name}({", ".join(arguments)}) {{'
+        # The compiler then gives a thread no more registers than so many can have.
+        bounds = f"__launch_bounds__({threads})"
+        head = f'extern "C" __global__ void {bounds} {name}({", ".join(arguments)}) {{'
         return "\n".join([PRELUDE, self._header, head, *told, self._source, "}"])
 
 

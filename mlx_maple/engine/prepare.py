@@ -37,6 +37,7 @@ from mlx_maple.models.vae import Decoder, Encoder, PixelAttention
 # Below this many pixels a convolution is a matrix product on CUDA, where cuDNN's own is far from
 # the chip's rate: measured in benchmarks/.
 UNFOLD_PIXELS = {"cuda": 256}
+STAGE_BYTES = 16 << 20  # of a map that an autoencoder working in stages waits for
 
 
 @dataclass(frozen=True)
@@ -658,7 +659,12 @@ class Pixels(nn.Module):
 
 
 class Half(nn.Module):
-    """models.vae.Encoder or Decoder on maps that owe: (B, H, W, C) to (B, H', W', C')."""
+    """models.vae.Encoder or Decoder on maps that owe: (B, H, W, C) to (B, H', W', C').
+
+    Attributes:
+        in_stages: evaluate large maps as they are made, one ahead of the device: MLX gives no map
+            back before a hundred operations are done, which is most of a decoding.
+    """
 
     def __init__(self, half: Encoder | Decoder, recipe: Recipe) -> None:
         super().__init__()
@@ -689,6 +695,7 @@ class Half(nn.Module):
         if is_encoder:
             add_middle()
         self._doubles = not is_encoder
+        self.in_stages = False
         self.norm_out = MapNorm(half.conv_norm_out)
         self.shift_out = owed[None]
         self.conv_out = Convolution(half.conv_out)
@@ -696,11 +703,17 @@ class Half(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         x_map = _map(self.conv_in(x))
+        running: list[mx.array] = []
         for step in self.steps:
             if isinstance(step, Resample) and self._doubles:
                 x_map = step(x_map, (2 * x_map.size[0], 2 * x_map.size[1]))
             else:
                 x_map = step(x_map)
+            if self.in_stages and x_map.value.nbytes >= STAGE_BYTES:
+                made = [each for each in (x_map.value, x_map.residual) if each is not None]
+                mx.async_eval(made)
+                mx.eval(running)
+                running = made
         y, _ = self._recipe.kernels.group_norm(
             x_map.value, self.norm_out.constants, residual=x_map.residual, shift=self.shift_out
         )
