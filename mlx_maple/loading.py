@@ -30,6 +30,7 @@ from maple_convert.errors import (
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, known_models, twins
 from mlx_maple.engine import quantize as quantizing
+from mlx_maple.engine.attention import in_chunks
 from mlx_maple.engine.low_memory import Reload, set_environment
 from mlx_maple.engine.tiling import in_stripes
 from mlx_maple.hub import Progress
@@ -439,8 +440,10 @@ class _Source:
     def ready(self, module: nn.Module, how: _How) -> nn.Module:
         """The network with its weights read, and what is done to it before it draws."""
         _read_now(self.found, self.part, module, one_by_one=how.low_memory)
-        if self.part == "vae" and how.low_memory:
+        if how.low_memory and self.part == "vae":
             return in_stripes(cast(AutoencoderKL, module))
+        if how.low_memory and self.part == "unet":
+            in_chunks(module)
         return module
 
 

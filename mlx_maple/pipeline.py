@@ -579,7 +579,7 @@ class StableDiffusion:
         notes = list(job.notes)
 
         yield from clock.away(Progress(index=0, total=total, stage="text"))
-        model = self._model(job, notes)
+        prompts = self._prompts(job, notes)
         self._networks.release("text_encoder")
         clock.mark("text")
 
@@ -590,6 +590,7 @@ class StableDiffusion:
             self._networks.release("vae")
             clock.mark("encode")
 
+        model = self._model(job, *prompts)  # not before: it loads the UNet
         noise, clean, draw = _start(job, posterior)
         blend = None
         if job.mask is not None and clean is not None:
@@ -650,20 +651,22 @@ class StableDiffusion:
             ),
         )
 
-    def _model(self, job: _Job, notes: list[str]) -> Model:
+    def _prompts(self, job: _Job, notes: list[str]) -> tuple[mx.array, mx.array | None]:
+        """States (1, T, D) of the prompt and, where it is guided, of the negative prompt."""
+        settings = job.settings[0]
+        positive = self._states(settings.prompt, job.clip_skip, "prompt", notes)
+        if job.guidance_scale == 1:
+            return positive, None
+        text = settings.negative_prompt
+        return positive, self._states(text, job.clip_skip, "negative prompt", notes)
+
+    def _model(self, job: _Job, positive: mx.array, negative: mx.array | None) -> Model:
         """The guided UNet for a batch: (n, h, w, C) latents and a timestep to predictions.
 
         On the CPU pictures go through the network one by one: BLAS rounds differently with the size
         of a batch, and a picture is to be the same alone and among others.
         """
-        settings, scale = job.settings[0], job.guidance_scale
-        positive = self._states(settings.prompt, job.clip_skip, "prompt", notes)
-        negative = None
-        if scale != 1:
-            text = settings.negative_prompt
-            negative = self._states(text, job.clip_skip, "negative prompt", notes)
-
-        unet = self.unet
+        scale, unet = job.guidance_scale, self.unet
         if isinstance(unet, PreparedUNet):
             negative = None if negative is None else mx.repeat(negative, job.count, 0)
             positive = mx.repeat(positive, job.count, 0)

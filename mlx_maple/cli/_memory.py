@@ -1,11 +1,13 @@
 """Whether a picture fits into memory, asked before it is drawn, and what would fit.
 
-On a GPU MLX raises an error when an allocation fails. On the CPU nothing does: MLX ends in a
-segmentation fault where the system refuses memory, and the system kills the process where it does
-not. So the two large demands of a CPU run are estimated: the self-attention scores of the UNet's
-finest level, which are stored whole there, and the decoder's last convolutions, which MLX's CPU
-backend unfolds. Measured on SD 1.5 in float32 on Linux: 1.34 GB beside the weights for a guided
-step at 512x512, and 3.6 GB of resident memory for the decoder.
+On a GPU MLX raises an error when an allocation fails, and the plan (engine/memory.py) then says
+what each part takes. On the CPU nothing does: MLX ends in a segmentation fault where the system
+refuses memory, and the system kills the process where it does not. So the two large demands of a
+CPU run are estimated: the self-attention scores of the UNet's finest level, which are stored whole
+there, and the decoder's last convolutions, which MLX's CPU backend unfolds. Measured on SD 1.5 in
+float32 on Linux: 1.34 GB beside the weights for a guided step at 512x512, and 3.6 GB of resident
+memory for the decoder. (The plan counts what MLX asks for, not all of which the CPU touches. In
+low-memory mode the two are nearly the same, and the plan is asked.)
 """
 
 import resource
@@ -15,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_maple.cli import NO_MEMORY, Failure, _terminal
+from mlx_maple.cli import NO_MEMORY, Failure, _plan, _terminal
 
 if TYPE_CHECKING:
+    from mlx_maple.engine.memory import Plan
     from mlx_maple.pipeline import StableDiffusion
 
 SCORES = 1.25  # what a guided step needs for each byte of its scores
@@ -61,25 +64,40 @@ def check(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> None:
     """End before MLX does, on the CPU, when a picture is certain not to fit."""
     import mlx.core as mx
 
+    from mlx_maple.engine.memory import Plan
+
     free = free_memory()
     if free is None or mx.default_device() != mx.Device(mx.DeviceType.cpu):
         return
     width, height = _size(sd, arguments)
     demand = _demand(sd, arguments)
-    needed = demand.bytes(width, height)
+    plan = Plan(_plan.request_of(sd, arguments, low_memory=sd.is_low_memory))
+    needed = plan.peak if sd.is_low_memory else demand.bytes(width, height)
     if needed <= free:
         return
-    fits = demand.largest(width, height, free)
-    advice = f"-W {fits[0]} -H {fits[1]} would fit" if fits else "close other programs"
+    fits = [f"{words} ({_terminal.size(peak)} in all)" for words, peak in _fits(sd, plan, free)]
+    if not sd.is_low_memory and (size := demand.largest(width, height, free)):
+        fits.append(f"-W {size[0]} -H {size[1]}")
+    advice = f"{' or '.join(fits)} would fit" if fits else "close other programs"
+    beside = "" if sd.is_low_memory else " beside the model's"
     raise Failure(
         NO_MEMORY,
-        f"{width}x{height} needs about {_terminal.size(needed)} of memory beside the model's and "
-        f"{_terminal.size(free)} are free: {advice}",
+        f"{width}x{height} needs about {_terminal.size(needed)} of memory{beside} and "
+        f"{_terminal.size(free)} are free: {advice} (the weights: {_plan.weights_in_words(plan)})",
     )
 
 
+def _fits(sd: "StableDiffusion", plan: "Plan", free: float) -> list[tuple[str, int]]:
+    """What takes less and fits, the least change first."""
+    from mlx_maple.engine.memory import advice
+
+    if sd.is_low_memory:
+        return advice(plan.request, int(free))
+    return [(words, peak) for words, peak in _plan.less(plan) if peak <= free][:1]
+
+
 def _demand(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> Demand:
-    unet, vae = sd.unet.config, sd.vae.config
+    unet, vae = sd.configs["unet"], sd.configs["vae"]
     guidance = arguments.get("guidance_scale")
     guidance = sd.defaults["guidance_scale"] if guidance is None else guidance
     return Demand(
@@ -98,19 +116,23 @@ def _size(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> tuple[int, int
 
 
 def refused(sd: "StableDiffusion", arguments: Mapping[str, Any], error: RuntimeError) -> Failure:
-    """What would fit, in words."""
-    width, height = _size(sd, arguments)
-    advice = []
-    if (count := arguments.get("count") or 1) > 1:
-        advice.append("--count 1")
-    if width * height > sd.defaults["width"] * sd.defaults["height"]:
-        advice.append(f"-W {sd.defaults['width']} -H {sd.defaults['height']}")
+    """What each part takes and what would fit, in words."""
+    from mlx_maple.engine.memory import Plan, advice
+
+    plan = Plan(_plan.request_of(sd, arguments, low_memory=sd.is_low_memory))
+    has = _plan.device_memory()
+    # It did not fit, whatever the device is said to have.
+    free = plan.peak - 1 if has is None else min(has, plan.peak - 1)
+    tries = [f"{words} ({_terminal.size(n)})" for words, n in advice(plan.request, free)]
     if sd.info.components["unet"].dtype == "float32":
-        advice.append("--dtype float16")
-    if not advice:
-        advice.append("a smaller size, or closing other programs")
+        tries.append("--dtype float16")
+    tries = tries or ["a smaller size, or closing other programs"]
+    width, height, count = plan.request.width, plan.request.height, plan.request.count
     what = f"{width}x{height}" + (f", {count} at once" if count > 1 else "")
-    return Failure(NO_MEMORY, f"out of memory drawing {what}: try {' or '.join(advice)} ({error})")
+    return Failure(
+        NO_MEMORY,
+        f"out of memory drawing {what}: try {' or '.join(tries)}; {_plan.in_words(plan)} ({error})",
+    )
 
 
 def resident() -> int:

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from mlx_maple import _OPENBLAS, __version__
-from mlx_maple.cli import DONE, _terminal
+from mlx_maple.cli import DONE, _audit, _plan, _terminal
 
 PACKAGES = ("mlx", "numpy", "Pillow", "safetensors", "huggingface_hub")
 
@@ -19,10 +19,19 @@ PACKAGES = ("mlx", "numpy", "Pillow", "safetensors", "huggingface_hub")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("-m", "--model", metavar="MODEL", help="as for generate")
+    parser.add_argument("-W", "--width", type=int, metavar="PIXELS", help="a multiple of 8")
+    parser.add_argument("-H", "--height", type=int, metavar="PIXELS", help="a multiple of 8")
+    _plan.add_arguments(parser)
+    _audit.add_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Look, and print what was found."""
+    if args.plan:
+        return _plan.run(args)
+    if args.audit:
+        return _audit.run(args)
     found = examine()
     if args.json:
         print(json.dumps(found))

@@ -15,9 +15,14 @@ matrix products with the scores (B, K, T, S) between them: half a gigabyte for o
 import math
 
 import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_maple.models.attention import Attention
 
 SCORE_BYTES = 256 << 20  # the most that the scores of one product may take
 LOW_MEMORY_SCORE_BYTES = 64 << 20  # the same in low-memory mode; smaller chunks only cost time
+
+MOST_CHUNKS = 128  # beyond, chunks grow instead: to describe more takes longer than to run them
 
 METAL_WIDTHS = frozenset({64, 72, 80, 96, 128})  # of heads, with more than 8 queries
 CUDA_MAX_WIDTH = 128  # of heads, in multiples of 8, in half precision (cuDNN, Ampere and later)
@@ -106,9 +111,34 @@ def chunk_rows(shape: tuple[int, ...], others: int, dtype: mx.Dtype, score_bytes
     """
     batch, heads, tokens, _ = shape
     one_row = batch * heads * others * dtype.size
-    most = max(1, min(tokens, score_bytes // max(one_row, 1)))
+    most = max(1, -(-tokens // MOST_CHUNKS), min(tokens, score_bytes // max(one_row, 1)))
     chunks = -(-tokens // most)
     return -(-tokens // chunks)
+
+
+def in_chunks(network: nn.Module, *, score_bytes: int = LOW_MEMORY_SCORE_BYTES) -> None:
+    """Make a plain network's attentions bound their scores, in place; names and weights stay."""
+    for _, parent in network.named_modules():
+        for name, layer in list(parent.items()):
+            if type(layer) is Attention:
+                parent[name] = ChunkedAttention(layer, score_bytes)
+
+
+class ChunkedAttention(Attention):
+    """``models.attention.Attention`` with scores of bounded size: (B, T, C) to the same."""
+
+    def __init__(self, plain: Attention, score_bytes: int) -> None:
+        nn.Module.__init__(self)  # the layers are there already
+        for name, layer in plain.items():
+            self[name] = layer
+        self.heads = plain.heads
+        self._score_bytes = score_bytes
+
+    def __call__(self, x: mx.array, context: mx.array | None = None) -> mx.array:
+        """Gather from ``context`` (B, S, C'), or from ``x`` itself."""
+        context = x if context is None else context
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        return self.to_out(attend(q, k, v, self.heads, score_bytes=self._score_bytes))
 
 
 def is_fused(tokens: int, width: int, dtype: mx.Dtype, backend: str | None = None) -> bool:

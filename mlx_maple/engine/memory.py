@@ -23,10 +23,15 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_maple.engine import low_memory
-from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, running_backend
+from mlx_maple.engine.attention import (
+    LOW_MEMORY_SCORE_BYTES,
+    SCORE_BYTES,
+    in_chunks,
+    running_backend,
+)
 from mlx_maple.engine.count import as_on_a_gpu
-from mlx_maple.engine.kernels import kernels_of
-from mlx_maple.engine.prepare import Recipe, prepare_unet, prepare_vae
+from mlx_maple.engine.kernels import Kernels, Plain, kernels_for, kernels_of
+from mlx_maple.engine.prepare import UNFOLD_PIXELS, Recipe, prepare_unet, prepare_vae
 from mlx_maple.engine.quantize import QUANTIZED, as_quantized
 from mlx_maple.engine.tiling import striped_bytes
 from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
@@ -35,6 +40,7 @@ from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
 # dispatches ahead of the work, two an operation and more; on CUDA (Hopper and later) a graph of 100
 # operations is built before it is run; on Metal a command buffer holds 40 to 50.
 LAG = {"cpu": 48, "cuda": 100, "metal": 50}
+STAGE_LAG = 12  # of an autoencoder that works in stages: two residual blocks' operations
 
 TOKENS = 77
 SIZE_STEP = 64  # pixels between the sizes that are tried
@@ -216,7 +222,8 @@ class Plan:
         finally:
             network.update(tree_unflatten(parameters))
         if not self.request.low_memory:
-            return trace.peak(LAG[backend])
+            staged = backend == "cuda" and part == "vae"
+            return trace.peak(STAGE_LAG if staged else LAG[backend])
         if backend == "cpu":  # which waits where more than the bound would be taken
             return max(trace.peak(0), min(trace.peak(LAG[backend]), low_memory.AHEAD_BYTES))
         return trace.peak(low_memory.BATCH)
@@ -277,6 +284,8 @@ def _networks(request: Request) -> dict[str, Any]:
             as_quantized(network, request.bits)
             network.set_dtype(request.dtype)
         found[part] = network
+    if request.low_memory:
+        in_chunks(found["unet"])
     if request.backend != "cpu":
         recipe = _recipe(request)
         found["unet"] = prepare_unet(found["unet"], recipe)
@@ -286,16 +295,13 @@ def _networks(request: Request) -> dict[str, Any]:
 
 
 def _recipe(request: Request) -> Recipe:
-    """How the networks are made ready: as they are here, or would be on another backend."""
-    if request.backend == running_backend():
-        recipe = Recipe.usual(request.dtype)
-    else:
-        with _as_on(request.backend):
-            recipe = replace(
-                Recipe.usual(request.dtype, backend=request.backend),
-                kernels=kernels_of(request.backend),
-            )
-    return replace(recipe, score_bytes=LOW_MEMORY_SCORE_BYTES) if request.low_memory else recipe
+    """How the networks are made ready, with kernels that can be described wherever this is."""
+    backend = request.backend
+    kernels: Kernels | Plain = kernels_of(backend, lambda **making: _kernel)
+    if backend == running_backend() and isinstance(kernels_for(backend, request.dtype)[0], Plain):
+        kernels = Plain()
+    score_bytes = LOW_MEMORY_SCORE_BYTES if request.low_memory else SCORE_BYTES
+    return Recipe(backend, kernels, score_bytes, UNFOLD_PIXELS.get(backend, 0))
 
 
 @contextmanager
@@ -305,9 +311,6 @@ def _as_on(backend: str) -> Iterator[None]:
         yield
         return
     with as_on_a_gpu():
-        # Each of a kernel's results takes memory of its own, which counting it as one does not say.
-        for name in ("cuda_kernel", "metal_kernel"):
-            setattr(mx.fast, name, lambda **making: _kernel)
         yield
 
 
@@ -441,49 +444,39 @@ class _Trace:
 
     def peak(self, lag: int) -> int:
         """The most that is taken at any time, if memory returns ``lag`` operations late."""
-        end = len(self._operations)
+        last = {each.buffer: each.buffer.last for each in self._arrays.values()}
         for name in self._results:
-            self._arrays[name].buffer.last = end
-        taken = most = clock = 0
-        returns: dict[int, int] = {}  # what the clock shows to the bytes that are back by then
-        merged: dict[_Buffer, _Buffer] = {}  # what was made in place, and whose place it was
-
-        def root(buffer: _Buffer) -> _Buffer:
-            while buffer in merged:
-                buffer = merged[buffer]
-            return buffer
-
+            last[self._arrays[name].buffer] = len(self._operations)
+        place_of: dict[_Buffer, _Buffer] = {}  # what was made in another's place, and whose it was
         counted: set[_Buffer] = set()
+        returns: dict[int, int] = {}  # what the clock shows to the bytes that are back by then
+        taken = most = clock = 0
         for number, operation in enumerate(self._operations):
             # A GPU is handed no views; on the CPU they are dispatched like all the rest.
             if self._backend == "cpu" or not operation.is_view:
                 clock += 1
                 taken -= returns.pop(clock, 0)
-            dying = [
-                buffer
-                for each in operation.inputs
-                if (buffer := root(each.buffer)).last == number and buffer.is_ours
-            ]
+            read = {place_of.get(each.buffer, each.buffer): None for each in operation.inputs}
+            dying = [buffer for buffer in read if last[buffer] == number and buffer.is_ours]
             for each in operation.outputs:
-                if each.buffer in counted or not each.buffer.is_ours or each.buffer in dying:
-                    continue
-                counted.add(each.buffer)
+                made = each.buffer
+                if made in counted or not made.is_ours:
+                    continue  # a view
+                counted.add(made)
                 place = None
                 if operation.name in IN_PLACE or operation.name.startswith("Compiled"):
-                    place = next((b for b in dying if b.nbytes == each.buffer.nbytes), None)
-                if place is not None:
-                    dying.remove(place)
-                    place.last = each.buffer.last
-                    merged[each.buffer] = place
-                    each.buffer.last = -1
+                    place = next((b for b in dying if b.nbytes == made.nbytes), None)
+                if place is None:
+                    taken += made.nbytes
                 else:
-                    taken += each.buffer.nbytes
+                    dying.remove(place)
+                    last[place] = last[made]
+                    place_of[made] = place
             most = max(most, taken + operation.workspace)
-            back = sum(b.nbytes for b in dying if b.last == number) + operation.workspace
+            back = sum(buffer.nbytes for buffer in dying) + operation.workspace
             taken += operation.workspace
             if back:
-                later = clock + 1 + lag
-                returns[later] = returns.get(later, 0) + back
+                returns[clock + 1 + lag] = returns.get(clock + 1 + lag, 0) + back
         return most
 
 

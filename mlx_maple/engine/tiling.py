@@ -79,28 +79,34 @@ def striped_bytes(
     widths = config.block_out_channels
     most = 0
 
-    def convolution(pixels: int, inputs: int, outputs: int, maps: int) -> None:
-        """Maps that are held (channels in all), and what a stripe of a convolution needs beside."""
+    def convolution(pixels: int, inputs: int, outputs: int, held: int, gone: int = 0) -> None:
+        """What a convolution takes, in stripes or, where one is enough, as the plain layer.
+
+        Maps that are ``held`` meanwhile are counted in channels, as are those that are ``gone``
+        when the plain layer's norm is done.
+        """
         nonlocal most
         stripes = -(-4 * pixels * max(inputs, outputs) // stripe_bytes)
-        stripe = pixels // stripes
+        stripe, unfolded = pixels // stripes, 4 * 10 * inputs if unfolds else 0
+        if stripes == 1:
+            norm = 8 * inputs + itemsize * held  # centred and squared, in float32
+            product = itemsize * (held - gone + inputs + outputs) + unfolded
+            most = max(most, pixels * max(norm, product))
+            return
         # As float32: centred and normed. As they are: activated, convolved, with the skip.
-        beside = stripe * (8 * inputs + itemsize * (inputs + 2 * outputs))
-        if stripes == 1:  # the plain layer: nothing is assembled, and one copy made in place
-            beside -= stripe * (4 * inputs + itemsize * outputs)
-        unfolded = 4 * 10 * stripe * inputs if unfolds else 0
-        most = max(most, itemsize * pixels * maps + beside + unfolded)
+        beside = 8 * inputs + itemsize * (inputs + 2 * outputs) + unfolded
+        most = max(most, itemsize * pixels * (held + outputs) + stripe * beside)
 
     for level, channels in enumerate(widths):
         pixels = width * height // 4**level
         finer, coarser = widths[max(level - 1, 0)], widths[min(level + 1, len(widths) - 1)]
         before = finer if is_encoding else coarser
-        convolution(pixels, before, channels, before + channels)
-        convolution(pixels, channels, channels, before + 2 * channels)
+        convolution(pixels, before, channels, before)
+        convolution(pixels, channels, channels, before + channels, channels)
         if is_encoding and level < len(widths) - 1:
-            convolution(pixels // 4, channels, channels, 4 * channels + channels)
+            convolution(pixels // 4, channels, channels, 4 * channels)
         if not is_encoding and level > 0:
-            convolution(4 * pixels, channels, channels, channels // 4 + channels)
+            convolution(4 * pixels, channels, channels, channels // 4)
     tokens = width * height // config.downscale**2
     scores = min(score_bytes, tokens**2 * itemsize)
     return max(most, tokens * widths[-1] * (6 * itemsize + 4) + 2 * scores)

@@ -1,0 +1,176 @@
+"""What a drawing will take in memory, as `maple doctor --plan` and the errors tell it."""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from mlx_maple.cli import DONE, _default_model, _terminal
+
+if TYPE_CHECKING:
+    from mlx_maple.engine.memory import Plan, Request
+    from mlx_maple.pipeline import StableDiffusion
+
+NAMES = {
+    "text_encoder": "text encoder",
+    "unet": "UNet",
+    "vae_encoder": "autoencoder's encoder",
+    "vae_decoder": "autoencoder's decoder",
+}
+PHASES = {
+    "text": "reading the prompt",
+    "encode": "encoding the image",
+    "step": "a step",
+    "decode": "decoding",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options; the model, its size and --json are the verb's own."""
+    add = parser.add_argument_group("of --plan").add_argument
+    add("--plan", action="store_true", help="say what a drawing will take in memory")
+    add("--count", type=int, default=1, metavar="N", help="pictures at once")
+    add("--image", action="store_true", help="from a picture")
+    add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
+    add("--quantize", type=int, choices=(8, 4), help="bits to keep the weights in")
+    add("--low-memory", action="store_true", help="one network at a time")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan of the model that would draw."""
+    from mlx_maple import loading
+    from mlx_maple.engine.memory import Plan
+
+    # In low-memory mode loading reads what the networks are made of, and no weights.
+    sd = loading.load(
+        args.model or _default_model.chosen()[0],
+        dtype=args.dtype,
+        quantize=args.quantize,
+        low_memory=True,
+        cache=False,
+        local_files_only=True,
+    )
+    request = request_of(sd, vars(args), low_memory=args.low_memory)
+    request = replace(request, from_picture=args.image)
+    plan, free = Plan(request), device_memory()
+    if args.json:
+        print(json.dumps({"model": sd.info.name, **as_json(plan), "memory": free}))
+        return DONE
+    print("\n".join(table(plan, sd.info.name, free)))
+    return DONE
+
+
+def request_of(
+    sd: "StableDiffusion", arguments: Mapping[str, Any], *, low_memory: bool
+) -> "Request":
+    """A drawing's request: the arguments of ``generate``, as far as they are said."""
+    import mlx.core as mx
+
+    from mlx_maple.engine.attention import running_backend
+    from mlx_maple.engine.memory import Request
+
+    def value(name: str) -> Any:
+        said = arguments.get(name)
+        return sd.defaults[name] if said is None else said
+
+    unet = sd.info.components["unet"]
+    return Request(
+        configs=sd.configs,
+        width=value("width"),
+        height=value("height"),
+        count=arguments.get("count") or 1,
+        guided=value("guidance_scale") != 1,
+        from_picture=bool(arguments.get("image") is not None),
+        dtype=getattr(mx, unet.dtype),
+        bits=unet.bits,
+        low_memory=low_memory,
+        backend=running_backend(),
+    )
+
+
+def device_memory() -> int | None:
+    """Bytes that the device has, or None where nothing says it."""
+    import mlx.core as mx
+
+    from mlx_maple.cli import _memory
+
+    info = mx.device_info()
+    for name in ("max_recommended_working_set_size", "total_memory", "memory_size"):
+        if isinstance(found := info.get(name), int):
+            return found
+    free = _memory.free_memory()
+    return None if free is None else int(free)
+
+
+def table(plan: "Plan", name: str, free: int | None) -> list[str]:
+    """The plan for a person."""
+    request = plan.request
+    how = [f"{request.width}x{request.height}", str(request.dtype).rpartition(".")[2]]
+    how += [f"{request.count} at once"] if request.count > 1 else []
+    how += [f"{request.bits} bits"] if request.bits else []
+    how += ["low-memory"] if request.low_memory else []
+    lines = [f"{name}, {', '.join(how)}, on {request.backend}", ""]
+    size = _terminal.size
+    for part, nbytes in plan.components.items():
+        if part != "vae_encoder" or request.from_picture:
+            lines.append(f"  {NAMES[part]:<24} {size(nbytes):>9}")
+    lines += ["", f"  {'':<24} {'weights':>9} {'beside':>9} {'in all':>9}"]
+    for phase in plan.phases:
+        columns = (phase.weights, phase.working, phase.total)
+        lines.append(f"  {PHASES[phase.name]:<24} " + " ".join(f"{size(n):>9}" for n in columns))
+    of = "" if free is None else f", of {size(free)} that this device has"
+    lines += ["", f"  at most {size(plan.peak)}{of}"]
+    lines += [f"  with {words}: {size(peak)}" for words, peak in less(plan)]
+    return lines
+
+
+def less(plan: "Plan") -> list[tuple[str, int]]:
+    """What would take less: options to add, and what it takes with them."""
+    from mlx_maple.engine.memory import Plan
+
+    request, found = plan.request, []
+    if not request.low_memory:
+        found.append(("--low-memory", replace(request, low_memory=True)))
+    if request.bits is None:
+        words = "--low-memory --quantize 4"
+        found.append((words, replace(request, low_memory=True, bits=4)))
+    peaks = [(words, Plan(other).peak) for words, other in found]
+    return [(words, peak) for words, peak in peaks if peak < plan.peak]
+
+
+def as_json(plan: "Plan") -> dict[str, Any]:
+    """The plan as JSON values; sizes in bytes."""
+    request = plan.request
+    return {
+        "width": request.width,
+        "height": request.height,
+        "count": request.count,
+        "dtype": str(request.dtype).rpartition(".")[2],
+        "bits": request.bits,
+        "low_memory": request.low_memory,
+        "backend": request.backend,
+        "components": plan.components,
+        "phases": [
+            {"name": p.name, "weights": p.weights, "working": p.working} for p in plan.phases
+        ],
+        "peak": plan.peak,
+        "less": [{"options": words, "peak": peak} for words, peak in less(plan)],
+    }
+
+
+def in_words(plan: "Plan") -> str:
+    """What each part takes, in one clause."""
+    size = _terminal.size
+    beside = ", ".join(f"{PHASES[p.name]} {size(p.working)}" for p in plan.phases)
+    weights = weights_in_words(plan)
+    return f"weights: {weights}; beside them: {beside}; {size(plan.peak)} at most"
+
+
+def weights_in_words(plan: "Plan") -> str:
+    """The size of each network, in one clause."""
+    return ", ".join(
+        f"{NAMES[part]} {_terminal.size(nbytes)}"
+        for part, nbytes in plan.components.items()
+        if part != "vae_encoder" or plan.request.from_picture
+    )
