@@ -276,7 +276,9 @@ class StableDiffusion:
         self._compiles = compile
         reload = dict(reload or {})
         held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
-        reloads = {n: lambda load=load: self._ready(load(), True) for n, load in reload.items()}
+        reloads = {
+            n: lambda load=load: self._ready(load(), True, True) for n, load in reload.items()
+        }
         self._networks = Networks(held, reloads)
         self.configs = self._networks.configs
         self.info = Info(
@@ -329,12 +331,14 @@ class StableDiffusion:
     def taesd(self, module: TAESD | None) -> None:
         self._networks["taesd"] = self._ready(module)
 
-    def _ready(self, network: Any, low_memory: bool | None = None) -> Any:
+    def _ready(self, network: Any, low_memory: bool | None = None, consumes: bool = False) -> Any:
         """A network as the device that runs draws fastest with."""
         if network is None:
             return None
         low_memory = self._networks.is_low_memory if low_memory is None else low_memory
-        return made_ready(network, compiles=self._compiles, low_memory=low_memory)
+        return made_ready(
+            network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
+        )
 
     @property
     def is_low_memory(self) -> bool:

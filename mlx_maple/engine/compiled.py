@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, SCORE_BYTES, running_backend
 from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE, Recipe
@@ -98,7 +99,13 @@ class GuidedSteps:
         return avoided + scale * (wanted - avoided)
 
 
-def made_ready(network: nn.Module, *, compiles: bool = True, low_memory: bool = False) -> nn.Module:
+def made_ready(
+    network: nn.Module,
+    *,
+    compiles: bool = True,
+    low_memory: bool = False,
+    consumes: bool = False,
+) -> nn.Module:
     """A UNet or an autoencoder as the device that runs draws fastest with; any other as it is.
 
     On the CPU that is as it is, too: there BLAS rounds by the size of its matrices, and the same
@@ -109,6 +116,8 @@ def made_ready(network: nn.Module, *, compiles: bool = True, low_memory: bool = 
         compiles: whether ``mx.compile`` may be used.
         low_memory: whether memory matters more than time; the autoencoder's own ways to save it
             are kept then.
+        consumes: whether the plain network may be emptied. Its weights then go one by one as they
+            are joined, where both would be held for a moment otherwise (0.2 GB of SD 1's 1.7).
     """
     backend = running_backend()
     if backend == "cpu":
@@ -119,7 +128,12 @@ def made_ready(network: nn.Module, *, compiles: bool = True, low_memory: bool = 
         recipe = replace(Recipe.usual(network.conv_in.weight.dtype), score_bytes=score_bytes)
         unet = PreparedUNet(network, recipe)
         unet.steps = GuidedSteps(unet, compiles=works, one_by_one=low_memory)
-        mx.eval(unet.parameters())
+        if consumes:
+            network.clear()
+        parameters = tree_flatten(unet.parameters())
+        assert isinstance(parameters, list)
+        for some in [[pair] for pair in parameters] if consumes else [parameters]:
+            mx.eval([value for _, value in some])
         ready = unet
     elif type(network) is AutoencoderKL and not low_memory:
         # Each half is read when it is first used: a picture from text alone needs no encoder.
