@@ -19,6 +19,7 @@ import mlx_maple
 from maple_convert import convert
 from maple_convert.errors import ConvertError, InvalidCheckpoint, LayoutMismatch
 from mlx_maple import loading, twins
+from mlx_maple.engine.quantize import Quantizer
 from mlx_maple.loading import NoModel, load
 
 PARTS = ("text_encoder", "unet", "vae")
@@ -395,3 +396,86 @@ def test_a_changed_shard_is_another_source(tmp_path):
     before = source_key(index, {})
     shard.write_bytes(b"two and more")
     assert source_key(index, {}) != before
+
+
+# Quantised, and in low-memory mode ---------------------------------------------------------------
+
+
+@pytest.fixture
+def ckpt() -> Path:
+    return tiny_model.folder() / "model.ckpt"
+
+
+def parameters(module) -> dict:
+    return dict(tree_flatten(module.parameters()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_quantised_folder_gives_what_quantising_on_load_gives(maple, dtype, tmp_path):
+    convert(maple, tmp_path / "q4", quantizer=Quantizer(4))
+    stored = loading.load(tmp_path / "q4", dtype=dtype)
+    made = loading.load(maple, dtype=dtype, quantize=4)
+    for part in ("text_encoder", "unet", "vae"):
+        one, other = parameters(getattr(stored, part)), parameters(getattr(made, part))
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert value.dtype == other[name].dtype and mx.array_equal(value, other[name]), name
+    bits = {name: component.bits for name, component in stored.info.components.items()}
+    assert bits == {"text_encoder": 4, "unet": 4, "vae": None}
+    assert stored.info.parameters == loading.load(maple).info.parameters
+    assert "unet.conv_in" not in "".join(name for name in parameters(made.unet) if "scales" in name)
+
+
+def test_a_quantised_folder_keeps_its_bits(maple, tmp_path):
+    convert(maple, tmp_path / "q8", quantizer=Quantizer(8))
+    assert loading.load(tmp_path / "q8", quantize=8).info.components["unet"].bits == 8
+    with pytest.raises(ConvertError, match="quantised to 8 bits already"):
+        loading.load(tmp_path / "q8", quantize=4)
+    with pytest.raises(ConvertError, match="convert the model that it was made from"):
+        convert(tmp_path / "q8", tmp_path / "again")
+
+
+@pytest.mark.parametrize("fault", ["missing", "type", "shape"])
+def test_a_quantised_folder_is_read_strictly(maple, tmp_path, fault):
+    convert(maple, tmp_path / "q4", quantizer=Quantizer(4))
+    file = tmp_path / "q4" / "unet.safetensors"
+    tensors = load_file(file)
+    name = "mid_block.resnets.0.conv1.scales"
+    if fault == "missing":
+        del tensors[name]
+    elif fault == "type":
+        words = name.replace("scales", "weight")
+        tensors[words] = tensors[words].view(np.int32)
+    else:
+        tensors[name] = tensors[name][:, :-1].copy()
+    save_file(tensors, file)
+    with pytest.raises(ConvertError, match=r"unet\.safetensors"):
+        loading.load(tmp_path / "q4")
+
+
+@pytest.mark.parametrize("bits", [3, "4", 16])
+def test_other_bits_are_refused(maple, bits):
+    with pytest.raises(ValueError, match="quantize must be 8 or 4"):
+        loading.load(maple, quantize=bits)
+
+
+@pytest.mark.parametrize("quantize", [None, 8])
+def test_low_memory_draws_the_same_from_every_kind_of_source(maple, ckpt, tmp_path, quantize):
+    drawn = []
+    for source, low_memory in ((maple, False), (maple, True), (ckpt, True)):
+        sd = loading.load(source, low_memory=low_memory, quantize=quantize, cache=False)
+        assert bool(sd._networks._held) is not low_memory
+        drawn.append(sd("a leaf", seed=1, steps=1, width=64, height=64).latents)
+    assert np.array_equal(drawn[0], drawn[1])
+    assert np.array_equal(drawn[0], drawn[2])
+
+
+def test_low_memory_reads_no_weights_when_it_loads(maple, monkeypatch):
+    def read(*args):
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(mx, "load", read)
+    sd = loading.load(maple, low_memory=True)
+    assert sd.info.parameters > 0
+    with pytest.raises(AssertionError, match="were read"):
+        sd("a leaf", seed=1, steps=1)
