@@ -126,3 +126,63 @@ def test_doctor(maple, monkeypatch):
     out = maple("doctor")[1]
     assert "the reference BLAS (slow)" in out and "libopenblas0-pthread" in out
     assert "g++ was not found" in out and "cannot be written" in out
+
+
+# Quantised folders and plans ---------------------------------------------------------------------
+
+
+def test_convert_to_quantised_weights(maple):
+    source = tiny_model.folder() / CKPT
+    assert maple("convert", source, "plain", "--quiet")[0] == 0
+    code, out, _ = maple("convert", source, "a", "--quantize", 4, "--quiet")
+    assert code == 0 and out.startswith("a: maple layout") and "4 bits" in out
+    sizes = [Path(name, "unet.safetensors").stat().st_size for name in ("a", "plain")]
+    assert sizes[0] < 0.4 * sizes[1]
+    assert json.loads(Path("a/config.json").read_text())["quantization"] == {
+        "bits": 4,
+        "components": ["text_encoder", "unet"],
+    }
+    code, out, _ = maple("inspect", "a", "--json")
+    found = json.loads(out)["components"]
+    assert [found[part]["bits"] for part in ("text_encoder", "unet", "vae")] == [4, 4, None]
+    plain = json.loads(maple("inspect", "plain", "--json")[1])["components"]
+    assert found["unet"]["parameters"] == plain["unet"]["parameters"]
+    assert "4-bit" in maple("inspect", "a")[1]
+    assert maple("generate", "a leaf", "-m", "a", "-s", 1, "-W", 64, "-H", 64, "--quiet")[0] == 0
+
+
+def test_only_maple_folders_hold_quantised_weights(maple):
+    source = tiny_model.folder() / CKPT
+    code, _, err = maple("convert", source, "a", "--quantize", 4, "--to", "diffusers")
+    assert code == 2 and "maple folders" in err
+    assert maple("convert", source, "a", "--quantize", 3)[0] == 2
+    assert not Path("a").exists()
+
+
+def test_a_plan(maple):
+    source = tiny_model.folder() / CKPT
+    code, out, _ = maple("doctor", "--plan", "-m", source, "-W", 64, "-H", 64)
+    assert code == 0 and "at most" in out and "with --low-memory:" in out
+    options = ("doctor", "--plan", "-m", source, "-W", 64, "-H", 64, "--json")
+    plain = json.loads(maple(*options)[1])
+    little = json.loads(maple(*options, "--low-memory", "--quantize", 4)[1])
+    assert little["peak"] < plain["peak"] and little["bits"] == 4
+    assert [phase["name"] for phase in plain["phases"]] == ["text", "step", "decode"]
+    assert plain["peak"] == max(p["weights"] + p["working"] for p in plain["phases"])
+    from_picture = json.loads(maple(*options, "--image")[1])
+    assert [p["name"] for p in from_picture["phases"]] == ["text", "encode", "step", "decode"]
+
+
+def test_an_end_for_want_of_memory_says_what_each_part_takes(maple, monkeypatch):
+    from mlx_maple.pipeline import StableDiffusion
+
+    def fail(*args, **options):
+        raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
+
+    monkeypatch.setattr(StableDiffusion, "_decode", fail)
+    source = tiny_model.folder() / CKPT
+    options = ("-m", source, "-s", 1, "-W", 256, "-H", 256, "--quiet")
+    code, _, err = maple("generate", "a leaf", *options)
+    assert code == 4 and err.count("\n") == 1
+    for words in ("out of memory drawing 256x256", "--low-memory (", "UNet", "decoding", "at most"):
+        assert words in err, words
