@@ -19,7 +19,7 @@ from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE, Recipe
 from mlx_maple.models import AutoencoderKL, UNet
 
 ROOM = 256 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
-ROOM_PER_CELL = 64 << 10
+ROOM_PER_CELL = 88 << 10
 
 # (latents (B, h, w, C) at the network's input scale, timestep) -> guided prediction, float32
 Model = Callable[[mx.array, float], mx.array]
@@ -138,7 +138,7 @@ def made_ready(
     elif type(network) is AutoencoderKL and not low_memory:
         # Each half is read when it is first used: a picture from text alone needs no encoder.
         ready = PreparedVAE(network, Recipe.usual(network.post_quant_conv.weight.dtype))
-        ready.encoder.in_stages = ready.decoder.in_stages = backend == "cuda"
+        ready.encoder.in_stages = ready.decoder.in_stages = True
     else:
         return network
     return ready

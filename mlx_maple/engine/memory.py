@@ -222,7 +222,7 @@ class Plan:
         finally:
             network.update(tree_unflatten(parameters))
         if not self.request.low_memory:
-            staged = backend == "cuda" and part == "vae"
+            staged = backend != "cpu" and part == "vae"
             return trace.peak(STAGE_LAG if staged else LAG[backend])
         if backend == "cpu":  # which waits where more than the bound would be taken
             return max(trace.peak(0), min(trace.peak(LAG[backend]), low_memory.AHEAD_BYTES))
