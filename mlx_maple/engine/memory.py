@@ -12,6 +12,7 @@ done those before them, and lets go of arrays when a batch of operations is done
 many. The numbers are those of MLX 0.32.4.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -40,6 +41,8 @@ from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
 # dispatches ahead of the work, two an operation and more; on CUDA (Hopper and later) a graph of 100
 # operations is built before it is run; on Metal a command buffer holds 40 to 50.
 LAG = {"cpu": 48, "cuda": 100, "metal": 50}
+# A batch also ends when its operations have read so many numbers.
+TOUCHED = {"cuda": 1000 << 20, "metal": 50 << 20}
 STAGE_LAG = 12  # of an autoencoder that works in stages: two residual blocks' operations
 
 TOKENS = 77
@@ -449,13 +452,16 @@ class _Trace:
             last[self._arrays[name].buffer] = len(self._operations)
         place_of: dict[_Buffer, _Buffer] = {}  # what was made in another's place, and whose it was
         counted: set[_Buffer] = set()
-        returns: dict[int, int] = {}  # what the clock shows to the bytes that are back by then
-        taken = most = clock = 0
+        owed: deque[tuple[int, int, int]] = deque()  # clock, numbers touched, and bytes to return
+        limit = TOUCHED.get(self._backend, 1 << 62)
+        taken = most = clock = touched = 0
         for number, operation in enumerate(self._operations):
             # A GPU is handed no views; on the CPU they are dispatched like all the rest.
             if self._backend == "cpu" or not operation.is_view:
                 clock += 1
-                taken -= returns.pop(clock, 0)
+                touched += sum(_size(each.shape) for each in operation.inputs)
+            while owed and (clock - owed[0][0] > lag or touched - owed[0][1] > limit):
+                taken -= owed.popleft()[2]
             read = {place_of.get(each.buffer, each.buffer): None for each in operation.inputs}
             dying = [buffer for buffer in read if last[buffer] == number and buffer.is_ours]
             for each in operation.outputs:
@@ -476,7 +482,7 @@ class _Trace:
             back = sum(buffer.nbytes for buffer in dying) + operation.workspace
             taken += operation.workspace
             if back:
-                returns[clock + 1 + lag] = returns.get(clock + 1 + lag, 0) + back
+                owed.append((clock, touched, back))
         return most
 
 
