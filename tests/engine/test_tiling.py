@@ -9,7 +9,7 @@ from mlx_maple.engine import tiling
 from mlx_maple.models import AutoencoderKL, VAEConfig
 
 CONFIG = VAEConfig(block_out_channels=(16, 32, 32, 32), norm_num_groups=8, layers_per_block=1)
-STRIPE = 60_000  # a dozen stripes and more at the finest level
+STRIPE = 200_000  # several stripes at the finer levels
 
 
 def autoencoder() -> AutoencoderKL:
@@ -26,7 +26,7 @@ def latents(batch: int, rows: int, columns: int) -> mx.array:
     return mx.array(values.astype(np.float32))
 
 
-@pytest.mark.parametrize("size", [(1, 24, 40), (1, 17, 9), (2, 16, 8)])
+@pytest.mark.parametrize("size", [(1, 16, 24), (1, 17, 9), (2, 12, 8)])
 def test_decoding_in_stripes_equals_the_whole(size):
     z = latents(*size)
     whole = np.array(autoencoder().decode(z))
@@ -34,7 +34,7 @@ def test_decoding_in_stripes_equals_the_whole(size):
     assert np.abs(whole - striped).max() < 2e-5 * max(1, whole.std())
 
 
-@pytest.mark.parametrize("size", [(1, 192, 320), (1, 136, 72), (2, 128, 64)])
+@pytest.mark.parametrize("size", [(1, 128, 192), (1, 136, 72), (2, 96, 64)])
 def test_encoding_in_stripes_equals_the_whole(size):
     pixels = mx.array(np.random.default_rng(2).uniform(-1, 1, (*size, 3)).astype(np.float32))
     whole = autoencoder().encode(pixels)
@@ -53,7 +53,7 @@ def test_a_stripe_of_one_row_and_odd_edges():
 
 @pytest.mark.parametrize("broken", ["statistics", "the row above"])
 def test_these_comparisons_see_what_tiles_get_wrong(broken, monkeypatch):
-    z = latents(1, 24, 40)
+    z = latents(1, 16, 24)
     whole = np.array(autoencoder().decode(z))
     if broken == "statistics":
 
@@ -87,7 +87,7 @@ def test_weights_keep_their_names_and_half_precision_its_type():
 
 
 def test_stripes_take_less_memory():
-    z = latents(1, 64, 64)
+    z = latents(1, 40, 40)
     mx.eval(z)
     peaks = []
     for stripe_bytes in (1 << 40, 1 << 18):
@@ -97,6 +97,6 @@ def test_stripes_take_less_memory():
         mx.reset_peak_memory()
         mx.eval(vae.decode(z))
         peaks.append(mx.get_peak_memory() - before)
-    maps = 4 * 512 * 512 * (32 + 16 + 16)  # input, middle and output of the finest block
+    maps = 4 * 320 * 320 * (32 + 16 + 16)  # input, middle and output of the finest block
     assert peaks[1] < 1.3 * maps
     assert peaks[1] < peaks[0] / 2
