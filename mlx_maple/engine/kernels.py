@@ -213,6 +213,7 @@ _CUDA = _Dialect(
         "rsqrt": "rsqrtf",
         "device": "",
         "unroll": '_Pragma("unroll")',
+        "rolled": '_Pragma("unroll 1")',
     },
     """
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
@@ -242,6 +243,7 @@ _METAL = _Dialect(
         "rsqrt": "metal::precise::rsqrt",
         "device": "device",
         "unroll": '_Pragma("unroll")',
+        "rolled": '_Pragma("unroll 1")',
     },
     """
 template <typename T, int N> struct alignas(sizeof(T) * N) Pack { T at[N]; };
@@ -344,6 +346,7 @@ class _Form:
         }}
       }}"""
         return f"""
+    $rolled
     for (int n = {begin}; n < {end}; n += R * AHEAD) {{
       Pack<T, V> v[AHEAD];
       $unroll
@@ -369,6 +372,7 @@ class _Form:
         if self.unfold:
             store = f"""
         const int row = m / columns, column = m - row * columns;
+        $rolled
         for (int near = 0; near < 9; ++near) {{
           const int dy = near / 3 - 1, dx = near % 3 - 1;
           // This pixel is that neighbour of the one at (row - dy, column - dx).
@@ -396,6 +400,7 @@ class _Form:
       a[i] = rstd * gain.at[i];
       z[i] = (owed.at[i] - mean) * a[i] + offsets.at[i];
     }}
+    $rolled
     for (int n = {begin}; n < {end}; n += R * AHEAD) {{
       Pack<T, V> v[AHEAD];
       $unroll
@@ -458,6 +463,7 @@ def _slab_sums(form: _Form) -> str:
   const int begin = slab * each, end = begin + each < N ? begin + each : N;
   $shared float held[2 * THREADS];
   float group_sum = 0.0f, group_squares = 0.0f;
+  $rolled
   for (int base = 0; base < Q; base += THREADS) {{
     const int width = Q - base < THREADS ? Q - base : THREADS;
     const int q = base + tid % width, r = tid / width;
@@ -473,7 +479,7 @@ def _slab_sums(form: _Form) -> str:
     $barrier
     const int low = tid * P > base ? tid * P : base;
     const int high = (tid + 1) * P < base + width ? (tid + 1) * P : base + width;
-    if (tid < G) for (int k = 0; k < R; ++k) for (int e = low; e < high; ++e) {{
+    if (tid < G) $rolled for (int k = 0; k < R; ++k) $rolled for (int e = low; e < high; ++e) {{
       group_sum += held[k * width + e - base];
       group_squares += held[THREADS + k * width + e - base];
     }}
@@ -497,6 +503,7 @@ def _slab_norm(form: _Form) -> str:
   $shared float rstds[THREADS];
   const int parts = THREADS / G, group = tid % G;
   float sum = 0.0f, squares = 0.0f;
+  $rolled
   for (int k = tid / G; k < SLABS && tid < parts * G; k += parts) {{
     sum += partial[((b * SLABS + k) * G + group) * 2];
     squares += partial[((b * SLABS + k) * G + group) * 2 + 1];
@@ -516,6 +523,7 @@ def _slab_norm(form: _Form) -> str:
     rstds[tid] = $rsqrt(squares / count - offset * offset + eps);
   }}
   $barrier
+  $rolled
   for (int base = 0; base < Q; base += THREADS) {{
     const int width = Q - base < THREADS ? Q - base : THREADS;
     const int q = base + tid % width, r = tid / width;
@@ -529,44 +537,32 @@ def _slab_norm(form: _Form) -> str:
 """
 
 
-# A warp a row; the row stays in registers between the passes.
+# A warp a row, which stays in registers; sums are taken about the row's first number.
 _LAYER_NORM = """
   const int lane = $thread % 32;
   const int row = $block * ROWS + $thread / 32;
   if (row < L) {
     constexpr int EACH = (C / V + 31) / 32;
-    Pack<T, V> v[EACH];
-    $unroll
-    for (int k = 0; k < EACH; ++k) {
-      const int c = (k * 32 + lane) * V;
-      if (c < C) v[k] = fetch<V>(value + row * C + c);
-    }
+    const float origin = float(value[row * C]) + shift[0];
     float x[EACH * V];
-    float sum = 0.0f;
+    float sum = 0.0f, squares = 0.0f;
     $unroll
     for (int k = 0; k < EACH; ++k) {
       const int c = (k * 32 + lane) * V;
       if (c < C) {
+        const Pack<T, V> v = fetch<V>(value + row * C + c);
         const Pack<float, V> owed = fetch<V>(shift + c);
         $unroll
         for (int i = 0; i < V; ++i) {
-          x[k * V + i] = float(v[k].at[i]) + owed.at[i];
-          sum += x[k * V + i];
+          const float d = float(v.at[i]) + owed.at[i] - origin;
+          x[k * V + i] = d;
+          sum += d;
+          squares += d * d;
         }
       }
     }
     const float mean = warp_sum(sum) / float(C);
-    float squares = 0.0f;
-    $unroll
-    for (int k = 0; k < EACH; ++k)
-      if ((k * 32 + lane) * V < C) {
-        $unroll
-        for (int i = 0; i < V; ++i) {
-          const float d = x[k * V + i] - mean;
-          squares += d * d;
-        }
-      }
-    const float rstd = $rsqrt(warp_sum(squares) / float(C) + eps);
+    const float rstd = $rsqrt(warp_sum(squares) / float(C) - mean * mean + eps);
     $unroll
     for (int k = 0; k < EACH; ++k) {
       const int c = (k * 32 + lane) * V;
@@ -649,8 +645,10 @@ _ATTENTION = """
   float top0 = -INFINITY, top1 = -INFINITY, sum0 = 0.0f, sum1 = 0.0f;
   const float factor = scale * 1.4426950408889634f;
 
+#pragma unroll 1
   for (int start = 0; start < S; start += KEYS) {
     __syncthreads();
+#pragma unroll 1
     for (int e = tid; e < KEYS * (DP / 8); e += 128) {
       const int row = e / (DP / 8), d = e % (DP / 8) * 8;
       uint4 k = make_uint4(0, 0, 0, 0), v = k;
@@ -900,7 +898,7 @@ class Kernels:
         total_names = [] if residual is None else ["total"]
         types = [value.dtype] * (1 + len(totals))
         threads = self.dialect.threads
-        ahead = 16 // width if width > 2 else 8
+        ahead = max(8 // width, 2)
         if pixels * per_group <= ONE_BLOCK and per_group // width <= threads:
             kernel = self._kernel(
                 "group_norm" + form.suffix,

@@ -114,11 +114,20 @@ class Product(nn.Module):
                 self[name] = parts[0] if joined is not None else mx.concatenate(parts)
         self.group_size = getattr(layers[0], "group_size", 0)
         self.bits = getattr(layers[0], "bits", 0)
+        self._matrix: mx.array | None = None
+
+    def fix(self) -> mx.array | None:
+        """Turn the weights, as they are now, into the matrix that is multiplied by, once for all.
+
+        A compiled step would describe the turning again at every call, for some 150 products.
+        """
+        self._matrix = None if "scales" in self else self.weight.T
+        return self._matrix
 
     def __call__(self, x: mx.array, added: mx.array | None = None) -> mx.array:
         """(…, I) to (…, O); ``added`` broadcasts to that."""
         if "scales" not in self:
-            weight = self.weight.T
+            weight = self._matrix if self._matrix is not None else self.weight.T
             return x @ weight if added is None else mx.addmm(added, x, weight)
         y = mx.quantized_matmul(
             x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
@@ -171,6 +180,15 @@ class Convolution(nn.Module):
         else:
             self.shape = tuple(layer.weight.shape)
         self.stride = layer.stride
+        self._matrix: mx.array | None = None
+
+    def fix(self) -> mx.array | None:
+        """As ``Product.fix``, of the matrix for neighbourhoods."""
+        self._matrix = None if "scales" in self else self._rows()
+        return self._matrix
+
+    def _rows(self) -> mx.array:
+        return self.weight.reshape(self.shape[0], -1).T
 
     @property
     def kernel(self) -> mx.array:
@@ -189,7 +207,7 @@ class Convolution(nn.Module):
     def on_neighbours(self, x: mx.array) -> mx.array:
         """The same on neighbourhoods: (B, N, 9 I) to (B, N, O)."""
         if "scales" not in self:
-            return x @ self.weight.reshape(self.shape[0], -1).T
+            return x @ (self._matrix if self._matrix is not None else self._rows())
         return mx.quantized_matmul(
             x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
         )
@@ -612,6 +630,12 @@ class PreparedUNet(nn.Module):
             x.value, self.norm_out.constants, residual=x.residual, shift=self.shift_out
         )
         return self.conv_out(y.reshape(y.shape[0], *x.size, -1)) + self.bias_out
+
+    def fix(self) -> None:
+        """Evaluate the weights, and what a step would otherwise make of them each time."""
+        mx.eval(self.parameters())
+        leaves = [m for m in self.modules() if isinstance(m, Product | Convolution)]
+        mx.eval([made for leaf in leaves if (made := leaf.fix()) is not None])
 
     @staticmethod
     def _step(step: nn.Module, x: Map, times: mx.array, stack: list) -> Map:
