@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import mlx_maple as maple
 from mlx_maple.engine import quantize
 from mlx_maple.engine.quantize import QuantizedConv2d
 from mlx_maple.models import CLIPTextConfig, CLIPTextEncoder, UNet, UNetConfig
@@ -131,3 +132,16 @@ def test_the_dtype_of_the_weights_is_kept():
 def test_other_bits_are_refused(bits):
     with pytest.raises(ValueError, match=f"8 or 4 bits, not {bits}"):
         quantize.quantize(unet(), bits)
+
+
+def test_pictures_of_the_embedded_model():
+    """49 and 27 dB on average over eight prompts (docs/memory.md); here one, with a margin."""
+    drawn = {}
+    for bits in (None, 8, 4):
+        sd = maple.load(quantize=bits)
+        image = sd("a red maple leaf on a yellow background", seed=1, steps=4).images[0]
+        drawn[bits] = np.array(image, np.float64)
+    errors = {bits: np.mean((drawn[bits] - drawn[None]) ** 2) for bits in (8, 4)}
+    psnr = {bits: 10 * np.log10(255**2 / error) for bits, error in errors.items()}
+    assert psnr[8] > 38
+    assert 16 < psnr[4] < psnr[8] - 10
