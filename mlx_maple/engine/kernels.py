@@ -1,8 +1,9 @@
 """Kernels for what MLX's own operations do far from the memory's speed: norms, gates, joins.
 
-A feature map travels as a sum that nobody has added up yet: ``value + residual + shift``, arrays
-(B, N, C) with N pixels in reading order, and a float32 row of biases. The next norm adds it up on
-its way, so that no pass over memory is spent on a bias or a skip alone.
+A feature map travels as a sum that nobody has added up yet: ``value + residual + shift``, arrays of
+B N pixels of C channels, and a float32 row of biases. The next norm adds it up on its way, so that
+no pass over memory is spent on a bias or a skip alone. Arrays that only lie in their order are
+taken in whatever shape they come: every reshape between two kernels is work for MLX's host side.
 
 Legend   B batch; N pixels; C channels; G groups; L rows of tokens; F width of a gate.
 Source   Wu and He 2018, Group Normalization (arXiv:1803.08494); Chan et al. 1979 for shifted sums;
@@ -42,6 +43,9 @@ TOLERANCE = {
 }  # of a self-check, times the max
 
 
+Size = tuple[int, int, int]  # of a feature map: B, h, w
+
+
 class Norm(NamedTuple):
     """A group norm's constants: weight (C,) and bias (C,) float32, G, eps."""
 
@@ -49,6 +53,13 @@ class Norm(NamedTuple):
     bias: mx.array
     groups: int
     eps: float
+
+
+def _shape(size: Size, channels: int, wanted: str) -> tuple[int, ...]:
+    batch, rows, columns = size
+    if wanted == "map":
+        return batch, rows, columns, channels
+    return batch * rows * columns, channels * (9 if wanted == "neighbours" else 1)
 
 
 class Plain:
@@ -60,33 +71,40 @@ class Plain:
         self,
         value: mx.array,
         norm: Norm,
+        size: Size,
         *,
         residual: mx.array | None = None,
         skip: mx.array | None = None,
         shift: mx.array | None = None,
         start: int = 0,
         silu: bool = True,
-        size: tuple[int, int] | None = None,
+        wanted: str = "map",
     ) -> tuple[mx.array, mx.array]:
         """Add up, join, normalise and gate a feature map.
 
         Args:
-            value: (B, N, C1).
+            value: B h w pixels of C1 channels, in whatever shape.
             norm: over C1 + C2 channels.
-            residual: (B, N, C1), added to ``value``.
-            skip: (B, N, C2), joined behind it.
+            size: B, h and w.
+            residual: likewise, added to ``value``.
+            skip: of C2 channels, joined behind it.
             shift: float32 biases that are still owed, rows (1, …) or (B, …).
             start: where in such a row this map's C biases begin.
             silu: gate with SiLU.
-            size: rows and columns where a 3x3 neighbourhood of each pixel is wanted.
+            wanted: "map", "tokens" or "neighbours".
 
         Returns:
-            (B, N, C) in the type of ``value``, or (B, N, 9 C) with ``size``: neighbours in reading
-            order, zeros beyond the border. And ``value + residual``, which still owes its shift.
+            In the type of ``value`` a map (B, h, w, C), tokens (B N, C) or each pixel's 3x3
+            neighbours in reading order (B N, 9 C), zeros beyond the border. And ``value +
+            residual``, which still owes its shift, as tokens.
         """
-        total = value if residual is None else value + residual
-        x = total if skip is None else mx.concatenate([total, skip], axis=-1)
-        batch, _, channels = x.shape
+        batch, rows, columns = size
+        own = value.shape[-1]
+        total = value if residual is None else value.reshape(-1, own) + residual.reshape(-1, own)
+        x = total.reshape(batch, rows * columns, own)
+        if skip is not None:
+            x = mx.concatenate([x, skip.reshape(batch, rows * columns, -1)], axis=-1)
+        channels = x.shape[-1]
         centred = x.astype(mx.float32)
         if shift is not None:
             centred = centred + shift[:, None, start : start + channels]
@@ -100,7 +118,8 @@ class Plain:
         scale = mx.rsqrt(group_mean(mx.square(centred)) + norm.eps) * norm.weight
         y = (centred * scale + norm.bias).astype(value.dtype)
         y = nn.silu(y) if silu else y
-        return (y if size is None else unfold(y, size)), total
+        y = unfold(y, size) if wanted == "neighbours" else y
+        return y.reshape(_shape(size, channels, wanted)), total
 
     def layer_norm(
         self, x: mx.array, weight: mx.array, bias: mx.array, shift: mx.array, eps: float
@@ -118,29 +137,30 @@ class Plain:
         self,
         queries: mx.array,
         others: mx.array,
+        batch: int,
         heads: int,
         *,
         scale: float,
         score_bytes: int = SCORE_BYTES,
         backend: str | None = None,
     ) -> mx.array:
-        """Attention on products that hold their parts side by side: to (B, T, K D).
+        """Attention on products that hold their parts side by side: to tokens (B T, K D).
 
         Args:
-            queries: (B, T, …), whose first K D numbers are the queries.
-            others: (B, S, …), whose last 2 K D are keys and values; the same array for
+            queries: B T rows, whose first K D numbers are the queries.
+            others: B S rows, whose last 2 K D are keys and values; the same array for
                 self-attention.
+            batch: B.
             heads: K.
             scale: of the scores.
             score_bytes: the most that scores may take where they are stored.
             backend: whose kernels MLX is asked for.
         """
-        batch, tokens, _ = queries.shape
         parts = 3 if others is queries else 2
         width = others.shape[-1] // parts // heads
 
         def split(x: mx.array, part: int) -> mx.array:
-            x = x.reshape(batch, x.shape[1], -1, heads, width)
+            x = x.reshape(batch, -1, x.shape[-1] // (heads * width), heads, width)
             return x[:, :, part].transpose(0, 2, 1, 3)
 
         mixed = attend_heads(
@@ -151,35 +171,36 @@ class Plain:
             score_bytes=score_bytes,
             backend=backend,
         )
-        return mixed.transpose(0, 2, 1, 3).reshape(batch, tokens, -1)
+        return mixed.transpose(0, 2, 1, 3).reshape(-1, heads * width)
 
     def total(
         self,
         value: mx.array,
         residual: mx.array | None,
         shift: mx.array,
-        size: tuple[int, int],
+        size: Size,
         doubled: tuple[int, int] | None = None,
     ) -> mx.array:
-        """Add a feature map up: (B, N, C) to (B, h, w, C), or to ``doubled`` rows and columns.
+        """Add a feature map up: to (B, h, w, C), or to ``doubled`` rows and columns.
 
         Doubling is nearest-neighbour, cut to a size that may be one short of double.
         """
-        x = value if residual is None else value + residual
+        batch, rows, columns = size
+        channels = value.shape[-1]
+        x = value.reshape(batch, rows, columns, channels)
+        if residual is not None:
+            x = x + residual.reshape(x.shape)
         x = x + shift.astype(x.dtype)
-        batch, _, channels = x.shape
-        rows, columns = size
-        x = x.reshape(batch, rows, columns, channels)
         if doubled is None:
             return x
         x = mx.broadcast_to(x[:, :, None, :, None], (batch, rows, 2, columns, 2, channels))
         return x.reshape(batch, 2 * rows, 2 * columns, channels)[:, : doubled[0], : doubled[1]]
 
 
-def unfold(x: mx.array, size: tuple[int, int]) -> mx.array:
+def unfold(x: mx.array, size: Size) -> mx.array:
     """Each pixel's 3x3 neighbourhood: (B, N, C) to (B, N, 9 C), zeros beyond the border."""
-    batch, _, channels = x.shape
-    rows, columns = size
+    batch, rows, columns = size
+    channels = x.shape[-1]
     padded = mx.pad(x.reshape(batch, rows, columns, channels), [(0, 0), (1, 1), (1, 1), (0, 0)])
     parts = [padded[:, i : i + rows, j : j + columns] for i in range(3) for j in range(3)]
     return mx.concatenate(parts, axis=-1).reshape(batch, rows * columns, 9 * channels)
@@ -850,16 +871,18 @@ class Kernels:
         self,
         value: mx.array,
         norm: Norm,
+        size: Size,
         *,
         residual: mx.array | None = None,
         skip: mx.array | None = None,
         shift: mx.array | None = None,
         start: int = 0,
         silu: bool = True,
-        size: tuple[int, int] | None = None,
+        wanted: str = "map",
     ) -> tuple[mx.array, mx.array]:
         """As ``Plain.group_norm``."""
-        batch, pixels, own = value.shape
+        batch, rows, columns = size
+        pixels, own = rows * columns, value.shape[-1]
         joined = 0 if skip is None else skip.shape[-1]
         channels = own + joined
         per_group = channels // norm.groups
@@ -867,17 +890,16 @@ class Kernels:
             return Plain().group_norm(
                 value,
                 norm,
+                size,
                 residual=residual,
                 skip=skip,
                 shift=shift,
                 start=start,
                 silu=silu,
-                size=size,
+                wanted=wanted,
             )
-        form = _Form(
-            residual is not None, skip is not None, shift is not None, silu, size is not None
-        )
-        rows, columns = (1, pixels) if size is None else size
+        unfolds = wanted == "neighbours"
+        form = _Form(residual is not None, skip is not None, shift is not None, silu, unfolds)
         stride = 0 if shift is None or shift.shape[0] == 1 else shift.shape[-1]
         numbers = {
             "N": pixels,
@@ -893,8 +915,8 @@ class Kernels:
         width = _width(per_group, own)
         template = [("T", value.dtype), ("V", width)]
         ends = [norm.weight, norm.bias]
-        y_shape = (batch, pixels, channels * (1 if size is None else 9))
-        totals = [] if residual is None else [value.shape]
+        y_shape = _shape(size, channels, wanted)
+        totals = [] if residual is None else [(batch * pixels, own)]
         total_names = [] if residual is None else ["total"]
         types = [value.dtype] * (1 + len(totals))
         threads = self.dialect.threads
@@ -1004,6 +1026,7 @@ class Kernels:
         self,
         queries: mx.array,
         others: mx.array,
+        batch: int,
         heads: int,
         *,
         scale: float,
@@ -1012,14 +1035,20 @@ class Kernels:
     ) -> mx.array:
         """As ``Plain.attention``."""
         is_self = others is queries
-        batch, tokens, q_row = queries.shape
-        keys, kv_row = others.shape[1:]
+        q_row, kv_row = queries.shape[-1], others.shape[-1]
+        tokens, keys = queries.size // q_row // batch, others.size // kv_row // batch
         width = kv_row // (3 if is_self else 2) // heads
         is_half = queries.dtype in (mx.float16, mx.bfloat16)
         is_ours = width > CUDA_MAX_WIDTH or keys <= FEW_KEYS
         if self.name != "cuda" or not is_half or width % 8 or width > 160 or not is_ours:
             return Plain().attention(
-                queries, others, heads, scale=scale, score_bytes=score_bytes, backend=backend
+                queries,
+                others,
+                batch,
+                heads,
+                scale=scale,
+                score_bytes=score_bytes,
+                backend=backend,
             )
         kernel = self._kernel(
             "attention",
@@ -1042,7 +1071,7 @@ class Kernels:
             template=[("T", queries.dtype), ("D", width)],
             grid=(blocks * 128, batch * heads, 1),
             threadgroup=(128, 1, 1),
-            output_shapes=[(batch, tokens, heads * width)],
+            output_shapes=[(batch * tokens, heads * width)],
             output_dtypes=[queries.dtype],
         )[0]
 
@@ -1052,13 +1081,13 @@ class Kernels:
         value: mx.array,
         residual: mx.array | None,
         shift: mx.array,
-        size: tuple[int, int],
+        size: Size,
         doubled: tuple[int, int] | None = None,
     ) -> mx.array:
         """As ``Plain.total``."""
-        batch, _, channels = value.shape
-        rows, columns = size
-        out_rows, out_columns = size if doubled is None else doubled
+        batch, rows, columns = size
+        channels = value.shape[-1]
+        out_rows, out_columns = (rows, columns) if doubled is None else doubled
         each = _width(channels)
         terms = [value] if residual is None else [value, residual]
         kernel = self._kernel(
@@ -1129,7 +1158,7 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
     def array(*shape: int, of: mx.Dtype = dtype) -> mx.array:
         return mx.array(numbers.standard_normal(shape, np.float32) + 0.5).astype(of)
 
-    size, channels = (6, 5), 64
+    size, channels = (2, 6, 5), 64
     value, residual, skip = (array(2, 30, channels) for _ in range(3))
     norm = Norm(1 + array(channels, of=mx.float32), array(channels, of=mx.float32), 16, 1e-5)
     weight, bias = (mx.concatenate([a, a]) for a in (norm.weight, norm.bias))
@@ -1140,17 +1169,19 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
 
     joined, alone, pairs = array(2, 70, 960), array(2, 70, 80), array(2, 77, 160)
     cases: dict[str, Callable[[Any], Any]] = {
-        "group norm": lambda k: k.group_norm(value, norm, shift=shift, start=7),
+        "group norm": lambda k: k.group_norm(value, norm, size, shift=shift, start=7),
         "group norm with a residual": lambda k: k.group_norm(
-            value, norm, residual=residual, shift=shift[:1], silu=False
+            value, norm, size, residual=residual, shift=shift[:1], silu=False, wanted="tokens"
         ),
         "group norm with a skip": lambda k: k.group_norm(
-            value, wide, residual=residual, skip=skip, shift=shift, size=size
+            value, wide, size, residual=residual, skip=skip, shift=shift, wanted="neighbours"
         ),
-        "group norm of a large map": lambda k: k.group_norm(large[0], large[1], shift=large[2]),
+        "group norm of a large map": lambda k: k.group_norm(
+            large[0], large[1], (1, 60, 50), shift=large[2]
+        ),
         "layer norm": lambda k: k.layer_norm(value, norm.weight, norm.bias, row, 1e-5),
-        "attention": lambda k: k.attention(joined, joined, 2, scale=0.11),
-        "attention to few": lambda k: k.attention(alone, pairs, 2, scale=0.3),
+        "attention": lambda k: k.attention(joined, joined, 2, 2, scale=0.11),
+        "attention to few": lambda k: k.attention(alone, pairs, 2, 2, scale=0.3),
         "gate": lambda k: k.gate(value, row),
         "total": lambda k: k.total(value, residual, row, size, (12, 9)),
     }

@@ -13,7 +13,7 @@ with the same signatures and, within rounding, the same numbers:
   matrix product. Where a backend's attention fuses other widths, heads are padded with zeros.
 
 Legend   B batch; h, w rows and columns; N = h w pixels; C channels; T prompt tokens; K heads; D
-         width of a head. Maps are (B, N, C).
+         width of a head.
 Source   mlx_maple/models, whose blocks these mirror one by one; tests/engine holds them together.
 """
 
@@ -25,7 +25,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_maple.engine.attention import METAL_WIDTHS, SCORE_BYTES, running_backend
-from mlx_maple.engine.kernels import Kernels, Norm, Plain, kernels_for
+from mlx_maple.engine.kernels import Kernels, Norm, Plain, Size, kernels_for
 from mlx_maple.engine.quantize import QuantizedConv2d
 from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.models.attention import LAYER_NORM_EPS, SpatialTransformer, TransformerBlock
@@ -76,19 +76,26 @@ class Map:
     """A feature map that nobody has added up yet: value + residual + what its maker owes.
 
     Attributes:
-        value: (B, N, C).
-        residual: (B, N, C) or None; the first norm that adds it puts the sum in its place.
-        size: h and w.
+        value: B h w pixels of C channels, in whatever shape.
+        residual: likewise, or None; the first norm that adds it puts the sum in its place.
+        size: B, h and w.
     """
 
     value: mx.array
     residual: mx.array | None
-    size: tuple[int, int]
+    size: Size
+
+    @property
+    def tokens(self) -> mx.array:
+        """The settled map's pixels as rows (B N, C)."""
+        assert self.residual is None
+        return self.value if self.value.ndim == 2 else self.value.flatten(0, -2)
 
     def settle(self) -> None:
         """Add the residual, where no norm comes before the map is kept."""
         if self.residual is not None:
-            self.value, self.residual = self.value + self.residual, None
+            value = self.value.reshape(self.residual.shape)
+            self.value, self.residual = value + self.residual, None
 
 
 # Leaves ------------------------------------------------------------------------------------------
@@ -290,7 +297,7 @@ class Resnet(nn.Module):
         shift, start = (self.shift2, 0) if self._start is None else (times, self._start)
         assert shift is not None
         y = self._convolved(self.conv2, self.norm2, Map(y, None, x.size), shift=shift, start=start)
-        return Map(y, self._shortcut(x.value, skip), x.size)
+        return Map(y, self._shortcut(x, skip), x.size)
 
     def _convolved(
         self,
@@ -302,32 +309,30 @@ class Resnet(nn.Module):
         start: int = 0,
         skip: mx.array | None = None,
     ) -> mx.array:
-        """Settle ``x``, normalise it and convolve it: (B, N, O)."""
-        batch, pixels, _ = x.value.shape
-        rows, columns = x.size
-        by_product = pixels <= self._recipe.unfold_pixels
+        """Settle ``x``, normalise it and convolve it: to B N pixels of O channels."""
+        _, rows, columns = x.size
+        by_product = rows * columns <= self._recipe.unfold_pixels
         y, x.value = self._recipe.kernels.group_norm(
             x.value,
             norm.constants,
+            x.size,
             residual=x.residual,
             skip=skip,
             shift=shift,
             start=start,
-            size=x.size if by_product else None,
+            wanted="neighbours" if by_product else "map",
         )
         x.residual = None
-        if by_product:
-            return conv.on_neighbours(y)
-        return conv(y.reshape(batch, rows, columns, -1)).reshape(batch, pixels, -1)
+        return conv.on_neighbours(y) if by_product else conv(y)
 
-    def _shortcut(self, x: mx.array, skip: Map | None) -> mx.array:
+    def _shortcut(self, x: Map, skip: Map | None) -> mx.array:
         if "shortcut" not in self:
-            return x
+            return x.value
         if skip is None:
-            return self.shortcut(x)
+            return self.shortcut(x.tokens)
         if self._is_cut:
-            return self.skip_shortcut(skip.value, self.shortcut(x))
-        return self.shortcut(mx.concatenate([x, skip.value], axis=-1))
+            return self.skip_shortcut(skip.tokens, self.shortcut(x.tokens))
+        return self.shortcut(mx.concatenate([x.tokens, skip.tokens], axis=-1))
 
 
 class Block(nn.Module):
@@ -377,10 +382,11 @@ class Block(nn.Module):
         return self.kv(context)
 
     def __call__(self, x: mx.array, prompt: mx.array) -> mx.array:
-        """(B, N, C) to the same."""
+        """Tokens (B N, C) to the same; the prompt's keys and values are (B, T, 2 K D)."""
+        batch = prompt.shape[0]
         joined = self.qkv(self._norm(1, x))
-        x = self.out1(self._attend(joined, joined), x)
-        x = self.out2(self._attend(self.q(self._norm(2, x)), prompt), x)
+        x = self.out1(self._attend(joined, joined, batch), x)
+        x = self.out2(self._attend(self.q(self._norm(2, x)), prompt, batch), x)
         gated = self._recipe.kernels.gate(self.ff_in(self._norm(3, x)), self.gate_bias)
         return self.ff_out(gated, x)
 
@@ -388,7 +394,7 @@ class Block(nn.Module):
         weight, bias = self[f"norm{i}_weight"], self[f"norm{i}_bias"]
         return self._recipe.kernels.layer_norm(x, weight, bias, self[f"shift{i}"], LAYER_NORM_EPS)
 
-    def _attend(self, queries: mx.array, others: mx.array) -> mx.array:
+    def _attend(self, queries: mx.array, others: mx.array, batch: int) -> mx.array:
         is_self = others is queries
         if self._pad:
             queries = self._wider(queries)
@@ -396,22 +402,21 @@ class Block(nn.Module):
         mixed = self._recipe.kernels.attention(
             queries,
             others,
+            batch,
             self._heads,
             scale=self._scale,
             score_bytes=self._recipe.score_bytes,
             backend=self._recipe.backend,
         )
         if self._pad:
-            batch, tokens, _ = mixed.shape
-            mixed = mixed.reshape(batch, tokens, self._heads, -1)[..., : self._width]
-            mixed = mixed.reshape(batch, tokens, -1)
+            mixed = mixed.reshape(mixed.shape[0], self._heads, -1)[..., : self._width]
+            mixed = mixed.flatten(1)
         return mixed
 
     def _wider(self, x: mx.array) -> mx.array:
         """Heads padded with zeros, where the weights are packed and could not be."""
-        batch, tokens, _ = x.shape
-        x = x.reshape(batch, tokens, -1, self._width)
-        return mx.pad(x, [(0, 0)] * 3 + [(0, self._pad)]).reshape(batch, tokens, -1)
+        split = x.reshape(-1, x.shape[-1] // self._width, self._width)
+        return mx.pad(split, [(0, 0), (0, 0), (0, self._pad)]).flatten(1)
 
 
 def _padded_rows(layer: Any, heads: int, width: int) -> Any:
@@ -460,15 +465,17 @@ class Transformer(nn.Module):
         y, x.value = self._recipe.kernels.group_norm(
             x.value,
             self.norm.constants,
+            x.size,
             residual=x.residual,
             shift=self.shift,
             silu=False,
+            wanted="tokens",
         )
         x.residual = None
         tokens = self.proj_in(y)
         for block in self.blocks:
             tokens = block(tokens, prompt.pop())
-        return Map(self.proj_out(tokens, x.value), None, x.size)
+        return Map(self.proj_out(tokens, x.tokens), None, x.size)
 
 
 class Resample(nn.Module):
@@ -489,14 +496,13 @@ class Resample(nn.Module):
         if not self._symmetric:
             full = mx.pad(full, [(0, 0), (0, 1), (0, 1), (0, 0)])
         y = self.conv(full, 1 if self._symmetric else 0)
-        batch, rows, columns, channels = y.shape
-        return Map(y.reshape(batch, rows * columns, channels), None, (rows, columns))
+        return _map(y)
 
 
 def _map(x: mx.array) -> Map:
     """(B, h, w, C) as a map."""
-    batch, rows, columns, channels = x.shape
-    return Map(x.reshape(batch, rows * columns, channels), None, (rows, columns))
+    batch, rows, columns, _ = x.shape
+    return Map(x, None, (batch, rows, columns))
 
 
 # The UNet ----------------------------------------------------------------------------------------
@@ -623,13 +629,13 @@ class PreparedUNet(nn.Module):
                 if isinstance(step, Resnet):
                     x = step(x, times, skips.pop())
                 elif isinstance(step, Resample):
-                    x = step(x, skips[-1].size)
+                    x = step(x, skips[-1].size[1:])
                 else:
                     x = step(x, stack)
         y, _ = self._recipe.kernels.group_norm(
-            x.value, self.norm_out.constants, residual=x.residual, shift=self.shift_out
+            x.value, self.norm_out.constants, x.size, residual=x.residual, shift=self.shift_out
         )
-        return self.conv_out(y.reshape(y.shape[0], *x.size, -1)) + self.bias_out
+        return self.conv_out(y) + self.bias_out
 
     def fix(self) -> None:
         """Evaluate the weights, and what a step would otherwise make of them each time."""
@@ -665,21 +671,24 @@ class Pixels(nn.Module):
         y, x.value = self._recipe.kernels.group_norm(
             x.value,
             self.norm.constants,
+            x.size,
             residual=x.residual,
             shift=self.shift,
             silu=False,
+            wanted="tokens",
         )
         x.residual = None
         qkv = self.qkv(y, self.qkv_bias)
         mixed = self._recipe.kernels.attention(
             qkv,
             qkv,
+            x.size[0],
             1,
             scale=(qkv.shape[-1] // 3) ** -0.5,
             score_bytes=self._recipe.score_bytes,
             backend=self._recipe.backend,
         )
-        return Map(self.out(mixed, x.value), None, x.size)
+        return Map(self.out(mixed, x.tokens), None, x.size)
 
 
 class Half(nn.Module):
@@ -730,7 +739,7 @@ class Half(nn.Module):
         running: list[mx.array] = []
         for step in self.steps:
             if isinstance(step, Resample) and self._doubles:
-                x_map = step(x_map, (2 * x_map.size[0], 2 * x_map.size[1]))
+                x_map = step(x_map, (2 * x_map.size[1], 2 * x_map.size[2]))
             else:
                 x_map = step(x_map)
             if self.in_stages and x_map.value.nbytes >= STAGE_BYTES:
@@ -739,9 +748,13 @@ class Half(nn.Module):
                 mx.eval(running)
                 running = made
         y, _ = self._recipe.kernels.group_norm(
-            x_map.value, self.norm_out.constants, residual=x_map.residual, shift=self.shift_out
+            x_map.value,
+            self.norm_out.constants,
+            x_map.size,
+            residual=x_map.residual,
+            shift=self.shift_out,
         )
-        return self.conv_out(y.reshape(y.shape[0], *x_map.size, -1)) + self.bias_out
+        return self.conv_out(y) + self.bias_out
 
 
 class PreparedVAE(AutoencoderKL):
