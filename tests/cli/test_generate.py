@@ -344,7 +344,8 @@ def test_an_allocation_that_fails_says_what_would_fit(draw, monkeypatch):
     monkeypatch.setattr("mlx_maple.pipeline.StableDiffusion._decode", fail)
     code, _, err = draw("x", "--count", 2, "-W", 256)
     assert code == 4 and err.count("\n") == 1
-    assert "out of memory drawing" in err and "--count 1 or --dtype float16" in err
+    assert "out of memory drawing" in err and " or --dtype float16; weights: " in err
+    assert "try --low-memory (" in err  # on the CPU pictures are drawn one by one, whatever --count
 
 
 # As a process -------------------------------------------------------------------------------------
