@@ -197,6 +197,7 @@ class Plan:
                 dtype.size,
                 is_encoding=is_encoding,
                 unfolds=request.backend == "cpu",
+                ahead=low_memory.AHEAD_BYTES if request.backend == "cpu" else 0,
             )
         if is_encoding:
             pixels = mx.zeros((1, height, width, config.in_channels), dtype)

@@ -61,6 +61,7 @@ def striped_bytes(
     *,
     is_encoding: bool,
     unfolds: bool,
+    ahead: int = 0,
     stripe_bytes: int = STRIPE_BYTES,
     score_bytes: int = LOW_MEMORY_SCORE_BYTES,
 ) -> int:
@@ -73,6 +74,7 @@ def striped_bytes(
         itemsize: bytes of an activation.
         is_encoding: the first half; else the second.
         unfolds: whether convolutions unfold their input in float32, as they do on the CPU.
+        ahead: bytes that MLX prepares in advance, as it does in layers that are no stripes.
         stripe_bytes: as for ``in_stripes``.
         score_bytes: as for ``in_stripes``.
     """
@@ -91,7 +93,9 @@ def striped_bytes(
         if stripes == 1:
             norm = 8 * inputs + itemsize * held  # centred and squared, in float32
             product = itemsize * (held - gone + inputs + outputs) + unfolded
-            most = max(most, pixels * max(norm, product))
+            taken = pixels * max(norm, product)
+            # Once it takes more than that MLX waits, and half of it remains on average.
+            most = max(most, taken + (taken if taken <= ahead else ahead // 2))
             return
         # As float32: centred and normed. As they are: activated, convolved, with the skip.
         beside = 8 * inputs + itemsize * (inputs + 2 * outputs) + unfolded

@@ -93,6 +93,7 @@ def test_a_lag_keeps_what_is_not_needed_any_more():
     [
         (128, {}),
         (256, {}),
+        (128, {"low_memory": True}),
         (256, {"low_memory": True}),
         (128, {"quantize": 4}),
         (256, {"low_memory": True, "quantize": 8}),
