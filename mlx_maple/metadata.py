@@ -40,6 +40,7 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "variation_strength": (float, 0, 1),
     "ensd": (int, -(2**63), 2**63),
     "eta": (float, 0, 1),
+    "bits": (int, 4, 8),
 }
 
 
@@ -75,6 +76,7 @@ class Settings:
         model_hash: the first 10 digits of its file's SHA-256, A1111's way.
         vae: name of a separate autoencoder.
         dtype: of weights and activations.
+        bits: that the weights were quantised to.
         version: the program that drew it.
     """
 
@@ -103,11 +105,12 @@ class Settings:
     model_hash: str = ""
     vae: str = ""
     dtype: str = ""
+    bits: int | None = None
     version: str = ""
 
     def arguments(self) -> dict[str, Any]:
         """What is set, as keyword arguments for ``StableDiffusion.generate``."""
-        about = ("injected", "model", "model_hash", "vae", "dtype", "version")
+        about = ("injected", "model", "model_hash", "vae", "dtype", "bits", "version")
         return {
             name: value
             for name, value in asdict(self).items()

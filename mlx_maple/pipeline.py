@@ -475,6 +475,7 @@ class StableDiffusion:
             model_hash=self.info.sha256[:10],
             vae=self._vae_name,
             dtype=self.info.components["unet"].dtype,
+            bits=self.info.components["unet"].bits,
             version=metadata.program(),
         )
         if settings.variation_strength:

@@ -357,6 +357,10 @@ def _load(
     if dtype is None and written is not None and loading.default_dtype() == "float16":
         dtype = written.dtype if written.dtype in loading.DTYPES else None
 
+    bits = args.quantize
+    if bits is None and written is not None and written.bits in (4, 8):
+        bits = written.bits
+
     def progress(done: int, total: int, label: str) -> None:
         screen.progress(label, done, total, f"{_terminal.size(done)} of {_terminal.size(total)}")
 
@@ -367,7 +371,7 @@ def _load(
         sd = loading.load(
             source,
             dtype=dtype,
-            quantize=args.quantize,
+            quantize=bits,
             low_memory=args.low_memory,
             vae=args.vae,
             taesd=args.taesd,
@@ -418,6 +422,10 @@ def _differences(written: "Settings", sd: "StableDiffusion", args: argparse.Name
         )
     if written.vae and args.vae is None:
         notes.append(f"was drawn with the autoencoder {written.vae}: name it with --vae")
+    bits = sd.info.components["unet"].bits
+    if written.bits != bits and (written.bits or written.version.startswith("mlx-maple")):
+        theirs, ours = (f"{n} bits" if n else "whole weights" for n in (written.bits, bits))
+        notes.append(f"was drawn with {theirs}, and this has {ours}: another picture")
     dtype = sd.info.components["unet"].dtype
     if written.dtype and written.dtype != dtype:
         notes.append(f"was drawn in {written.dtype}, and this is {dtype}: small differences")

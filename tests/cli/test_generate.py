@@ -401,3 +401,12 @@ def test_memory_that_the_system_refuses_ends_in_4(here):
     )
     assert done.returncode == 4, done.stderr
     assert done.stderr.count("\n") == 1 and "would fit" in done.stderr
+
+
+def test_a_quantised_picture_is_drawn_again_as_it_was(draw):
+    assert draw("x", "--quantize", 4, "-o", "a.png")[0] == 0
+    code, _, err = draw("--from-image", "a.png", "-o", "b.png")
+    assert code == 0 and "another picture" not in err
+    assert np.array_equal(np.array(Image.open("a.png")), np.array(Image.open("b.png")))
+    code, _, err = draw("--from-image", "a.png", "--quantize", 8, "-o", "c.png")
+    assert code == 0 and "was drawn with 4 bits, and this has 8 bits" in err
