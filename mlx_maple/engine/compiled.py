@@ -134,6 +134,7 @@ def made_ready(
         assert isinstance(parameters, list)
         for some in [[pair] for pair in parameters] if consumes else [parameters]:
             mx.eval([value for _, value in some])
+        unet.fix()
         ready = unet
     elif type(network) is AutoencoderKL and not low_memory:
         # Each half is read when it is first used: a picture from text alone needs no encoder.
@@ -151,7 +152,7 @@ def guided_steps(unet: PreparedUNet) -> GuidedSteps:
     return unet.steps
 
 
-def room(shape: tuple[int, ...], is_guided: bool) -> int | None:
+def room(shape: tuple[int, ...], is_guided: bool, backend: str | None = None) -> int | None:
     """Bytes beside the networks that a drawing may take before MLX waits for the device.
 
     MLX prepares a step while the one before it runs, and what is prepared holds memory: without a
@@ -161,8 +162,9 @@ def room(shape: tuple[int, ...], is_guided: bool) -> int | None:
     Args:
         shape: of the latents, (n, h, w, C).
         is_guided: whether each picture goes through the network twice.
+        backend: that is asked for; None is the one that runs.
     """
-    if running_backend() != "cuda":
+    if (running_backend() if backend is None else backend) != "cuda":
         return None
     pictures, rows, columns, _ = shape
     return ROOM + ROOM_PER_CELL * rows * columns * pictures * (2 if is_guided else 1)

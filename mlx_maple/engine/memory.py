@@ -30,6 +30,7 @@ from mlx_maple.engine.attention import (
     in_chunks,
     running_backend,
 )
+from mlx_maple.engine.compiled import room
 from mlx_maple.engine.count import as_on_a_gpu
 from mlx_maple.engine.kernels import Kernels, Plain, kernels_for, kernels_of
 from mlx_maple.engine.prepare import UNFOLD_PIXELS, Recipe, prepare_unet, prepare_vae
@@ -183,7 +184,10 @@ class Plan:
         rows, columns = request.height // factor, request.width // factor
         latents = mx.zeros((request.batch, rows, columns, config.in_channels), request.dtype)
         context = mx.zeros((request.batch, TOKENS, config.cross_attention_dim), request.dtype)
-        return self._peak("unet", lambda network: network, latents, mx.zeros((1,)), context)
+        bound = room((request.batch, rows, columns, 0), False, request.backend)
+        return self._peak(
+            "unet", lambda network: network, latents, mx.zeros((1,)), context, bound=bound
+        )
 
     def _autoencoder(self, *, is_encoding: bool) -> int:
         request = self.request
@@ -205,8 +209,17 @@ class Plan:
         shape = (1, height // config.downscale, width // config.downscale, config.latent_channels)
         return self._peak("vae", lambda network: network.decode, mx.zeros(shape, dtype))
 
-    def _peak(self, part: str, call: Callable[[Any], Callable[..., Any]], *inputs: mx.array) -> int:
-        """The most that a network's call takes, whose weights are described as arguments."""
+    def _peak(
+        self,
+        part: str,
+        call: Callable[[Any], Callable[..., Any]],
+        *inputs: mx.array,
+        bound: int | None = None,
+    ) -> int:
+        """The most that a network's call takes, whose weights are described as arguments.
+
+        Above ``bound`` MLX waits for the device; up to it, it prepares a batch more.
+        """
         network = self._networks[part]
         parameters = tree_flatten(network.parameters())
         assert isinstance(parameters, list)
@@ -227,10 +240,11 @@ class Plan:
             network.update(tree_unflatten(parameters))
         if not self.request.low_memory:
             staged = backend != "cpu" and part == "vae"
-            return trace.peak(STAGE_LAG if staged else LAG[backend])
+            usual = trace.peak(STAGE_LAG if staged else LAG[backend])
+            return usual if bound is None else max(usual, min(trace.peak(2 * LAG[backend]), bound))
         if backend == "cpu":  # which waits where more than the bound would be taken
             return max(trace.peak(0), min(trace.peak(LAG[backend]), low_memory.AHEAD_BYTES))
-        return trace.peak(low_memory.BATCH)
+        return trace.peak(2 * low_memory.BATCH)  # one batch runs while the next is prepared
 
 
 def advice(request: Request, free: int) -> list[tuple[str, int]]:
