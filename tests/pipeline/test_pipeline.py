@@ -306,7 +306,8 @@ def test_the_mean_unless_a_sample_is_asked_for(sd):
     std = np.exp(np.array(moments.logvar) / 2)
     plan = pipeline.make_plan(sd.noise_schedule, "ddim", "leading", 3, strength=0.5)
     x = plan.initial(start, mx.array(np.array(moments.mean) + std * posterior))
-    model = sd._model(checked(sd, arguments), [])
+    job = checked(sd, arguments)
+    model = sd._model(job, *sd._prompts(job, []))
     for step in plan.sample(model, x):
         last = step.latents
     assert np.allclose(np.array(last), sample.latents, rtol=0, atol=1e-5)
@@ -374,7 +375,8 @@ def test_the_picture_shows_through_in_every_step(sd):
     inside = mx.array(images.latent_mask(job.mask, 8)) > 0
     outside = pipeline._Outside(job.plan, inside, noise, clean)
     seen = []
-    for step in job.plan.sample(sd._model(job, []), job.plan.initial(noise, clean)):
+    model = sd._model(job, *sd._prompts(job, []))
+    for step in job.plan.sample(model, job.plan.initial(noise, clean)):
         blended = np.array(outside.kept(step))
         known = np.array(job.plan.noised(clean, noise, step.index))
         assert same(blended[:, :, :8], known[:, :, :8])
