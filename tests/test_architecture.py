@@ -18,7 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"models"},
     "pipeline": {"models", "text", "sampling", "adapters", "engine", "images", "metadata"},
     "loading": {*WITH_PATHS, "maple_convert"},
-    "cli": {*WITH_PATHS, "loading", "serve", "maple_convert"},
+    "cli": {*WITH_PATHS, "loading", "serve", "maple_convert", "_openblas"},
     "serve": {*WITH_PATHS, "loading", "cli", "maple_convert"},
     "__main__": {"cli"},
     "__init__": {"_openblas", "loading", "pipeline", "hub"},  # lazily, but for OpenBLAS

@@ -1,6 +1,7 @@
 """`maple doctor`: what this machine offers, and what is slow and why."""
 
 import argparse
+import ctypes
 import json
 import os
 import platform
@@ -10,7 +11,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from mlx_maple import _OPENBLAS, __version__
+from mlx_maple import _OPENBLAS, __version__, _openblas
 from mlx_maple.cli import DONE, _audit, _plan, _terminal
 
 PACKAGES = ("mlx", "numpy", "Pillow", "safetensors", "huggingface_hub")
@@ -52,8 +53,12 @@ def examine() -> dict[str, object]:
     import mlx.core as mx
 
     from mlx_maple import loading, twins
+    from mlx_maple.engine.attention import running_backend
+    from mlx_maple.engine.compiled import compile_works
+    from mlx_maple.engine.kernels import kernels_for
 
-    backend = _backend()
+    backend = running_backend()
+    dtype = loading.default_dtype()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     cache = twins.cache_folder()
     device = mx.device_info()
@@ -66,7 +71,9 @@ def examine() -> dict[str, object]:
         "memory": _terminal.size(memory),
         "mlx_backend": backend,
         "mlx_device": device.get("device_name", "unknown"),
-        "default_dtype": loading.default_dtype(),
+        "default_dtype": dtype,
+        "kernels": kernels_for(backend, getattr(mx, dtype))[1],
+        "compile": compile_works(backend)[1],
         "matrix_library": _matrix_library(backend),
         "hub": _hub(),
         "model_cache": f"{cache} ({_free(cache)})",
@@ -110,20 +117,15 @@ def _advice(backend: str, memory: int) -> list[str]:
     return advice
 
 
-def _backend() -> str:
-    import mlx.core as mx
-
-    if mx.default_device() == mx.Device(mx.DeviceType.cpu):
-        return "cpu"
-    return "metal" if mx.metal.is_available() else "cuda"
-
-
 def _matrix_library(backend: str) -> str:
     if backend != "cpu":
         return f"MLX's own kernels ({backend})"
     if platform.system() == "Darwin":
         return "Accelerate"
-    return _OPENBLAS or "the reference BLAS (slow)"
+    if _OPENBLAS is None:
+        return "the reference BLAS (slow)"
+    family = _openblas.kernels(ctypes.CDLL(_OPENBLAS))
+    return f"{_OPENBLAS} ({family} kernels)" if family else _OPENBLAS
 
 
 def _processor() -> str:

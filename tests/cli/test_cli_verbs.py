@@ -8,8 +8,8 @@ import pytest
 import tiny_model
 from safetensors.numpy import load_file
 
+from mlx_maple import _OPENBLAS, twins
 from mlx_maple import hub as hub_module
-from mlx_maple import twins
 from mlx_maple.cli import main
 from mlx_maple.text.tokenizer import Tokenizer
 
@@ -126,6 +126,27 @@ def test_doctor(maple, monkeypatch):
     out = maple("doctor")[1]
     assert "the reference BLAS (slow)" in out and "libopenblas0-pthread" in out
     assert "g++ was not found" in out and "cannot be written" in out
+
+
+def test_doctor_says_which_kernels_are_used_and_why(maple, monkeypatch):
+    found = json.loads(maple("doctor", "--json")[1])
+    assert found["kernels"] == "the CPU backend takes no kernels: MLX's operations"
+    assert found["compile"].startswith("mx.compile")
+    engine = "mlx_maple.engine"
+    monkeypatch.setattr(f"{engine}.attention.running_backend", lambda: "cuda")
+    monkeypatch.setattr(f"{engine}.kernels.kernels_for", lambda *on: (None, f"no kernels: {on}"))
+    monkeypatch.setattr(f"{engine}.compiled.compile_works", lambda on: (False, f"differs on {on}"))
+    found = json.loads(maple("doctor", "--json")[1])
+    assert found["kernels"] == "no kernels: ('cuda', mlx.core.float32)"
+    assert found["compile"] == "differs on cuda"
+
+
+@pytest.mark.skipif(_OPENBLAS is None, reason="no OpenBLAS here")
+def test_doctor_names_the_processor_that_openblas_has_kernels_for(maple, monkeypatch):
+    monkeypatch.setattr("mlx_maple._openblas.kernels", lambda library: "Sapphire")
+    assert f"{_OPENBLAS} (Sapphire kernels)" in maple("doctor")[1]
+    monkeypatch.setattr("mlx_maple._openblas.kernels", lambda library: "")
+    assert "kernels)" not in maple("doctor")[1]
 
 
 # Quantised folders and plans ---------------------------------------------------------------------
