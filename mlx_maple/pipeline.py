@@ -659,11 +659,12 @@ class StableDiffusion:
     def _prompts(self, job: _Job, notes: list[str]) -> tuple[mx.array, mx.array | None]:
         """States (1, T, D) of the prompt and, where it is guided, of the negative prompt."""
         settings = job.settings[0]
-        positive = self._states(settings.prompt, job.clip_skip, "prompt", notes)
-        if job.guidance_scale == 1:
-            return positive, None
-        text = settings.negative_prompt
-        return positive, self._states(text, job.clip_skip, "negative prompt", notes)
+        positive, negative = self._states(settings.prompt, job.clip_skip, "prompt", notes), None
+        if job.guidance_scale != 1:
+            text = settings.negative_prompt
+            negative = self._states(text, job.clip_skip, "negative prompt", notes)
+        mx.eval([states for states in (positive, negative) if states is not None])
+        return positive, negative
 
     def _model(self, job: _Job, positive: mx.array, negative: mx.array | None) -> Model:
         """The guided UNet for a batch: (n, h, w, C) latents and a timestep to predictions.
@@ -710,16 +711,14 @@ class StableDiffusion:
         return getattr(mx, self.info.components[part].dtype)
 
     def _states(self, text: str, clip_skip: int, name: str, notes: list[str]) -> mx.array:
-        """A prompt's states (1, T, D)."""
+        """A prompt's states (1, T, D), not evaluated."""
         encoded = encode_prompt(self.tokenizer, text)
         if encoded.truncated:
             end = " ".join(encoded.truncated.split())
             end = end if len(end) <= LEFT_OUT else f"{end[:LEFT_OUT]}…"
             notes.append(f"the {name} is too long; left out: {end}")
         states = self.text_encoder(mx.array(encoded.ids), clip_skip=clip_skip).last
-        states = states.reshape(1, -1, states.shape[-1])  # chunks one after the other
-        mx.eval(states)
-        return states
+        return states.reshape(1, -1, states.shape[-1])  # chunks one after the other
 
     def _encode(self, picture: Image.Image, notes: list[str]) -> tuple[mx.array, mx.array]:
         """Mean and standard deviation of a picture's latents, each (1, h, w, C) float32."""
@@ -1024,7 +1023,8 @@ def _fault(pixels: FloatArray) -> str:
     """What is wrong with decoded pixels: "as NaN", "black", or nothing."""
     if not np.isfinite(pixels).all():
         return "as NaN"
-    return "black" if not images.to_image(pixels).getbbox() else ""
+    brightest = np.full((1, 1, 3), pixels.max(), np.float32)
+    return "black" if not images.to_image(brightest).getbbox() else ""
 
 
 @contextmanager

@@ -14,10 +14,13 @@ Two dialects  One text serves CUDA and Metal; what differs stands in ``_CUDA`` a
          same in MLX's operations; else ``Plain`` is, and ``chosen`` says why.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, wraps
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
@@ -25,7 +28,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_maple.engine import nvrtc
+from mlx_maple.engine import nvrtc, verdict
 from mlx_maple.engine.attention import CUDA_MAX_WIDTH, SCORE_BYTES, attend_heads
 
 # One block a group of one sample, while that many numbers do not keep a multiprocessor for long.
@@ -1124,8 +1127,8 @@ class Kernels:
 def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
     """The kernels for the device that runs, and a line that says why these.
 
-    They are compiled and compared with ``Plain`` once a process, at the first network that is made
-    ready; MLX keeps what was compiled on the disk.
+    They are compiled and compared with ``Plain`` when the first network is made ready; what came
+    of it is kept for this device, this MLX and these kernels.
 
     Args:
         backend: "metal", "cuda" or "cpu".
@@ -1136,11 +1139,23 @@ def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
     if os.environ.get("MAPLE_KERNELS") == "0":
         return Plain(), "switched off by MAPLE_KERNELS=0: MLX's operations"
     found = kernels_of(backend)
-    fault = disagreement(found, dtype)
+    fault = verdict.kept(_key(dtype), lambda: disagreement(found, dtype))
     if fault is not None:
         return Plain(), f"not used on this device ({fault}): MLX's operations"
     found.dtype = dtype
     return found, "compiled and checked on this device"
+
+
+def _key(dtype: mx.Dtype) -> str:
+    """Names all that a verdict on kernels depends on."""
+    sources = [Path(__file__), Path(nvrtc.__file__)]
+    device = mx.device_info().get("device_name", "")
+    try:
+        mlx = version("mlx")
+    except PackageNotFoundError:  # a build without metadata
+        mlx = ""
+    facts = [str(device), mlx, str(dtype), *(path.read_text() for path in sources)]
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
 
 
 def kernels_of(backend: str, make: Callable[..., Any] | None = None) -> Kernels:

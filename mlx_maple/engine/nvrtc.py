@@ -15,10 +15,11 @@ import os
 import struct
 import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from mlx_maple.engine.verdict import folder as _folder
 
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 TYPES = {mx.float16: "half_t", mx.bfloat16: "bfloat_t", mx.float32: "float"}
@@ -220,16 +221,6 @@ def _architecture() -> str:
     info = mx.device_info()
     major = int(info["compute_capability_major"])
     return f"sm_{major}{info['compute_capability_minor']}{'a' if major >= 9 else ''}"
-
-
-def _folder() -> Path:
-    """Beside the other things that can be made again; see mlx_maple/twins.py."""
-    shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    path = Path(os.environ.get("MAPLE_CACHE") or Path(shared) / "mlx-maple")
-    try:
-        return path.expanduser() / "kernels"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / f"mlx-maple-{os.getuid()}" / "kernels"
 
 
 def _bits(value: float) -> int:
