@@ -173,7 +173,7 @@ def _check_quantization(path: Path, value: object, components: Mapping[str, Any]
     if set(found) != {"bits", "components"}:
         raise InvalidCheckpoint(path, f"quantization is {_shown(found)}")
     bits, names = found["bits"], cast(object, found["components"])
-    if isinstance(bits, bool) or bits not in BITS:
+    if not isinstance(bits, int) or isinstance(bits, bool) or bits not in BITS:
         raise InvalidCheckpoint(path, f"quantization.bits is {_shown(bits)}")
     listed = cast("list[object]", names) if isinstance(names, list) else []
     known = [name for name in COMPONENTS if name in components]

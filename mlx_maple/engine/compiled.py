@@ -185,7 +185,8 @@ def compile_works(device: str) -> tuple[bool, str]:
     try:
         difference = float(np.abs(np.array(mx.compile(chain)(x)) - np.array(chain(x))).max())
     except Exception as error:  # a compiler's or a driver's: whatever it is, do without
-        return False, f"mx.compile fails on this {device} ({str(error).splitlines()[0][:120]})"
+        reason = (str(error) or type(error).__name__).splitlines()[0][:120]
+        return False, f"mx.compile fails on this {device} ({reason})"
     if not difference < 1e-4:
         return False, f"mx.compile differs by {difference:.1e} on this {device}"
     return True, "mx.compile works"

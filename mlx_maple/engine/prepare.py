@@ -352,7 +352,9 @@ class Block(nn.Module):
         self._scale = (channels // self._heads) ** -0.5
         width = channels // self._heads
         self._width = recipe.head_width(width)
-        if "scales" in block.attn1.to_q:  # packed rows are not padded; the heads are, as they come
+        layers = (block.attn1.to_q, block.attn2.to_q, block.attn2.to_k)
+        if any("scales" in layer for layer in layers):
+            # Packed rows are not padded; the heads are, as they come.
             self._pad = self._width - width
             self._width = width
         else:

@@ -322,6 +322,7 @@ CONFIG_LIES = [
     ({"quantization": {"bits": 4}}, "quantization is"),
     ({"quantization": {"bits": 3, "components": ["unet"]}}, "quantization.bits is 3"),
     ({"quantization": {"bits": True, "components": ["unet"]}}, "quantization.bits is True"),
+    ({"quantization": {"bits": 4.0, "components": ["unet"]}}, "quantization.bits is 4.0"),
     ({"quantization": {"bits": 4, "components": []}}, "quantization.components is []"),
     ({"quantization": {"bits": 4, "components": ["vae"]}}, "quantization.components is"),
     ({"quantization": {"bits": 4, "components": ["unet"]}}, "keys do not fit"),
@@ -504,7 +505,8 @@ def test_write_safetensors_as_the_library_reads_it(tmp_path):
         "turned": np.arange(12, dtype=f32).reshape(3, 4).T,
     }
     entries = [
-        Entry(k, TensorInfo(a.dtype.name, a.shape), lambda a=a: [a]) for k, a in arrays.items()
+        Entry(k, TensorInfo(a.dtype.name, a.shape), lambda a=a: [lambda: a])
+        for k, a in arrays.items()
     ]
     written = []
     path = tmp_path / "x.safetensors"
