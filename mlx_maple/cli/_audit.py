@@ -5,13 +5,12 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from mlx_maple.cli import DONE, USAGE, Failure, _default_model, _terminal
+from mlx_maple.cli import DONE, _default_model, _plan, _terminal
 
 if TYPE_CHECKING:
     from mlx_maple.engine.audit import Operation, Report
 
 NAMES = {"text_encoder": "text encoder", "unet": "UNet, a guided step", "vae": "decoder"}
-LARGEST = 8192  # pixels
 LISTED = 12  # operations of a network that are shown to a person, beside all slow ones
 
 
@@ -37,9 +36,7 @@ def run(args: argparse.Namespace) -> int:
     )
     width = sd.defaults["width"] if args.width is None else args.width
     height = sd.defaults["height"] if args.height is None else args.height
-    for side in (width, height):
-        if side % 8 or not 8 <= side <= LARGEST:
-            raise Failure(USAGE, f"a size must be a multiple of 8 up to {LARGEST}, got {side}")
+    _plan.check_size(width, height)
     reports = audit_networks(sd.configs, width, height)
     if args.json:
         size = {"width": width, "height": height}

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_maple.cli import DONE, _default_model, _terminal
+from mlx_maple.cli import DONE, USAGE, Failure, _default_model, _terminal
 
 if TYPE_CHECKING:
     from mlx_maple.engine.memory import Plan, Request
     from mlx_maple.pipeline import StableDiffusion
 
+LARGEST = 8192  # pixels a side
 NAMES = {
     "text_encoder": "text encoder",
     "unet": "UNet",
@@ -42,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
     from mlx_maple import loading
     from mlx_maple.engine.memory import Plan
 
+    if args.count < 1:
+        raise Failure(USAGE, f"--count must be at least 1, got {args.count}")
     # In low-memory mode loading reads what the networks are made of, and no weights.
     sd = loading.load(
         args.model or _default_model.chosen()[0],
@@ -53,12 +56,24 @@ def run(args: argparse.Namespace) -> int:
     )
     request = request_of(sd, vars(args), low_memory=args.low_memory)
     request = replace(request, from_picture=args.image)
+    check_size(request.width, request.height)
     plan, free = Plan(request), device_memory()
     if args.json:
         print(json.dumps({"model": sd.info.name, **as_json(plan), "memory": free}))
         return DONE
     print("\n".join(table(plan, sd.info.name, free)))
     return DONE
+
+
+def check_size(width: int, height: int) -> None:
+    """Raise unless a picture can have this size, in pixels.
+
+    Raises:
+        Failure: for wrong usage.
+    """
+    for side in (width, height):
+        if side % 8 or not 8 <= side <= LARGEST:
+            raise Failure(USAGE, f"a size must be a multiple of 8 up to {LARGEST}, got {side}")
 
 
 def request_of(
@@ -79,7 +94,7 @@ def request_of(
         configs=sd.configs,
         width=value("width"),
         height=value("height"),
-        count=arguments.get("count") or 1,
+        count=1 if arguments.get("count") is None else arguments["count"],
         guided=value("guidance_scale") != 1,
         from_picture=bool(arguments.get("image") is not None),
         dtype=getattr(mx, unet.dtype),

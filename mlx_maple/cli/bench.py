@@ -174,12 +174,22 @@ def measure(
     yield from process([*command, f"--dtype={dtype}", *times], cases)
 
 
-def process(command: Sequence[str], cases: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Run a process that prints a line of JSON a case; its rows, and what it died of."""
+def process(
+    command: Sequence[str], cases: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """Run a process that prints a line of JSON a case; its rows, and what it died of.
+
+    Args:
+        command: to run.
+        cases: that it will tell of.
+        environment: of the process; None is this one's.
+    """
     left = list(cases)
     with (
         tempfile.TemporaryFile("w+") as said,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as worker,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=said, text=True, env=environment
+        ) as worker,
     ):
         try:
             assert worker.stdout is not None
@@ -205,14 +215,14 @@ def process(command: Sequence[str], cases: Sequence[str]) -> Iterator[dict[str, 
 def start(model: str, dtype: str) -> dict[str, Any]:
     """The median start of a process that loads a model, and all that were measured."""
     found = []
+    command = [sys.executable, "-m", "mlx_maple.cli._bench_worker", "start"]
+    command += [f"--model={model}", f"--dtype={dtype}"]
     for _ in range(STARTS):
-        os.environ["MAPLE_BENCH_BEGUN"] = repr(time.time())
-        command = [sys.executable, "-m", "mlx_maple.cli._bench_worker", "start"]
-        rows = list(process([*command, f"--model={model}", f"--dtype={dtype}"], ["start"]))
+        begun = {**os.environ, "MAPLE_BENCH_BEGUN": repr(time.time())}
+        rows = list(process(command, ["start"], begun))
         if "error" in rows[0]:
             return rows[0]
         found.append(rows[0])
-    del os.environ["MAPLE_BENCH_BEGUN"]
     found.sort(key=lambda row: row["median_s"])
     seconds = [row["median_s"] for row in found]
     return found[len(found) // 2] | {

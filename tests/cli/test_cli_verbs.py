@@ -194,6 +194,15 @@ def test_a_plan(maple):
     assert [p["name"] for p in from_picture["phases"]] == ["text", "encode", "step", "decode"]
 
 
+@pytest.mark.parametrize(
+    "wrong", [("-W", 7), ("-H", 0), ("-W", 9000), ("--count", 0), ("--count", -1)]
+)
+def test_a_plan_of_no_picture_is_wrong_usage(maple, wrong):
+    source = tiny_model.folder() / CKPT
+    code, out, err = maple("doctor", "--plan", "-m", source, *wrong)
+    assert code == 2 and out == "" and err.count("\n") == 1 and str(wrong[1]) in err
+
+
 def test_an_end_for_want_of_memory_says_what_each_part_takes(maple, monkeypatch):
     from mlx_maple.pipeline import StableDiffusion
 
