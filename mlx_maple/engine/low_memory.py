@@ -67,7 +67,7 @@ class Networks:
         self.configs: dict[str, Any] = {n: module.config for n, module in networks.items()}
         self._reload = dict(reload or {})
         self._held = {n: module for n, module in networks.items() if n not in self._reload}
-        self._is_bounded = False
+        self._bounded = 0  # drawings that go on in low-memory mode
 
     @property
     def is_low_memory(self) -> bool:
@@ -111,30 +111,65 @@ class Networks:
             room: of a model that is held whole: bytes that MLX may take beside it before it waits
                 for the device; None bounds nothing.
         """
-        if not self._reload:
-            limit = mx.set_memory_limit(self._held_bytes() + room) if room else None
-            try:
+        if self._reload:
+            with _bounds.set(self._held_bytes() + AHEAD_BYTES, CACHE_BYTES):
+                self._bounded += 1
+                try:
+                    yield
+                finally:
+                    self._bounded -= 1
+        elif room:
+            # Beside what else is in memory: MLX's limit is for all of the process.
+            with _bounds.set(max(self._held_bytes(), mx.get_active_memory()) + room):
                 yield
-            finally:
-                if limit is not None:
-                    mx.set_memory_limit(limit)
-            return
-        cache = mx.set_cache_limit(CACHE_BYTES)
-        limit = mx.set_memory_limit(self._held_bytes() + AHEAD_BYTES)
-        self._is_bounded = True
-        try:
+        else:
             yield
-        finally:
-            self._is_bounded = False
-            mx.set_memory_limit(limit)
-            mx.set_cache_limit(cache)
 
     def _bound(self) -> None:
-        if self._is_bounded:
+        if self._bounded:
             mx.set_memory_limit(self._held_bytes() + AHEAD_BYTES)
 
     def _held_bytes(self) -> int:
         return sum(_bytes(module) for module in self._held.values())
+
+
+class _Bounds:
+    """MLX's limits while drawings go on, and what they were before.
+
+    They are the process's. Drawings are generators: one may end after another that began later,
+    and must not bring back that one's limits. The last to end brings back the first ones.
+    """
+
+    def __init__(self) -> None:
+        self._open = 0
+        self._memory: int | None = None
+        self._cache: int | None = None
+
+    @contextmanager
+    def set(self, memory: int, cache: int | None = None) -> Iterator[None]:
+        """Set limits in bytes for a while; without ``cache`` that one stays."""
+        before = mx.set_memory_limit(memory)
+        self._memory = before if self._memory is None else self._memory
+        if cache is not None:
+            before = mx.set_cache_limit(cache)
+            self._cache = before if self._cache is None else self._cache
+        self._open += 1
+        try:
+            yield
+        finally:
+            self._open -= 1
+            if not self._open:
+                self._restore()
+
+    def _restore(self) -> None:
+        if self._memory is not None:
+            mx.set_memory_limit(self._memory)
+        if self._cache is not None:
+            mx.set_cache_limit(self._cache)
+        self._memory = self._cache = None
+
+
+_bounds = _Bounds()
 
 
 def _bytes(module: nn.Module) -> int:

@@ -79,6 +79,22 @@ def test_a_cancelled_drawing_holds_nothing(low):
         mx.set_cache_limit(limits[1])
 
 
+def test_limits_come_back_whichever_drawing_ends_first(low):
+    (one, _), (other, _) = low(), low()
+    limits = mx.set_memory_limit(1 << 40), mx.set_cache_limit(1 << 20)
+    try:
+        first, second = (sd.generate("a leaf", seed=1) for sd in (one, other))
+        next(first), next(second)
+        first.close()
+        assert mx.set_memory_limit(1 << 30) < 1 << 30  # the second still draws
+        second.close()
+        assert mx.set_memory_limit(limits[0]) == 1 << 40
+        assert mx.set_cache_limit(limits[1]) == 1 << 20
+    finally:
+        mx.set_memory_limit(limits[0])
+        mx.set_cache_limit(limits[1])
+
+
 def test_the_memory_of_a_network_is_given_back(low):
     sd, _ = low()
     sd("a leaf", seed=1)
