@@ -1,0 +1,389 @@
+"""Networks made ready give the plain ones' numbers, rewrite by rewrite; broken ones do not."""
+
+from dataclasses import replace
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from tiny_networks import CONTEXT, SD1, SMALL, XL, error, normal, unet, vae
+
+from mlx_maple.engine import prepare
+from mlx_maple.engine.kernels import Plain
+from mlx_maple.engine.prepare import (
+    Product,
+    Recipe,
+    Resnet,
+    Transformer,
+    prepare_unet,
+    prepare_vae,
+)
+from mlx_maple.engine.quantize import quantize
+
+RECIPE = Recipe("cpu", Plain())
+SAME = 5e-5  # float32 rounding, largest difference; measured 2e-6 to 1.5e-5
+OTHER = 2e-3  # what any broken rewrite exceeds by far
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _on_the_cpu():
+    before = mx.default_device()
+    mx.set_default_device(mx.Device(mx.DeviceType.cpu))
+    yield
+    mx.set_default_device(before)
+
+
+def inputs(batch=1, rows=16, columns=16, tokens=11):
+    times = mx.array([801.0, 13.5][:batch])
+    context = normal(batch, tokens, CONTEXT, seed=2)
+    return normal(batch, rows, columns, 4, seed=1), times, context
+
+
+def differs(plain, ready, *given) -> float:
+    given = given or inputs()
+    return error(ready(*given), plain(*given))
+
+
+def leaves(network, kind):
+    return [module for module in network.modules() if isinstance(module, kind)]
+
+
+# The UNet ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sd1():
+    return unet(**SD1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "columns"),
+    [(1, 16, 16), (2, 17, 19), (2, 24, 16)],  # odd sizes are cut on the way up
+)
+def test_a_unet_of_sd1s_structure(sd1, batch, rows, columns):
+    given = inputs(batch, rows, columns)
+    assert differs(sd1, prepare_unet(sd1, RECIPE), *given) < SAME
+
+
+@pytest.mark.parametrize("facts", [XL, SMALL], ids=["attention-below", "one-block-a-level"])
+@pytest.mark.parametrize(("batch", "rows", "columns"), [(2, 17, 19), (1, 16, 24)])
+def test_unets_of_other_structures(facts, batch, rows, columns):
+    plain = unet(**facts)
+    assert differs(plain, prepare_unet(plain, RECIPE), *inputs(batch, rows, columns)) < SAME
+
+
+def test_each_sample_has_its_own_time(sd1):
+    latents, times, context = inputs(2)
+    ready = prepare_unet(sd1, RECIPE)
+    assert error(ready(latents, times[::-1], context), sd1(latents, times, context)) > OTHER
+    for one in (times[:1], times[0], 801.0):  # one for all
+        assert differs(sd1, ready, latents, one, context) < SAME
+
+
+def test_wrong_shapes_are_refused_as_by_the_plain_one(sd1):
+    latents, times, context = inputs(2)
+    for given in (
+        (latents.transpose(0, 3, 1, 2), times, context),
+        (latents, times, context[:1]),
+        (latents, mx.zeros((3,)), context),
+    ):
+        messages = []
+        for network in (sd1, prepare_unet(sd1, RECIPE)):
+            with pytest.raises(ValueError, match=r"\[UNet\]") as raised:
+                network(*given)
+            messages.append(str(raised.value))
+        assert messages[0] == messages[1]
+
+
+def owed_rows(network):
+    """Each float32 row of biases that a norm or a doubling adds: whose, and its name."""
+    return [
+        (module, name)
+        for module in network.modules()
+        for name in module
+        if name.startswith("shift") or name == "time_bias"
+    ]
+
+
+def test_what_is_owed_is_paid_everywhere():
+    """Each row of owed biases counts: without any one of them the output is another."""
+    plain = unet(**SMALL)
+    ready = prepare_unet(plain, RECIPE)
+    given = inputs()
+    wanted = plain(*given)
+    rows = owed_rows(ready)
+    assert len(rows) == 8 + 4 * 4 + 2 + 1 + 1  # resnets, transformers, resamplers, the end, times
+    for module, name in rows:
+        kept = module[name]
+        module[name] = mx.zeros_like(kept)
+        assert error(ready(*given), wanted) > OTHER, (type(module).__name__, name)
+        module[name] = kept
+    assert error(ready(*given), wanted) < SAME
+
+
+def test_small_maps_are_convolved_by_products(sd1, monkeypatch):
+    given = inputs(2, 17, 19)
+    wanted = sd1(*given)
+    by_product = prepare.Convolution.on_neighbours
+    seen = []
+
+    def watched(self, x):
+        seen.append(x.shape)
+        return by_product(self, x)
+
+    monkeypatch.setattr(prepare.Convolution, "on_neighbours", watched)
+    for pixels, count in ((0, 0), (5 * 5, 24), (17 * 19, 44)):  # of 22 residual blocks, two each
+        ready = prepare_unet(sd1, replace(RECIPE, unfold_pixels=pixels))
+        seen.clear()
+        assert error(ready(*given), wanted) < SAME
+        assert len(seen) == count
+    for block in leaves(ready, Resnet):  # the control: neighbours in another order
+        block.conv1.weight = block.conv1.weight.transpose(0, 2, 1, 3)
+    assert error(ready(*given), wanted) > OTHER
+
+
+def test_scores_are_bounded_by_the_recipe(sd1):
+    given = inputs(2)
+    bounded = replace(RECIPE, score_bytes=2 * 4 * 256 * 4 * 7)  # seven queries at a time
+    assert differs(sd1, prepare_unet(sd1, bounded), *given) < SAME
+
+
+# Heads -------------------------------------------------------------------------------------------
+
+METAL = replace(RECIPE, backend="metal")
+WIDE = {  # heads of 40, which are padded to 64; of 80, which are not; of 160, beyond all kernels
+    "block_out_channels": (160, 160, 160),
+    "transformer_layers": (1, 1, 0),
+    "num_attention_heads": (4, 2, 1),
+    "layers_per_block": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def wide():
+    return unet(**WIDE)
+
+
+def blocks(ready):
+    return [block for each in leaves(ready, Transformer) for block in each.blocks]
+
+
+def test_heads_are_padded_to_what_metal_fuses(wide):
+    ready = prepare_unet(wide, METAL)
+    assert differs(wide, ready) < SAME
+    widths = {
+        block._heads: block.qkv.weight.shape[0] // 3 // block._heads for block in blocks(ready)
+    }
+    assert widths == {4: 64, 2: 80, 1: 160}
+    assert {b.kv.weight.shape[0] // 2 // 4 for b in blocks(ready) if b._heads == 4} == {64}
+    for block in blocks(ready):  # the control: scores scaled by the padded width
+        block._scale = (block.qkv.weight.shape[0] // 3 // block._heads) ** -0.5
+    assert differs(wide, ready) > OTHER
+
+
+def test_elsewhere_heads_stay(wide):
+    for backend in ("cpu", "cuda"):
+        ready = prepare_unet(wide, replace(RECIPE, backend=backend))
+        assert {block.qkv.weight.shape[0] for block in blocks(ready)} == {3 * 160}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_heads_are_padded_as_they_come(bits):
+    facts = {"block_out_channels": (160, 160), "transformer_layers": (1, 0)}
+    plain = unet(**facts, num_attention_heads=(4, 2), layers_per_block=1)
+    quantize(plain, bits)
+    ready = prepare_unet(plain, METAL)
+    assert {(block._heads, block._pad) for block in blocks(ready)} == {(4, 24), (2, 0)}
+    assert differs(plain, ready) < SAME
+    for block in blocks(ready):  # the control: heads that nobody cuts back
+        block._pad = 0
+        block._scale *= 1.5
+    assert differs(plain, ready) > OTHER
+
+
+def test_heads_of_which_some_products_are_quantised_and_some_are_not():
+    """A row of 40 numbers has no group of 32, the prompt's has."""
+    facts = {**SMALL, "block_out_channels": (40, 80), "num_attention_heads": (4, 4)}
+    plain = unet(**facts)
+    quantize(plain, 8)
+    attention = plain.down_blocks[0].attentions[0].transformer_blocks[0].attn2
+    assert isinstance(attention.to_k, nn.QuantizedLinear)
+    assert isinstance(attention.to_q, nn.Linear)
+    for recipe in (RECIPE, METAL):
+        assert differs(plain, prepare_unet(plain, recipe)) < SAME
+
+
+# Few bits ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("facts", [SD1, XL], ids=["sd1", "xl"])
+def test_a_quantised_unet(bits, facts):
+    plain = unet(**facts)
+    given = inputs()
+    exact = plain(*given)
+    quantize(plain, bits)
+    wanted = plain(*given)
+    assert error(exact, wanted) > OTHER  # the control: quantising is seen
+    for pixels in (0, 8 * 8):
+        ready = prepare_unet(plain, replace(RECIPE, unfold_pixels=pixels))
+        assert error(ready(*given), wanted) < SAME
+
+
+def shortcuts(ready):
+    return [block for block in leaves(ready, Resnet) if "shortcut" in block]
+
+
+def test_a_shortcut_is_cut_where_the_skip_begins(sd1):
+    ready = prepare_unet(sd1, RECIPE)
+    cut = [block for block in shortcuts(ready) if block._is_cut]
+    assert len(cut) == 12 and len(shortcuts(ready)) == 13  # of the way down one, which has no skip
+    given = inputs()
+    for block in cut[:1]:  # the control
+        block.skip_shortcut.weight = mx.roll(block.skip_shortcut.weight, 1, axis=1)
+    assert differs(sd1, ready, *given) > OTHER
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_quantised_shortcut_is_cut_between_groups_only(bits, monkeypatch):
+    plain = unet(**SMALL)
+    quantize(plain, bits)
+    ready = prepare_unet(plain, RECIPE)
+    found = {(block.shift1.shape[1], block._is_cut) for block in shortcuts(ready)}
+    # 64 + 64 numbers in groups of 64, 64 + 32 in groups of 32; but 32 + 32 are one group of 64.
+    assert found == {(32, False), (128, True), (96, True), (64, False)}
+    assert differs(plain, ready) < SAME
+    monkeypatch.setattr(prepare, "_cuts_between_groups", lambda layer, at: True)
+    with pytest.raises(ValueError):  # the control: half a group has no scale
+        mx.eval(prepare_unet(plain, RECIPE)(*inputs()))
+
+
+# Times and prompts -------------------------------------------------------------------------------
+
+
+def test_times_are_made_together_or_alone(sd1):
+    ready = prepare_unet(sd1, RECIPE)
+    every = mx.array([999.0, 801.0, 400.25, 13.5, 0.0])
+    together = ready.times(every)
+    alone = mx.concatenate([ready.times(every[i : i + 1]) for i in range(5)])
+    assert together.dtype == mx.float32
+    assert error(together, alone) < SAME
+    assert error(together[::-1], alone) > OTHER
+
+
+def test_a_prompt_is_read_once_for_many_steps(sd1, monkeypatch):
+    ready = prepare_unet(sd1, RECIPE)
+    latents, times, context = inputs(2)
+    prompt = ready.prompt(context)
+    assert len(prompt) == len(blocks(ready)) == 16
+    monkeypatch.setattr(prepare.Block, "keys_values", None)  # nobody asks again
+    for time in (times, times[::-1]):
+        found = ready.predict(latents, ready.times(time), prompt)
+        assert error(found, sd1(latents, time, context)) < SAME
+    assert len(prompt) == 16
+    found = ready.predict(latents, ready.times(times), [prompt[1], prompt[0], *prompt[2:]])
+    assert error(found, sd1(latents, times, context)) > OTHER
+
+
+# Weights -----------------------------------------------------------------------------------------
+
+
+def test_matrices_that_are_fixed_are_those_of_the_weights(sd1):
+    given = inputs()
+    ready = prepare_unet(sd1, replace(RECIPE, unfold_pixels=5 * 5))
+    ready.fix()
+    assert differs(sd1, ready, *given) < SAME
+    before = ready(*given)
+    product = leaves(ready, Product)[0]
+    product.weight = 2 * product.weight
+    assert error(ready(*given), before) == 0  # the control: what is fixed is what is used
+    ready.fix()
+    assert error(ready(*given), before) > OTHER
+
+
+def test_half_precision_stays_near_and_keeps_its_type():
+    exact = unet(**SMALL)
+    given = inputs(2)
+    wanted = exact(*given)
+    exact.set_dtype(mx.float16)
+    ready = prepare_unet(exact, RECIPE)
+    found = ready(*given)
+    assert found.dtype == mx.float16
+    found = found.astype(mx.float32)
+    cosine = (found * wanted).sum() / mx.sqrt(mx.square(found).sum() * mx.square(wanted).sum())
+    assert cosine.item() > 0.9999
+
+
+# The autoencoder ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def autoencoder():
+    return vae()
+
+
+def coded(network, half):
+    if half == "decoder":
+        return network.decode(normal(2, 8, 10, 4, seed=4))
+    return mx.concatenate(network.encode(normal(2, 32, 40, 3, seed=3)), axis=-1)
+
+
+HALVES = ("encoder", "decoder")
+
+
+@pytest.mark.parametrize("half", HALVES)
+@pytest.mark.parametrize("in_stages", [False, True])
+def test_an_autoencoder(autoencoder, half, in_stages, monkeypatch):
+    ready = prepare_vae(autoencoder, RECIPE)
+    waits = []
+    evaluate = mx.async_eval
+    monkeypatch.setattr(mx, "async_eval", lambda *made: (waits.append(made), evaluate(*made)))
+    monkeypatch.setattr(prepare, "STAGE_BYTES", 1)
+    ready[half].in_stages = in_stages
+    assert error(coded(ready, half), coded(autoencoder, half)) < SAME
+    assert len(waits) == (len(ready[half].steps) if in_stages else 0)
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_small_maps_of_an_autoencoder_are_convolved_by_products(autoencoder, half):
+    ready = prepare_vae(autoencoder, replace(RECIPE, unfold_pixels=32 * 40))
+    assert error(coded(ready, half), coded(autoencoder, half)) < SAME
+
+
+@pytest.mark.parametrize("half", HALVES)
+def test_an_autoencoder_pays_what_it_owes(autoencoder, half):
+    ready, wanted = prepare_vae(autoencoder, RECIPE), coded(autoencoder, half)
+    rows = owed_rows(ready[half])
+    assert len(rows) == {"encoder": 14, "decoder": 20}[half]
+    for module, name in rows:
+        kept = module[name]
+        module[name] = mx.zeros_like(kept)
+        assert error(coded(ready, half), wanted) > OTHER, (type(module).__name__, name)
+        module[name] = kept
+
+
+def test_the_encoder_pads_right_and_below_only(autoencoder):
+    ready = prepare_vae(autoencoder, RECIPE)
+    for step in leaves(ready.encoder, prepare.Resample):
+        assert not step._symmetric
+        step._symmetric = True
+    assert error(coded(ready, "encoder"), coded(autoencoder, "encoder")) > OTHER
+
+
+# Recipes -----------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_does_not_run_is_made_ready_for_without_kernels():
+    for backend in ("metal", "cuda"):
+        recipe = Recipe.usual(mx.float16, backend=backend)
+        assert recipe.backend == backend and isinstance(recipe.kernels, Plain)
+    assert Recipe.usual(mx.float16, backend="cuda").unfold_pixels > 0
+    assert Recipe.usual(mx.float16, backend="metal").unfold_pixels == 0
+    assert Recipe.usual(mx.float32).backend == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("width", "padded"), [(8, 64), (40, 64), (64, 64), (88, 96), (128, 128), (160, 160)]
+)
+def test_head_widths(width, padded):
+    assert METAL.head_width(width) == padded
+    assert RECIPE.head_width(width) == width
