@@ -1,16 +1,18 @@
 """What a check of this device came to, kept from one process to the next.
 
 A check may take half a second, or bring the process down: a driver that fails leaves no error to
-catch. So a check that begins is noted down; where the next process finds a note and no end, the
-thing that was checked is not touched again.
+catch. So a check that begins is noted down; where two processes in turn have left a note and no
+end, the thing that was checked is not touched again.
 """
 
+import contextlib
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-UNFINISHED = "unfinished"
+PASSED, UNFINISHED = "passed", "unfinished"
+TRIES = 2  # a process may be killed for other reasons while it checks
 
 
 def folder() -> Path:
@@ -24,7 +26,9 @@ def folder() -> Path:
 
 
 def kept(key: str, check: Callable[[], str | None]) -> str | None:
-    """What ``check`` says is wrong, or None; asked once for a key on this machine.
+    """What ``check`` says is wrong, or None. Where nothing is, it is not asked again.
+
+    What is wrong may pass, as a lack of memory does: that is asked again by the next process.
 
     Args:
         key: of what is checked, and of all that the answer depends on; a file's name.
@@ -32,16 +36,26 @@ def kept(key: str, check: Callable[[], str | None]) -> str | None:
     """
     path = folder() / f"{key}.verdict"
     try:
-        found = path.read_text(encoding="utf-8")
+        found = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError):
-        found = None
-    if found is not None and not found.startswith(UNFINISHED):
-        return found or None
-    if found is not None and not _is_running(found.removeprefix(UNFINISHED).strip()):
-        return f"a check did not come to its end; delete {path} to try again"
-    _write(path, f"{UNFINISHED} {os.getpid()}")
-    fault = check()
-    _write(path, fault or "")
+        found = []
+    if found == [PASSED]:
+        return None
+    tries = 0
+    if len(found) == 3 and found[0] == UNFINISHED and found[2].isdecimal():
+        tries = 0 if _is_running(found[1]) else int(found[2])
+    if tries >= TRIES:
+        return f"{tries} checks did not come to their end; delete {path} to try again"
+    _write(path, f"{UNFINISHED} {os.getpid()} {tries + 1}")
+    try:
+        fault = check()
+    except BaseException:  # Ctrl-C too: it says nothing of the device
+        _forget(path)
+        raise
+    if fault is None:
+        _write(path, PASSED)
+    else:
+        _forget(path)
     return fault
 
 
@@ -58,10 +72,18 @@ def _is_running(pid: str) -> bool:
 
 def _write(path: Path, text: str) -> None:
     """Whole or not at all; a folder that cannot be written only costs time."""
+    hidden = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            hidden = Path(file.name)
             file.write(text)
-        os.replace(file.name, path)
+        os.replace(hidden, path)
     except OSError:
-        pass
+        if hidden is not None:
+            _forget(hidden)
+
+
+def _forget(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
