@@ -98,6 +98,7 @@ def load(
     low_memory: bool = False,
     vae: str | Path | None = None,
     taesd: str | Path | None = None,
+    compile: bool = True,
     variant: str | None = None,
     ema: bool = False,
     cache: bool = True,
@@ -118,6 +119,7 @@ def load(
             and decode in stripes: less memory, the same pictures, more time.
         vae: take the autoencoder from here instead, named as ``source`` is.
         taesd: take a small autoencoder for previews from here.
+        compile: whether the UNet's step may be compiled, which it is on a GPU where that works.
         variant: of a diffusers folder's weights, such as "fp16"; None takes what suits ``dtype``.
         ema: use the EMA copy of the UNet's weights; the file must hold one.
         cache: keep the converted twin of a raw checkpoint, and use it.
@@ -173,7 +175,7 @@ def load(
                 reload[part] = partial(origin.load, how)
             else:
                 modules[part] = origin.ready(modules[part], how)
-        return _assemble(model, modules, found, names.get("vae", ""), notes, reload)
+        return _assemble(model, modules, found, names.get("vae", ""), notes, reload, compile)
 
 
 def default_dtype() -> str:
@@ -610,6 +612,7 @@ def _assemble(
     vae_name: str,
     notes: list[str],
     reload: Mapping[str, Reload],
+    compile: bool,
 ) -> StableDiffusion:
     try:
         return StableDiffusion(
@@ -628,6 +631,7 @@ def _assemble(
             layout=model.layout,
             notes=notes,
             reload=reload,
+            compile=compile,
         )
     except VocabularyError as error:
         raise InvalidCheckpoint(error.path, error.reason) from error

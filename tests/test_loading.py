@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 import mlx_maple
 from maple_convert import convert
 from maple_convert.errors import ConvertError, InvalidCheckpoint, LayoutMismatch
-from mlx_maple import loading, twins
+from mlx_maple import loading, pipeline, twins
 from mlx_maple.engine.quantize import Quantizer
 from mlx_maple.loading import NoModel, load
 
@@ -66,6 +66,21 @@ def test_every_container_gives_the_same_arrays(form, cache, reference, tmp_path)
     assert (len(twins.all_twins()) == 1) == (cache and form != "maple")
     if cache:
         assert same(load(path), reference)
+
+
+@pytest.mark.parametrize("compiles", [True, False])
+def test_compiling_can_be_switched_off(compiles, monkeypatch):
+    """Also of what low-memory mode loads later."""
+    seen = []
+
+    def spy(network, **how):
+        seen.append(how["compiles"])
+        return network
+
+    monkeypatch.setattr(pipeline, "made_ready", spy)
+    load(tiny_model.maple_folder(), compile=compiles)
+    _ = load(tiny_model.maple_folder(), compile=compiles, low_memory=True).unet
+    assert len(seen) == 4 and set(seen) == {compiles}
 
 
 def test_names_are_imported_when_they_are_asked_for():

@@ -367,8 +367,9 @@ def _load(
     started = time.perf_counter()
     screen.progress("loading", 0, 1)
     source, origin = (args.model, "") if args.model else _default_model.chosen()
-    try:
-        sd = loading.load(
+
+    def load(bits: int | None) -> "StableDiffusion":
+        return loading.load(
             source,
             dtype=dtype,
             quantize=bits,
@@ -380,6 +381,14 @@ def _load(
             cache=not args.no_cache,
             progress=progress,
         )
+
+    try:
+        try:
+            sd = load(bits)
+        except loading.UnsupportedCheckpoint:
+            if bits == args.quantize:
+                raise
+            sd = load(None)  # stored in other bits than the picture's: a note will say so
     except loading.NoModel as error:
         if source is None or not origin:
             raise

@@ -410,3 +410,12 @@ def test_a_quantised_picture_is_drawn_again_as_it_was(draw):
     assert np.array_equal(np.array(Image.open("a.png")), np.array(Image.open("b.png")))
     code, _, err = draw("--from-image", "a.png", "--quantize", 8, "-o", "c.png")
     assert code == 0 and "was drawn with 4 bits, and this has 8 bits" in err
+
+
+def test_a_quantised_picture_is_drawn_by_what_there_is(draw):
+    """A folder that is stored in other bits is not asked for the picture's."""
+    assert draw("x", "--quantize", 4, "-o", "a.png")[0] == 0
+    assert main(["convert", str(tiny_model.maple_folder()), "eight", "--quantize", "8"]) == 0
+    code, _, err = draw("--from-image", "a.png", "-m", "eight", "-o", "b.png", model=False)
+    assert code == 0 and "was drawn with 4 bits, and this has 8 bits" in err
+    assert draw("x", "-m", "eight", "--quantize", 4, model=False)[0] == 3
