@@ -37,6 +37,7 @@ STREAM_THREADS = 256  # of blocks that stream a map
 SLABS = 264  # parts of a map whose sums are taken apart, for large maps
 BLOCKS = 528  # that a large map is normalised by, four for each multiprocessor of a large chip
 WARP = 32
+LARGEST = (1 << 31) - 1  # numbers of a map: kernels count them in 32 bits
 FEW_KEYS = 1024  # so many and fewer are attended to by our kernel, not cuDNN's
 ROWS = 4  # token rows a block normalises, one a warp
 TOLERANCE = {
@@ -889,7 +890,7 @@ class Kernels:
         joined = 0 if skip is None else skip.shape[-1]
         channels = own + joined
         per_group = channels // norm.groups
-        if norm.groups > STREAM_THREADS:
+        if norm.groups > STREAM_THREADS or batch * pixels * channels > LARGEST:
             return Plain().group_norm(
                 value,
                 norm,
@@ -1091,6 +1092,8 @@ class Kernels:
         batch, rows, columns = size
         channels = value.shape[-1]
         out_rows, out_columns = (rows, columns) if doubled is None else doubled
+        if batch * out_rows * out_columns * channels > LARGEST:
+            return Plain().total(value, residual, shift, size, doubled)
         each = _width(channels)
         terms = [value] if residual is None else [value, residual]
         kernel = self._kernel(
@@ -1182,6 +1185,7 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
     row = shift[0, :channels]
     large = array(1, 3000, 64), Norm(norm.weight, norm.bias, 1, 1e-6), shift[:1]
 
+    other = array(1, 3000, 64)
     joined, alone, pairs = array(2, 70, 960), array(2, 70, 80), array(2, 77, 160)
     cases: dict[str, Callable[[Any], Any]] = {
         "group norm": lambda k: k.group_norm(value, norm, size, shift=shift, start=7),
@@ -1193,6 +1197,9 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
         ),
         "group norm of a large map": lambda k: k.group_norm(
             large[0], large[1], (1, 60, 50), shift=large[2]
+        ),
+        "group norm of a large map with a residual": lambda k: k.group_norm(
+            large[0], large[1], (1, 60, 50), residual=other, shift=large[2]
         ),
         "layer norm": lambda k: k.layer_norm(value, norm.weight, norm.bias, row, 1e-5),
         "attention": lambda k: k.attention(joined, joined, 2, 2, scale=0.11),
