@@ -11,15 +11,13 @@ convert them.
 
 import ctypes
 import hashlib
-import os
 import struct
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_maple.engine.verdict import folder as _folder
+from mlx_maple.engine.verdict import folder, write
 
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 TYPES = {mx.float16: "half_t", mx.bfloat16: "bfloat_t", mx.float32: "float"}
@@ -146,7 +144,7 @@ def compiled(text: str) -> bytes:
     library = _library()
     version = _version(library)
     key = hashlib.sha256(f"{architecture} {version} {text}".encode()).hexdigest()[:32]
-    kept = _folder() / f"{key}.cubin"
+    kept = folder() / f"{key}.cubin"
     try:
         code = kept.read_bytes()
         if code.startswith(b"\x7fELF"):
@@ -154,13 +152,7 @@ def compiled(text: str) -> bytes:
     except OSError:
         pass
     code = _compile(library, text, architecture)
-    try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=kept.parent, delete=False) as file:
-            file.write(code)
-        os.replace(file.name, kept)
-    except OSError:
-        pass  # a cache that cannot be written costs time, and no more
+    write(kept, code)
     return code
 
 
@@ -178,9 +170,10 @@ def _compile(library: ctypes.CDLL, text: str, architecture: str) -> bytes:
             program, len(options), (ctypes.c_char_p * len(options))(*options)
         )
         if result:
-            log = _bytes(library, program, "ProgramLog").decode(errors="replace")
-            lines = [line for line in log.splitlines() if "error" in line] or [log]
-            raise CompileError(lines[0][:200])
+            log = _bytes(library, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+            lines = log.splitlines()
+            errors = [line for line in lines if "error" in line]
+            raise CompileError([*errors, *lines, "the compiler gives no reason"][0][:200])
         return _bytes(library, program, "CUBIN")
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))

@@ -46,14 +46,14 @@ def kept(key: str, check: Callable[[], str | None]) -> str | None:
         tries = 0 if _is_running(found[1]) else int(found[2])
     if tries >= TRIES:
         return f"{tries} checks did not come to their end; delete {path} to try again"
-    _write(path, f"{UNFINISHED} {os.getpid()} {tries + 1}")
+    write(path, f"{UNFINISHED} {os.getpid()} {tries + 1}".encode())
     try:
         fault = check()
     except BaseException:  # Ctrl-C too: it says nothing of the device
         _forget(path)
         raise
     if fault is None:
-        _write(path, PASSED)
+        write(path, PASSED.encode())
     else:
         _forget(path)
     return fault
@@ -70,14 +70,14 @@ def _is_running(pid: str) -> bool:
     return int(pid) != os.getpid()
 
 
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all; a folder that cannot be written only costs time."""
+def write(path: Path, content: bytes) -> None:
+    """Keep a file, whole or not at all; a folder that cannot be written only costs time."""
     hidden = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             hidden = Path(file.name)
-            file.write(text)
+            file.write(content)
         os.replace(hidden, path)
     except OSError:
         if hidden is not None:

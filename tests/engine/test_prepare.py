@@ -300,6 +300,18 @@ def test_matrices_that_are_fixed_are_those_of_the_weights(sd1):
     assert error(ready(*given), before) > OTHER
 
 
+def test_constants_of_norms_and_debts_are_float32_whatever_the_weights():
+    plain = unet(**SMALL)
+    plain.set_dtype(mx.float16)
+    ready = prepare_unet(plain, RECIPE)
+    assert {product.weight.dtype for product in leaves(ready, Product)} == {mx.float16}
+    for norm in leaves(ready, prepare.MapNorm):
+        assert norm.constants.weight.dtype == norm.constants.bias.dtype == mx.float32
+    assert {module[name].dtype for module, name in owed_rows(ready)} == {mx.float32}
+    assert {block.norm1_weight.dtype for block in blocks(ready)} == {mx.float32}
+    assert ready.times(mx.array([5.0])).dtype == mx.float32
+
+
 def test_half_precision_stays_near_and_keeps_its_type():
     exact = unet(**SMALL)
     given = inputs(2)
