@@ -33,7 +33,7 @@ from maple_convert.open_folder import KINDS, check_vocabulary
 from maple_convert.quantized import Quantizer
 from maple_convert.readers import read_json
 from maple_convert.source import Component, Slot, SourceModel
-from maple_convert.stream import Block
+from maple_convert.stream import Task
 from maple_convert.tensors import TensorInfo
 from maple_convert.write import Entry, copy_small, whole_or_nothing, write_json, write_safetensors
 
@@ -289,7 +289,9 @@ def _entries(component: Component, spelling: str, prefix: str, dtype: str | None
         row = rows[slot.row.native]
         target = _target(slot.info.dtype, dtype)
         info = TensorInfo(target, row.published_shape)
-        entries.append(Entry(prefix + row.published, info, _blocks(slot, row.weights, target)))
+        entries.append(
+            Entry(prefix + row.published, info, partial(_tasks, slot, row.weights, target))
+        )
     return entries
 
 
@@ -298,9 +300,10 @@ def _target(stored: str, dtype: str | None) -> str:
     return dtype if dtype is not None else "float32" if stored == "float64" else stored
 
 
-def _blocks(slot: Slot, weights: Weights, dtype: str) -> Callable[[], Iterator[Block]]:
+def _tasks(slot: Slot, weights: Weights, dtype: str) -> Iterator[Task]:
     # Views both ways: where source and target are laid out alike nothing is moved.
-    return lambda: map(weights.to_published, slot.blocks(dtype))
+    for task in slot.tasks(dtype):
+        yield lambda task=task: weights.to_published(task())
 
 
 def _dtype_of(model: SourceModel, dtype: str | None) -> str:
@@ -426,7 +429,7 @@ def _plan_compvis(model: SourceModel, dtype: str | None, notes: list[str]) -> li
 
 
 def _constant(name: str, array: np.ndarray[Any, np.dtype[np.float32]]) -> Entry:
-    return Entry(name, TensorInfo("float32", array.shape), lambda: [array])
+    return Entry(name, TensorInfo("float32", array.shape), lambda: [lambda: array])
 
 
 # -- diffusers --------------------------------------------------------------------------------

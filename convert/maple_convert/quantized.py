@@ -85,7 +85,9 @@ def quantized_entries(
     outputs, numbers = row.native_shape[0], _numbers(row.native_shape)
     kept: dict[str, list[Block]] = {"scales": [], "biases": []}
 
-    def words() -> Iterator[Block]:
+    # Quantised while the functions are asked for, in order: when those for the scales are, all the
+    # words have been.
+    def words() -> Iterator[Callable[[], Block]]:
         for name in kept:
             kept[name] = []
         for block in read():
@@ -93,14 +95,15 @@ def quantized_entries(
             packed, *others = quantizer(np.asarray(matrix, order="C"), stored, size)
             for name, values in zip(kept, others, strict=True):
                 kept[name].append(Tensor(stored, values).astype(target).array)
-            yield packed
+            yield lambda packed=packed: packed
 
-    def others(name: str) -> Iterator[Block]:
+    def others(name: str) -> Iterator[Callable[[], Block]]:
         if not kept[name]:
             for _ in words():
                 pass
         values, kept[name] = kept[name], []
-        yield from values
+        for block in values:
+            yield lambda block=block: block
 
     place = row.native.removesuffix("weight")
     groups = TensorInfo(target, (outputs, numbers // size))

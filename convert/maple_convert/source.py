@@ -19,7 +19,7 @@ from maple_convert.layouts import LAYOUTS, NATIVE, Row, files
 from maple_convert.layouts.diffusers_config import SD1_SCHEDULER
 from maple_convert.quantized import PACKED
 from maple_convert.readers import read_json
-from maple_convert.stream import stream_rows
+from maple_convert.stream import Block, Task, stream_rows
 from maple_convert.tensors import FLOATS, STORAGE, Checkpoint, Tensor, TensorInfo
 
 
@@ -36,14 +36,19 @@ class Slot:
         """Stored dtype and native shape."""
         return TensorInfo(self.checkpoint.tensors[self.key].dtype, self.row.native_shape)
 
-    def blocks(self, dtype: str | None = None) -> Iterator[npt.NDArray[Any]]:
-        """The values in native shape, some rows (first axis) at a time.
+    def tasks(self, dtype: str | None = None) -> Iterator[Task]:
+        """Functions, in order, that each make some rows (first axis) of the values in native shape.
 
-        Raises:
-            InvalidCheckpoint: if a value is not finite, in the file or in ``dtype``.
+        They may be called in any order and from any thread. Called, each raises
+        ``InvalidCheckpoint`` if a value is not finite, in the file or in ``dtype``.
         """
-        for block in stream_rows(self.checkpoint, self.key, dtype):
-            yield self.row.weights.to_native(block)
+        to_native = self.row.weights.to_native
+        for task in stream_rows(self.checkpoint, self.key, dtype):
+            yield lambda task=task: to_native(task())
+
+    def blocks(self, dtype: str | None = None) -> Iterator[Block]:
+        """The values in native shape, some rows (first axis) at a time; raises as ``tasks`` do."""
+        return (task() for task in self.tasks(dtype))
 
     def read(self, dtype: str | None = None) -> Tensor:
         """All the values in native shape, contiguous."""

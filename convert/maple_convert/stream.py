@@ -5,7 +5,10 @@ rearranged and written on its own. No tensor is ever whole in memory on the way 
 touching fresh memory for each would cost more than reading the file.
 """
 
-from collections.abc import Iterator
+import math
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,6 +21,7 @@ from maple_convert.readers.source import FileCheckpoint
 from maple_convert.tensors import STORAGE, Checkpoint, Tensor
 
 Block = npt.NDArray[Any]
+Task = Callable[[], Block]
 
 BLOCK_BYTES = 1 << 20
 
@@ -30,40 +34,44 @@ _EXPONENT = {
 }
 
 
-def stream_rows(checkpoint: Checkpoint, key: str, dtype: str | None) -> Iterator[Block]:
-    """One tensor in ``dtype`` (None: as stored), some rows at a time; each block owns its memory.
+def stream_rows(checkpoint: Checkpoint, key: str, dtype: str | None) -> Iterator[Task]:
+    """One tensor in ``dtype`` (None: as stored): functions, in order, that each make some rows.
 
-    Raises:
-        InvalidCheckpoint: if a value is not finite, in the file or in ``dtype``.
+    They may be called in any order and from any thread; what they give owns its memory. Called,
+    each raises ``InvalidCheckpoint`` if a value is not finite, in the file or in ``dtype``.
     """
-    stored = checkpoint.tensors[key].dtype
-    kind = stored if dtype is None else dtype
-    for block in _stored_rows(checkpoint, key, fresh=kind == stored):
-        result: Block = block if kind == stored else np.empty(block.shape, STORAGE[kind])
-        if stored == "float32" and kind == "float16":
-            flat: Block = np.ravel(result)  # a view: the result is contiguous
-            finite = round_to_half(np.ravel(block), flat)
-        else:
-            if kind != stored:
-                result[...] = Tensor(stored, block).astype(kind).array
-            finite = _is_finite(result, kind)
-        if not finite:
-            fault = (
-                f"values too large for {kind}; use bfloat16 or float32"
-                if _is_finite(block, stored)
-                else "values that are NaN or infinite: the file is damaged"
-            )
-            raise InvalidCheckpoint(checkpoint.path, f"{key} holds {fault}")
-        yield result
+    kind = checkpoint.tensors[key].dtype if dtype is None else dtype
+    for read in _stored_rows(checkpoint, key, fresh=kind == checkpoint.tensors[key].dtype):
+        yield partial(_cast, checkpoint, key, kind, read)
 
 
-def _stored_rows(checkpoint: Checkpoint, key: str, *, fresh: bool) -> Iterator[Block]:
-    """One tensor as stored, some rows at a time.
+def _cast(checkpoint: Checkpoint, key: str, kind: str, read: Task) -> Block:
+    stored, block = checkpoint.tensors[key].dtype, read()
+    result: Block = block if kind == stored else np.empty(block.shape, STORAGE[kind])
+    if stored == "float32" and kind == "float16":
+        flat: Block = np.ravel(result)  # a view: the result is contiguous
+        finite = round_to_half(np.ravel(block), flat)
+    else:
+        if kind != stored:
+            result[...] = Tensor(stored, block).astype(kind).array
+        finite = _is_finite(result, kind)
+    if not finite:
+        fault = (
+            f"values too large for {kind}; use bfloat16 or float32"
+            if _is_finite(block, stored)
+            else "values that are NaN or infinite: the file is damaged"
+        )
+        raise InvalidCheckpoint(checkpoint.path, f"{key} holds {fault}")
+    return result
+
+
+def _stored_rows(checkpoint: Checkpoint, key: str, *, fresh: bool) -> Iterator[Task]:
+    """One tensor as stored: functions that each read some rows.
 
     Args:
         checkpoint: where it lies.
         key: its name there.
-        fresh: give each block memory of its own; otherwise it is valid until the next.
+        fresh: give each block memory of its own; otherwise it is valid until its thread's next.
     """
     info = checkpoint.tensors[key]
     count = info.shape[0] if info.shape else 1
@@ -75,19 +83,40 @@ def _stored_rows(checkpoint: Checkpoint, key: str, *, fresh: bool) -> Iterator[B
     if place is None or place.strides is not None or not info.shape:
         whole = checkpoint.read(key).array
         if not info.shape:
-            yield whole
+            yield lambda: whole
         for start in range(0, count if info.shape else 0, rows):
-            yield whole[start : start + rows]
+            yield partial(whole.__getitem__, slice(start, start + rows))
         return
     assert isinstance(checkpoint, FileCheckpoint)
-    shape = (min(rows, count), *info.shape[1:])
-    buffer: Block = np.empty(shape, STORAGE[info.dtype])
     for start in range(0, count, rows):
-        if fresh and start:
-            buffer = np.empty(shape, STORAGE[info.dtype])
-        block = buffer[: min(rows, count - start)]
-        checkpoint.file.read_into(place.offset + start * row, block.data.cast("B"))
-        yield block
+        shape = (min(rows, count - start), *info.shape[1:])
+        offset = place.offset + start * row
+        empty = np.empty if fresh else _scratch.empty
+        yield partial(_read_rows, checkpoint, offset, partial(empty, shape, STORAGE[info.dtype]))
+
+
+def _read_rows(checkpoint: FileCheckpoint, offset: int, empty: Task) -> Block:
+    block = empty()
+    checkpoint.file.read_into(offset, block.data.cast("B"))
+    return block
+
+
+class _Scratch(threading.local):
+    """Memory for a block, one a thread: fresh memory for each would cost as much as a read."""
+
+    def __init__(self) -> None:
+        self._bytes = np.empty(0, np.uint8)
+
+    def empty(self, shape: tuple[int, ...], storage: np.dtype[Any]) -> Block:
+        size = math.prod(shape) * storage.itemsize
+        if size > BLOCK_BYTES:  # a single row, and too much to keep
+            return np.empty(shape, storage)
+        if size > self._bytes.size:
+            self._bytes = np.empty(BLOCK_BYTES, np.uint8)
+        return np.ndarray(shape, storage, self._bytes)
+
+
+_scratch = _Scratch()
 
 
 def _is_finite(array: Block, dtype: str) -> bool:

@@ -2,7 +2,7 @@
 
 Streaming   A safetensors header holds every shape and offset, and all shapes are known before a
             value is read; so the header is written first and the values follow as they are made.
-            A worker reads, casts and rearranges the next rows while these are written.
+            Workers read, cast and rearrange the next rows while these are written.
 Atomic      Everything is written into a hidden sibling, ``.NAME.partial-PID``, brought to the disk
             and renamed. A crash leaves the sibling, which no one loads and the next run removes.
 """
@@ -15,6 +15,8 @@ from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -24,6 +26,9 @@ import numpy.typing as npt
 from maple_convert.errors import UnreadableFile
 from maple_convert.tensors import STORAGE, TensorInfo
 
+Block = npt.NDArray[Any]
+
+WORKERS = 2  # more would wait for the digest
 BLOCKS_AHEAD = 4  # prepared while one is written
 SYNCED_BYTES = 1 << 28  # written before they are brought to the disk
 SAFETENSORS_NAMES = {
@@ -49,12 +54,13 @@ SAFETENSORS_NAMES = {
 class Entry:
     """One tensor to write: what the header says, and how to get the values when its turn comes.
 
-    ``blocks`` gives them in order, some rows at a time; a block may be a view in another order.
+    ``tasks`` gives functions that each make some rows, in order. Workers call them, several at the
+    same time; what they give may be a view in another order.
     """
 
     name: str
     info: TensorInfo
-    blocks: Callable[[], Iterable[npt.NDArray[Any]]]
+    tasks: Callable[[], Iterable[Callable[[], Block]]]
 
 
 def write_safetensors(
@@ -128,22 +134,22 @@ class _Syncing:
             self._waiting = 0
 
 
-def _read_ahead(entries: Sequence[Entry]) -> Generator[npt.NDArray[Any], None, None]:
-    """Every block in order, contiguous, while a worker prepares the next ones."""
+def _read_ahead(entries: Sequence[Entry]) -> Generator[Block, None, None]:
+    """Every block in order, contiguous, while workers prepare the next ones."""
 
-    def prepare() -> Generator[npt.NDArray[Any], None, None]:
-        for entry in entries:
-            for block in entry.blocks():
-                assert block.dtype == STORAGE[entry.info.dtype]
-                if block.size:
-                    yield np.asarray(block, order="C")
+    def prepare(entry: Entry, task: Callable[[], Block]) -> Block:
+        block = task()
+        assert block.dtype == STORAGE[entry.info.dtype]
+        return np.asarray(block, order="C")
 
-    prepared = prepare()
-    with ThreadPoolExecutor(1, thread_name_prefix="maple-read") as worker:
-        ahead = deque(worker.submit(next, prepared, None) for _ in range(BLOCKS_AHEAD))
-        while (block := ahead.popleft().result()) is not None:
-            ahead.append(worker.submit(next, prepared, None))
-            yield block
+    tasks = (partial(prepare, entry, task) for entry in entries for task in entry.tasks())
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="maple-read") as workers:
+        ahead = deque(workers.submit(task) for task in islice(tasks, BLOCKS_AHEAD))
+        while ahead:
+            block = ahead.popleft().result()
+            ahead.extend(workers.submit(task) for task in islice(tasks, 1))
+            if block.size:
+                yield block
 
 
 # ---------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +24,7 @@ from maple_convert.half import round_to_half
 from maple_convert.maple_folder import SETTINGS
 from maple_convert.model import SD1_LATENT_RGB, WrongUse, inspect
 from maple_convert.tensors import TensorInfo
-from maple_convert.write import Entry, write_safetensors
+from maple_convert.write import BLOCKS_AHEAD, Entry, write_safetensors
 
 f16, f32 = np.float16, np.float32
 
@@ -521,6 +523,24 @@ def test_write_safetensors_as_the_library_reads_it(tmp_path):
     header = json.loads(path.read_bytes()[8:][: int.from_bytes(path.read_bytes()[:8], "little")])
     for name, array in arrays.items():
         assert header[name]["data_offsets"][0] % array.itemsize == 0
+
+
+def test_rows_are_written_in_order_though_made_at_the_same_time(tmp_path):
+    """The first rows wait for the second: one worker alone would never end, and rows stay few."""
+    second, made, written = threading.Event(), [], []
+
+    def rows(number):
+        made.append(number)
+        assert len(made) - len(written) <= BLOCKS_AHEAD + 1
+        if number == 0:
+            assert second.wait(10)
+        elif number == 1:
+            second.set()
+        return np.full(3, number, f32)
+
+    entry = Entry("x", TensorInfo("float32", (60,)), lambda: [partial(rows, n) for n in range(20)])
+    write_safetensors(tmp_path / "x", [entry], wrote=written.append)
+    assert np.array_equal(load_file(tmp_path / "x")["x"], np.repeat(np.arange(20, dtype=f32), 3))
 
 
 # Arguments

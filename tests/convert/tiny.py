@@ -127,7 +127,7 @@ def save_safetensors(path: Path, state: Mapping[str, np.ndarray], dtype: str | N
 
     def entry(name: str, array: np.ndarray) -> Entry:
         kind = dtype if dtype == "bfloat16" and array.dtype == np.uint16 else array.dtype.name
-        return Entry(name, TensorInfo(kind, array.shape), lambda: [array])
+        return Entry(name, TensorInfo(kind, array.shape), lambda: [lambda: array])
 
     write_safetensors(path, [entry(name, array) for name, array in state.items()])
     return path
