@@ -10,6 +10,8 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_maple import images, pipeline
+from mlx_maple.engine.compiled import GuidedSteps
+from mlx_maple.engine.prepare import prepare_unet, prepare_vae
 from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.pipeline import StableDiffusion, fit_latent_rgb_factors
 from mlx_maple.sampling import SAMPLERS
@@ -668,6 +670,31 @@ def test_a_gpus_way_draws_the_same(sd, calls, monkeypatch, more):
     assert np.allclose(told[-1].result.latents, expected.latents, rtol=0, atol=1e-4)
     previews = [np.asarray(step.preview()) for step in steps]
     assert not same(previews[0], previews[-1])
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["together", "in-turn"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"sampler": "dpmpp_2m"},
+        {"sampler": "heun", "guidance_scale": 1},  # and times between those of the plan
+        {"image": picture(), "mask": right_half(), "sampler": "ddim"},
+    ],
+    ids=["guided", "unguided", "inpainting"],
+)
+def test_networks_made_ready_draw_the_same(build, more, one_by_one):
+    arguments = {"seed": 2, "steps": 4, "count": 2, "negative_prompt": "b", **more}
+    sd = build()
+    expected = sd("a", **arguments)
+    ready = prepare_unet(sd.unet)
+    ready.steps = GuidedSteps(ready, compiles=False, one_by_one=one_by_one)
+    sd.unet, sd.vae = ready, prepare_vae(sd.vae)
+    result = sd("a", **arguments)
+    assert np.allclose(result.latents, expected.latents, rtol=0, atol=1e-4)
+    for one, other in zip(result.images, expected.images, strict=True):
+        assert np.abs(np.asarray(one, np.int16) - np.asarray(other, np.int16)).max() <= 1
+    other = sd("b", **{**arguments, "negative_prompt": "a"})  # the prompts' places matter
+    assert not np.allclose(other.latents, expected.latents, rtol=0, atol=1e-3)
 
 
 def test_a_gpu_is_one_step_ahead_and_can_be_cancelled(sd, calls, monkeypatch):
