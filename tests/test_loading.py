@@ -1,11 +1,13 @@
 """From a path to modules: every container to the same arrays, strictly, with and without a twin."""
 
+import gc
 import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +21,8 @@ import mlx_maple
 from maple_convert import convert
 from maple_convert.errors import ConvertError, InvalidCheckpoint, LayoutMismatch
 from mlx_maple import loading, pipeline, twins
+from mlx_maple.engine.compiled import GuidedSteps
+from mlx_maple.engine.prepare import prepare_unet
 from mlx_maple.engine.quantize import Quantizer
 from mlx_maple.loading import NoModel, load
 
@@ -66,6 +70,27 @@ def test_every_container_gives_the_same_arrays(form, cache, reference, tmp_path)
     assert (len(twins.all_twins()) == 1) == (cache and form != "maple")
     if cache:
         assert same(load(path), reference)
+
+
+@pytest.mark.parametrize("way", ["another model", "another network"])
+def test_a_network_made_ready_goes_when_another_takes_its_place(way):
+    """Its compiled steps and it know of each other: nobody counts them down to zero."""
+    sd, plain = load(tiny_model.maple_folder()), load(tiny_model.maple_folder()).unet
+    ready = prepare_unet(sd.unet)
+    ready.steps = GuidedSteps(ready, compiles=False)
+    sd.unet, seen = ready, weakref.ref(ready)
+    gc.disable()
+    try:
+        del ready
+        if way == "another model":
+            del sd
+            assert seen() is not None
+            load(tiny_model.maple_folder())
+        else:
+            sd.unet = plain
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("compiles", [True, False])

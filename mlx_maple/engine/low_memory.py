@@ -92,6 +92,7 @@ class Networks:
         if module is not None:
             self._held[name] = module
             self.configs[name] = config
+        gc.collect()  # the one before; see release
 
     def release(self, *names: str) -> None:
         """Let go of what can be loaded again; the caller keeps no reference to it either."""
