@@ -108,6 +108,8 @@ def load(
 ) -> StableDiffusion:
     """Load a model to draw with.
 
+    MLX reads what is left to be read in the thread that loaded it: draw there, or there first.
+
     Args:
         source: a checkpoint file, a diffusers folder, a maple folder, a hub name: "owner/name",
             "owner/name@revision", "owner/name:file.safetensors", or a short name such as "sd15"
