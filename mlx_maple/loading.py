@@ -108,7 +108,8 @@ def load(
 ) -> StableDiffusion:
     """Load a model to draw with.
 
-    MLX reads what is left to be read in the thread that loaded it: draw there, or there first.
+    The autoencoder is read when it is first used, which MLX can only do in the thread that loaded:
+    draw there.
 
     Args:
         source: a checkpoint file, a diffusers folder, a maple folder, a hub name: "owner/name",

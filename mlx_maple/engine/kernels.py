@@ -1130,8 +1130,8 @@ class Kernels:
 def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
     """The kernels for the device that runs, and a line that says why these.
 
-    They are compiled and compared with ``Plain`` when the first network is made ready; what came
-    of it is kept for this device, this MLX and these kernels.
+    They are compiled and compared with ``Plain`` when the first network is made ready; that they
+    passed is kept for this device, this MLX and these kernels.
 
     Args:
         backend: "metal", "cuda" or "cpu".
