@@ -15,7 +15,8 @@ from mlx_maple.models import CLIPTextConfig, CLIPTextEncoder
 from mlx_maple.sampling.denoiser import guided
 
 RECIPE = Recipe("cpu", Plain())
-SAME, OTHER = 1e-4, 1e-2  # largest difference over the std; guidance multiplies rounding
+# Largest differences over the std. Guidance multiplies rounding: 1.4e-5 was measured.
+SAME, OTHER = 1e-4, 1e-2
 TIMES = [801.0, 400.5, 13.0]
 
 
@@ -62,17 +63,16 @@ def latents(batch=1, rows=16, columns=16):
 @pytest.mark.parametrize("one_by_one", [False, True])
 def test_a_guided_step_is_that_of_the_samplers(plain, ready, compiles, one_by_one):
     steps = GuidedSteps(ready, compiles=compiles, one_by_one=one_by_one)
-    for batch, rows, columns in ((2, 16, 16), (1, 17, 16)):
-        positive, negative = prompts(batch)
-        x = latents(batch, rows, columns)
-        model = steps.model(positive, negative, 7.5, TIMES)
-        wanted = guided(plain, positive, negative, 7.5, mx.float32)
-        for time in (801.0, 13.0):
-            found = model(x, time)
-            assert found.dtype == mx.float32
-            assert error(found, wanted(x, time)) < SAME
-        swapped = guided(plain, negative, positive, 7.5, mx.float32)
-        assert error(model(x, 801.0), swapped(x, 801.0)) > OTHER  # the control
+    positive, negative = prompts(2)
+    x = latents(2)
+    model = steps.model(positive, negative, 7.5, TIMES)
+    wanted = guided(plain, positive, negative, 7.5, mx.float32)
+    for time in (801.0, 13.0):
+        found = model(x, time)
+        assert found.dtype == mx.float32
+        assert error(found, wanted(x, time)) < SAME
+    other = steps.model(negative, positive, 7.5, TIMES)
+    assert error(other(x, time), found) > OTHER  # the control
 
 
 @pytest.mark.parametrize("compiles", [False, True])
@@ -124,7 +124,7 @@ def test_announced_times_are_made_once(ready, monkeypatch):
     assert asked[1:] == [[7.0]]
 
 
-def test_a_step_is_traced_once_for_a_size(ready):
+def test_a_step_is_traced_once_for_a_size(plain, ready):
     steps = GuidedSteps(ready, compiles=True)
     traced = []
     predict = ready.predict
@@ -135,8 +135,10 @@ def test_a_step_is_traced_once_for_a_size(ready):
                 model = steps.model(positive, negative, scale, TIMES)
                 mx.eval([model(latents(), time) for time in (*TIMES, 77.0)])
         assert len(traced) == 1
-        mx.eval(steps.model(*prompts(), 7.5, TIMES)(latents(1, 24, 16), 13.0))
-        assert len(traced) == 2
+        positive, negative = prompts()
+        found = steps.model(positive, negative, 7.5, TIMES)(latents(1, 17, 16), 13.0)
+        wanted = guided(plain, positive, negative, 7.5, mx.float32)(latents(1, 17, 16), 13.0)
+        assert error(found, wanted) < SAME and len(traced) == 2
     finally:
         del ready.predict
 

@@ -20,8 +20,8 @@ from mlx_maple.engine.prepare import (
 from mlx_maple.engine.quantize import quantize
 
 RECIPE = Recipe("cpu", Plain())
-SAME = 5e-5  # float32 rounding, largest difference; measured 2e-6 to 1.5e-5
-OTHER = 2e-3  # what any broken rewrite exceeds by far
+# Largest differences over the std: rounding gives 6e-6, what is broken here 1.5e-2 and more.
+SAME, OTHER = 3e-5, 5e-3
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -71,12 +71,13 @@ def test_unets_of_other_structures(facts, batch, rows, columns):
     assert differs(plain, prepare_unet(plain, RECIPE), *inputs(batch, rows, columns)) < SAME
 
 
-def test_each_sample_has_its_own_time(sd1):
+def test_each_sample_has_its_own_time():
     latents, times, context = inputs(2)
-    ready = prepare_unet(sd1, RECIPE)
-    assert error(ready(latents, times[::-1], context), sd1(latents, times, context)) > OTHER
+    plain = unet(**SMALL)
+    ready = prepare_unet(plain, RECIPE)
+    assert error(ready(latents, times[::-1], context), plain(latents, times, context)) > OTHER
     for one in (times[:1], times[0], 801.0):  # one for all
-        assert differs(sd1, ready, latents, one, context) < SAME
+        assert differs(plain, ready, latents, one, context) < SAME
 
 
 def test_wrong_shapes_are_refused_as_by_the_plain_one(sd1):
@@ -186,13 +187,12 @@ def test_elsewhere_heads_stay(wide):
         assert {block.qkv.weight.shape[0] for block in blocks(ready)} == {3 * 160}
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_quantised_heads_are_padded_as_they_come(bits):
-    facts = {"block_out_channels": (160, 160), "transformer_layers": (1, 0)}
-    plain = unet(**facts, num_attention_heads=(4, 2), layers_per_block=1)
-    quantize(plain, bits)
+def test_quantised_heads_are_padded_as_they_come():
+    facts = {"block_out_channels": (160, 64), "transformer_layers": (1, 0)}
+    plain = unet(**facts, num_attention_heads=(4, 1), layers_per_block=1)
+    quantize(plain, 4)
     ready = prepare_unet(plain, METAL)
-    assert {(block._heads, block._pad) for block in blocks(ready)} == {(4, 24), (2, 0)}
+    assert {(block._heads, block._pad) for block in blocks(ready)} == {(4, 24), (1, 0)}
     assert differs(plain, ready) < SAME
     for block in blocks(ready):  # the control: heads that nobody cuts back
         block._pad = 0

@@ -14,18 +14,18 @@ CONTEXT = 32
 SD1 = {
     "block_out_channels": (32, 64, 64, 64),
     "transformer_layers": (1, 1, 1, 0),
-    "num_attention_heads": (4, 4, 4, 4),
+    "num_attention_heads": (2, 2, 2, 2),
 }
 XL = {  # attention from the second level on, and more than one block deep
     "block_out_channels": (32, 64, 64),
     "transformer_layers": (0, 2, 1),
-    "num_attention_heads": (4, 4, 8),
+    "num_attention_heads": (4, 2, 4),
     "mid_transformer_layers": 2,
 }
 SMALL = {
     "block_out_channels": (32, 64),
     "transformer_layers": (1, 0),
-    "num_attention_heads": (4, 4),
+    "num_attention_heads": (2, 2),
     "layers_per_block": 1,
 }
 
