@@ -29,7 +29,7 @@ from maple_convert.tensors import STORAGE, TensorInfo
 Block = npt.NDArray[Any]
 
 WORKERS = 2  # more would wait for the digest
-BLOCKS_AHEAD = 4  # prepared while one is written
+BLOCKS_AHEAD = 8  # prepared while one is written
 SYNCED_BYTES = 1 << 28  # written before they are brought to the disk
 SAFETENSORS_NAMES = {
     "float64": "F64",
