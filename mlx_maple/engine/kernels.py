@@ -1131,7 +1131,7 @@ def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
     """The kernels for the device that runs, and a line that says why these.
 
     They are compiled and compared with ``Plain`` when the first network is made ready; that they
-    passed is kept for this device, this MLX and these kernels.
+    passed is kept for this device, this MLX, this compiler and these kernels.
 
     Args:
         backend: "metal", "cuda" or "cpu".
@@ -1142,14 +1142,14 @@ def kernels_for(backend: str, dtype: mx.Dtype) -> tuple[Kernels | Plain, str]:
     if os.environ.get("MAPLE_KERNELS") == "0":
         return Plain(), "switched off by MAPLE_KERNELS=0: MLX's operations"
     found = kernels_of(backend)
-    fault = verdict.kept(_key(dtype), lambda: disagreement(found, dtype))
+    fault = verdict.kept(_key(backend, dtype), lambda: disagreement(found, dtype))
     if fault is not None:
         return Plain(), f"not used on this device ({fault}): MLX's operations"
     found.dtype = dtype
     return found, "compiled and checked on this device"
 
 
-def _key(dtype: mx.Dtype) -> str:
+def _key(backend: str, dtype: mx.Dtype) -> str:
     """Names all that a verdict on kernels depends on."""
     sources = [Path(__file__), Path(nvrtc.__file__)]
     device = mx.device_info().get("device_name", "")
@@ -1157,7 +1157,15 @@ def _key(dtype: mx.Dtype) -> str:
         mlx = version("mlx")
     except PackageNotFoundError:  # a build without metadata
         mlx = ""
-    facts = [str(device), mlx, str(dtype), *(path.read_text() for path in sources)]
+    compiler = nvrtc.compiler() if backend == "cuda" else ""
+    facts = [
+        backend,
+        str(device),
+        mlx,
+        compiler,
+        str(dtype),
+        *(path.read_text() for path in sources),
+    ]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32]
 
 

@@ -156,6 +156,14 @@ def compiled(text: str) -> bytes:
     return code
 
 
+def compiler() -> str:
+    """Which compiler there is, or why there is none."""
+    try:
+        return _version(_library())
+    except CompileError as error:
+        return str(error)
+
+
 def _compile(library: ctypes.CDLL, text: str, architecture: str) -> bytes:
     program = ctypes.c_void_p()
     _check(

@@ -227,6 +227,16 @@ def test_plain_takes_the_place_of_kernels_that_fail(backend, make, reason, monke
     assert isinstance(chosen(monkeypatch, Calculated(), backend)[0], Kernels)  # asked again
 
 
+def test_a_verdict_holds_for_its_compiler_only(monkeypatch):
+    monkeypatch.setattr(nvrtc, "compiler", lambda: "13.1")
+    assert isinstance(chosen(monkeypatch, Calculated())[0], Kernels)
+    kernels_for.cache_clear()
+    assert isinstance(chosen(monkeypatch, refuses)[0], Kernels)  # the control: it is not asked
+    kernels_for.cache_clear()
+    monkeypatch.setattr(nvrtc, "compiler", lambda: "none can be loaded")
+    assert isinstance(chosen(monkeypatch, refuses)[0], Plain)
+
+
 def test_kernels_can_be_switched_off(monkeypatch):
     made = Calculated()
     monkeypatch.setenv("MAPLE_KERNELS", "0")

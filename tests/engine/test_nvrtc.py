@@ -179,7 +179,12 @@ def test_a_compiler_that_is_not_there(monkeypatch, folder):
     monkeypatch.setattr(nvrtc, "_architecture", lambda: "sm_90a")
     with pytest.raises(CompileError) as raised:
         compiled("a kernel")
-    assert str(raised.value) == "none of libnothing.so.1, libnothing.so can be loaded"
+    reason = "none of libnothing.so.1, libnothing.so can be loaded"
+    assert str(raised.value) == nvrtc.compiler() == reason
+
+
+def test_which_compiler_there_is(compiler):
+    assert nvrtc.compiler() == "13.1"
 
 
 @pytest.mark.parametrize(
