@@ -253,6 +253,7 @@ __device__ inline float warp_sum(float x) {
   for (int i = 16; i > 0; i >>= 1) x += __shfl_xor_sync(0xffffffffu, x, i);
   return x;
 }
+__device__ inline float above_zero(float x) { return x > 0.0f ? x : 0.0f; }
 __device__ inline float silu(float x) { return __fdividef(x, 1.0f + __expf(-x)); }
 __device__ inline float gelu(float x) { return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f)); }
 """,
@@ -279,6 +280,7 @@ template <int N, typename T> inline void put(device T* p, Pack<T, N> v) {
   *reinterpret_cast<device Pack<T, N>*>(p) = v;
 }
 inline float warp_sum(float x) { return simd_sum(x); }
+inline float above_zero(float x) { return x > 0.0f ? x : 0.0f; }
 inline float silu(float x) { return x / (1.0f + metal::exp(-x)); }
 """,
     512,
@@ -472,7 +474,7 @@ def _one_block_norm(form: _Form) -> str:
   const float count = float(N) * float(CPG);
   const float offset = sum / count;
   const float mean = origin + offset;
-  const float rstd = $rsqrt(squares / count - offset * offset + eps);
+  const float rstd = $rsqrt(above_zero(squares / count - offset * offset) + eps);
   if (r < R) {{{form.normalise("r", "N", "c")}
   }}
 """
@@ -545,7 +547,7 @@ def _slab_norm(form: _Form) -> str:
     const float count = float(N) * float(CPG);
     const float offset = sum / count;
     means[tid] = offset + {form.origin("first")};
-    rstds[tid] = $rsqrt(squares / count - offset * offset + eps);
+    rstds[tid] = $rsqrt(above_zero(squares / count - offset * offset) + eps);
   }}
   $barrier
   $rolled
@@ -587,7 +589,7 @@ _LAYER_NORM = """
       }
     }
     const float mean = warp_sum(sum) / float(C);
-    const float rstd = $rsqrt(warp_sum(squares) / float(C) - mean * mean + eps);
+    const float rstd = $rsqrt(above_zero(warp_sum(squares) / float(C) - mean * mean) + eps);
     $unroll
     for (int k = 0; k < EACH; ++k) {
       const int c = (k * 32 + lane) * V;
