@@ -12,7 +12,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "convert"))
 from corpus import HOSTILE, MARKER
-from slowness import slowness
 
 from mlx_maple import twins
 from mlx_maple.cli import main
@@ -60,9 +59,8 @@ def test_one_line_the_right_code_and_nothing_left(case, verb, folder, capsys):
         return code, *capsys.readouterr(), time.process_time() - start
 
     code, out, err, seconds = run()
-    if seconds >= SECONDS:  # once more, and beside a measure of the moment
+    if seconds >= SECONDS:  # a busy neighbour on the same core slows processor time too: once more
         code, out, err, seconds = run()
-        seconds /= slowness()
     assert (code, out) == (CODES.get(case.name, case.exit_code), ""), err
     assert err.startswith("maple: ") and err.count("\n") == 1 and err[:-1].isprintable()
     assert seconds < SECONDS
@@ -88,7 +86,7 @@ def test_as_a_process_it_is_quick_and_small(name, folder):
     )
     status, out, err, peak, cpu = json.loads(done.stdout)
     assert (status, out) == (case.exit_code, "") and err.count("\n") == 1, err
-    assert cpu < SECONDS or cpu / slowness() < SECONDS
+    assert cpu < SECONDS
     assert peak * (1 if sys.platform == "darwin" else 1024) < MEMORY
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from corpus_layouts import HOSTILE, LAYOUT_CASES
-from slowness import slowness
 
 from maple_convert import cli
 
@@ -61,8 +60,7 @@ def test_refused(name, answers):
     assert not ran and not answer["marker"], "something was run"
     assert not answer["changed"] and not answer["left_over"], "it left something"
     assert not answer["left_open"], "it left a file open"
-    cpu = answer["cpu_seconds"]
-    assert cpu < SECONDS or cpu / slowness() < SECONDS
+    assert answer["cpu_seconds"] < SECONDS
     assert answer["peak_bytes"] < MEMORY
 
 
