@@ -1,5 +1,6 @@
 """The hostile corpus: one typed error, one line, nothing executed, nothing left, quickly."""
 
+import gc
 import json
 import os
 import subprocess
@@ -8,6 +9,9 @@ from pathlib import Path
 
 import pytest
 from corpus import HOSTILE
+
+from maple_convert.errors import InvalidCheckpoint
+from maple_convert.readers import open_checkpoint
 
 HARNESS = Path(__file__).with_name("hostile_harness.py")
 SECONDS = 2.0  # of processor time, so that a busy machine does not fail the test
@@ -65,3 +69,17 @@ def test_the_harness_notices_what_it_watches_for():
     assert answer["marker"] and answer["changed"]
     assert any(event.startswith("pickle.find_class") for event in answer["events"])
     assert any(event.startswith("os.system") for event in answer["events"])
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_the_collector_is_left_as_it_was(tmp_path, is_enabled):
+    """Opening pauses it, and a refusal must not leave it so."""
+    path = CASES["half_a_million_empty_lists"].make(tmp_path)
+    before = gc.isenabled()
+    try:
+        (gc.enable if is_enabled else gc.disable)()
+        with pytest.raises(InvalidCheckpoint):
+            open_checkpoint(path)
+        assert gc.isenabled() == is_enabled
+    finally:
+        (gc.enable if before else gc.disable)()
