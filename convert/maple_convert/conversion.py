@@ -89,7 +89,7 @@ class _Digest:
             self._result = hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def _of(self, file: Path) -> str:
-        digest, buffer = hashlib.sha256(), bytearray(1 << 22)
+        digest, buffer = hashlib.sha256(), bytearray(1 << 20)
         with open(file, "rb", buffering=0) as opened:
             while not self._stop.is_set() and (n := opened.readinto(buffer)):
                 digest.update(memoryview(buffer)[:n])

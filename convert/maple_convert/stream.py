@@ -23,7 +23,7 @@ from maple_convert.tensors import STORAGE, Checkpoint, Tensor
 Block = npt.NDArray[Any]
 Task = Callable[[], Block]
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 21
 
 # Exponent bits of each floating type: all ones in an infinity or NaN, and in nothing else.
 _EXPONENT = {

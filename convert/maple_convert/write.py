@@ -28,7 +28,7 @@ from maple_convert.tensors import STORAGE, TensorInfo
 
 Block = npt.NDArray[Any]
 
-WORKERS = 2  # more would wait for the digest
+WORKERS = 1  # numpy holds the GIL between its calls: two took a third longer for each number
 BLOCKS_AHEAD = 8  # prepared while one is written
 SYNCED_BYTES = 1 << 28  # written before they are brought to the disk
 SAFETENSORS_NAMES = {
