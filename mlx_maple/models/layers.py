@@ -74,13 +74,43 @@ def sinusoids(timesteps: mx.array, width: int) -> mx.array:
     return mx.pad(waves, [(0, 0), (0, width % 2)]) if width % 2 else waves
 
 
-class TimeEmbedding(nn.Module):
-    """Two layers that turn sinusoids into what every residual block is told: (B, C) to (B, D)."""
+def guidance_waves(scales: mx.array, width: int) -> mx.array:
+    """Guidance scales as waves, for networks that are told them: (B,) to (B, width), float32.
 
-    def __init__(self, channels: int, time_channels: int) -> None:
+    Unlike those of time the sines come first and the slowest wave is 1 / MAX_PERIOD itself; a scale
+    of 1, which is no guidance, is 0. Reference: Luo et al. 2023 (arXiv:2310.04378), section 4.2, as
+    diffusers 0.42.1 has it (pipeline_latent_consistency_text2img.py).
+    """
+    half = width // 2
+    exponents = np.float32(-math.log(MAX_PERIOD) / (half - 1)) * np.arange(half, dtype=np.float32)
+    angles = (scales.astype(mx.float32) - 1)[:, None] * 1000 * mx.array(np.exp(exponents))
+    waves = mx.concatenate([mx.sin(angles), mx.cos(angles)], axis=-1)
+    return mx.pad(waves, [(0, 0), (0, width % 2)]) if width % 2 else waves
+
+
+class TimeEmbedding(nn.Module):
+    """Two layers that turn sinusoids into what every residual block is told: (B, C) to (B, D).
+
+    Args:
+        channels: C.
+        time_channels: D.
+        guidance_channels: waves of a guidance scale that are added to the sinusoids; None for most
+            networks, which are told none.
+    """
+
+    def __init__(
+        self, channels: int, time_channels: int, guidance_channels: int | None = None
+    ) -> None:
         super().__init__()
         self.linear_1 = nn.Linear(channels, time_channels)
         self.linear_2 = nn.Linear(time_channels, time_channels)
+        if guidance_channels is not None:
+            self.cond_proj = nn.Linear(guidance_channels, channels, bias=False)
 
-    def __call__(self, waves: mx.array) -> mx.array:
+    def __call__(self, waves: mx.array, guidance: mx.array | None = None) -> mx.array:
+        """Embed ``waves``; ``guidance`` (B,) are scales, where the network is told them."""
+        if guidance is not None:
+            weight = self.cond_proj.weight
+            told = guidance_waves(guidance.reshape(-1), weight.shape[1]).astype(waves.dtype)
+            waves = waves + self.cond_proj(told)
         return self.linear_2(nn.silu(self.linear_1(waves)))

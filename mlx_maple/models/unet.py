@@ -10,6 +10,7 @@ Differs  Blocks are cut as in diffusers 0.42.1 (models/unets/unet_2d_condition.p
 Names    convert/maple_convert/layouts/unet.py maps published checkpoints onto these.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -38,6 +39,8 @@ class UNetConfig:
         cross_attention_dim: D of the prompt's states.
         mid_transformer_layers: depth of the transformer in the middle.
         norm_num_groups: groups of every GroupNorm.
+        time_cond_dim: waves of the guidance scale that a latent consistency model is told; None
+            where guidance takes a second pass, as everywhere else.
     """
 
     in_channels: int = 4
@@ -49,6 +52,7 @@ class UNetConfig:
     cross_attention_dim: int = 768
     mid_transformer_layers: int = 1
     norm_num_groups: int = 32
+    time_cond_dim: int | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, low: int, high: int) -> None:
@@ -64,6 +68,8 @@ class UNetConfig:
         check("cross_attention_dim", 1, checks.MAX_WIDTH)
         check("mid_transformer_layers", 1, checks.MAX_LAYERS)
         check("norm_num_groups", 1, checks.MAX_WIDTH)
+        if self.time_cond_dim is not None:
+            check("time_cond_dim", 4, checks.MAX_WIDTH)
         check_levels("block_out_channels", 2, checks.MAX_WIDTH)
         widths = self.block_out_channels
         check_levels("transformer_layers", 0, checks.MAX_LAYERS, len(widths))
@@ -106,17 +112,27 @@ class DownBlock(nn.Module):
             self.downsamplers = [Downsample(channels, symmetric=True)]
 
     def __call__(
-        self, x: mx.array, time: mx.array, context: mx.array
+        self, x: mx.array, time: mx.array, context: mx.array, feature: mx.array | None = None
     ) -> tuple[mx.array, list[mx.array]]:
+        """Descend a level.
+
+        ``feature`` is a T2I-Adapter's map. Those of SD 1 are added before the halving; SDXL's
+        first, for a level without transformers, is made for the halved size.
+        """
         passed = []
         for i, resnet in enumerate(self.resnets):
             x = resnet(x, time)
             if "attentions" in self:
                 x = self.attentions[i](x, context)
             passed.append(x)
+        is_late = "attentions" not in self and "downsamplers" in self
+        if feature is not None and not is_late:
+            passed[-1] = x = x + feature
         if "downsamplers" in self:
             x = self.downsamplers[0](x)
             passed.append(x)
+        if feature is not None and is_late:
+            passed[-1] = x = x + feature
         return x, passed
 
 
@@ -208,7 +224,7 @@ class UNet(nn.Module):
         widths = config.block_out_channels
         time_channels = TIME_EXPANSION * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], kernel_size=3, padding=1)
-        self.time_embedding = TimeEmbedding(widths[0], time_channels)
+        self.time_embedding = TimeEmbedding(widths[0], time_channels, config.time_cond_dim)
 
         channels = widths[0]
         kept = [channels]  # C of every state that the way down leaves for the way up
@@ -231,7 +247,13 @@ class UNet(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, kernel_size=3, padding=1)
 
     def __call__(
-        self, latents: mx.array, timesteps: mx.array | float, context: mx.array
+        self,
+        latents: mx.array,
+        timesteps: mx.array | float,
+        context: mx.array,
+        guidance: mx.array | None = None,
+        control: Sequence[mx.array] | None = None,
+        features: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """Predict lazily; nothing runs until the caller evaluates.
 
@@ -240,6 +262,10 @@ class UNet(nn.Module):
             timesteps: (B,), or one for the whole batch: 0 to 999, fractions allowed. Under
                 ``mx.compile`` pass an array, or each new number is traced again.
             context: (B, T, cross_attention_dim), the text encoder's states; any T.
+            guidance: (B,) guidance scales, for a network that is told them (``time_cond_dim``).
+            control: what a ControlNet adds: a map for each kept state, then one for the middle.
+            features: what a T2I-Adapter adds: a map for each level on the way down, and perhaps one
+                more for the middle.
 
         Returns:
             (B, h, w, out_channels), in the weights' dtype.
@@ -248,20 +274,52 @@ class UNet(nn.Module):
             ValueError: if an argument has another shape (an NCHW array?).
         """
         check_inputs(self.config, latents, context)
+        check_guidance(self.config, guidance)
         dtype = self.conv_in.weight.dtype
         context = context.astype(dtype)
         waves = sinusoids(as_times(timesteps, latents.shape[0]), self.config.block_out_channels[0])
-        time = self.time_embedding(waves.astype(dtype))
+        time = self.time_embedding(waves.astype(dtype), guidance)
 
         x = self.conv_in(latents.astype(dtype))
         skips = [x]
+        added = [each.astype(dtype) for each in features or ()]
         for block in self.down_blocks:
-            x, passed = block(x, time, context)
+            x, passed = block(x, time, context, added.pop(0) if added else None)
             skips += passed
         x = self.mid_block(x, time, context)
+        if added:
+            x = x + added.pop(0)
+        if control is not None:
+            skips, x = controlled(skips, x, control)
         for block in self.up_blocks:
             x = block(x, skips, time, context)
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
+
+
+def controlled(
+    skips: list[mx.array], middle: mx.array, control: Sequence[mx.array]
+) -> tuple[list[mx.array], mx.array]:
+    """The kept states and the middle's with what a ControlNet adds to each.
+
+    Raises:
+        ValueError: if there is not one map for each.
+    """
+    if len(control) != len(skips) + 1:
+        raise ValueError(f"[UNet] expected {len(skips) + 1} maps of control, got {len(control)}.")
+    added = [each.astype(middle.dtype) for each in control]
+    kept = [skip + each for skip, each in zip(skips, added, strict=False)]
+    return kept, middle + added[-1]
+
+
+def check_guidance(config: UNetConfig, guidance: mx.array | None) -> None:
+    """Raise unless a network that is told a guidance scale gets one, and no other does.
+
+    Raises:
+        ValueError: saying which.
+    """
+    if (guidance is None) != (config.time_cond_dim is None):
+        takes = "takes no" if config.time_cond_dim is None else "is told a"
+        raise ValueError(f"[UNet] this network {takes} guidance scale.")
 
 
 def as_times(timesteps: mx.array | float, batch: int) -> mx.array:
