@@ -3,10 +3,11 @@
 Nothing here opens a file, prints, draws random numbers in a forward pass or evaluates: a call
 builds a lazy MLX graph and returns. What makes the networks fast lies elsewhere.
 
-Read in this order: layers, attention, resnet, then unet, vae, clip and taesd.
+Read in this order: layers, attention, resnet, then unet, vae, clip, taesd and controlnet.
 """
 
 from mlx_maple.models.clip import CLIPTextConfig, CLIPTextEncoder, TextStates
+from mlx_maple.models.controlnet import ControlNet, ControlNetConfig
 from mlx_maple.models.taesd import TAESD, TAESDConfig
 from mlx_maple.models.unet import UNet, UNetConfig
 from mlx_maple.models.vae import AutoencoderKL, Moments, VAEConfig
@@ -16,6 +17,8 @@ __all__ = [
     "AutoencoderKL",
     "CLIPTextConfig",
     "CLIPTextEncoder",
+    "ControlNet",
+    "ControlNetConfig",
     "Moments",
     "TAESDConfig",
     "TextStates",
