@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlx_maple import images, metadata
+from mlx_maple.conditioning import Conditioning, TextEncoders
 from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import guided_steps, made_ready, room
 from mlx_maple.engine.low_memory import Networks, Reload
@@ -281,6 +282,7 @@ class StableDiffusion:
         }
         self._networks = Networks(held, reloads)
         self.configs = self._networks.configs
+        self.text_encoders = TextEncoders({"text_encoder": tokenizer}, self._networks.__getitem__)
         self.info = Info(
             name=name,
             sha256=sha256,
@@ -656,31 +658,33 @@ class StableDiffusion:
             ),
         )
 
-    def _prompts(self, job: _Job, notes: list[str]) -> tuple[mx.array, mx.array | None]:
-        """States (1, T, D) of the prompt and, where it is guided, of the negative prompt."""
+    def _prompts(self, job: _Job, notes: list[str]) -> tuple[Conditioning, Conditioning | None]:
+        """The prompt and, where it is guided, the negative prompt, each of one row; evaluated."""
         settings = job.settings[0]
-        positive, negative = self._states(settings.prompt, job.clip_skip, "prompt", notes), None
+        positive = self._conditioning(settings.prompt, job.clip_skip, "prompt", notes)
+        negative = None
         if job.guidance_scale != 1:
             text = settings.negative_prompt
-            negative = self._states(text, job.clip_skip, "negative prompt", notes)
-        mx.eval([states for states in (positive, negative) if states is not None])
+            negative = self._conditioning(text, job.clip_skip, "negative prompt", notes)
+        mx.eval([x for each in (positive, negative) if each is not None for x in each.arrays()])
         return positive, negative
 
-    def _model(self, job: _Job, positive: mx.array, negative: mx.array | None) -> Model:
+    def _model(self, job: _Job, positive: Conditioning, negative: Conditioning | None) -> Model:
         """The guided UNet for a batch: (n, h, w, C) latents and a timestep to predictions.
 
         On the CPU pictures go through the network one by one: BLAS rounds differently with the size
         of a batch, and a picture is to be the same alone and among others.
         """
         scale, unet = job.guidance_scale, self.unet
+        contexts = positive.context, None if negative is None else negative.context
         if isinstance(unet, PreparedUNet):
-            negative = None if negative is None else mx.repeat(negative, job.count, 0)
-            positive = mx.repeat(positive, job.count, 0)
-            return guided_steps(unet).model(positive, negative, scale, job.plan.grid.timesteps)
+            wanted, avoided = _repeated(contexts, job.count)
+            assert wanted is not None
+            return guided_steps(unet).model(wanted, avoided, scale, job.plan.grid.timesteps)
         del unet
 
         def of(copies: int) -> Model:
-            both = [None if s is None else mx.repeat(s, copies, 0) for s in (positive, negative)]
+            both = _repeated(contexts, copies)
             assert both[0] is not None
             return guided(
                 self._predict,
@@ -710,15 +714,14 @@ class StableDiffusion:
         """What a network computes in."""
         return getattr(mx, self.info.components[part].dtype)
 
-    def _states(self, text: str, clip_skip: int, name: str, notes: list[str]) -> mx.array:
-        """A prompt's states (1, T, D), not evaluated."""
-        encoded = encode_prompt(self.tokenizer, text)
-        if encoded.truncated:
-            end = " ".join(encoded.truncated.split())
+    def _conditioning(self, text: str, clip_skip: int, name: str, notes: list[str]) -> Conditioning:
+        """A prompt as the UNet takes it, of one row; not evaluated."""
+        encoded = [encode_prompt(each, text) for each in self.text_encoders.tokenizers.values()]
+        if encoded[0].truncated:
+            end = " ".join(encoded[0].truncated.split())
             end = end if len(end) <= LEFT_OUT else f"{end[:LEFT_OUT]}…"
             notes.append(f"the {name} is too long; left out: {end}")
-        states = self.text_encoder(mx.array(encoded.ids), clip_skip=clip_skip).last
-        return states.reshape(1, -1, states.shape[-1])  # chunks one after the other
+        return self.text_encoders.encode([each.ids for each in encoded], clip_skip=clip_skip)
 
     def _encode(self, picture: Image.Image, notes: list[str]) -> tuple[mx.array, mx.array]:
         """Mean and standard deviation of a picture's latents, each (1, h, w, C) float32."""
@@ -1036,6 +1039,11 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.update(kept)
+
+
+def _repeated(arrays: Sequence[mx.array | None], count: int) -> list[mx.array | None]:
+    """Each array, where there is one, ``count`` times along its first axis."""
+    return [None if array is None else mx.repeat(array, count, 0) for array in arrays]
 
 
 def _on_cpu() -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins", "known_models"}
-WITH_PATHS = LEAVES | {"adapters", "engine", "pipeline"}
+WITH_PATHS = LEAVES | {"adapters", "engine", "conditioning", "pipeline"}
 
 # A part of mlx_maple (a folder or a file) and the other parts that it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -16,7 +16,17 @@ ALLOWED: dict[str, set[str]] = {
     "images": {"metadata"},
     "adapters": {"models"},
     "engine": {"models"},
-    "pipeline": {"models", "text", "sampling", "adapters", "engine", "images", "metadata"},
+    "conditioning": {"models", "text"},
+    "pipeline": {
+        "models",
+        "text",
+        "sampling",
+        "adapters",
+        "engine",
+        "images",
+        "metadata",
+        "conditioning",
+    },
     "loading": {*WITH_PATHS, "maple_convert"},
     "cli": {*WITH_PATHS, "loading", "serve", "maple_convert", "_openblas"},
     "serve": {*WITH_PATHS, "loading", "cli", "maple_convert"},

@@ -91,11 +91,13 @@ class TextStates(NamedTuple):
         penultimate: (B, T, D), the last layer's input, with no norm.
         pooled: (B, D), the normed last state at the first end of text; projected to
             (B, projection_dim) where the model has a projection.
+        hidden: (B, T, D), the chosen layer's output with no norm.
     """
 
     last: mx.array
     penultimate: mx.array
     pooled: mx.array
+    hidden: mx.array
 
 
 class Embeddings(nn.Module):
@@ -188,8 +190,8 @@ class CLIPTextEncoder(nn.Module):
             ids: (B, T) integers below ``vocab_size``, T at most ``max_position_embeddings``. An id
                 out of range cannot be seen without evaluating, and MLX reads beyond the table:
                 who makes the ids answers for them.
-            clip_skip: which layer, counted from the end, gives ``last``: 1 is the last (A1111's
-                counting; diffusers counts from 0). The final norm is applied to any of them.
+            clip_skip: which layer, counted from the end, gives ``last`` and ``hidden``: 1 is the
+                last (A1111's counting; diffusers counts from 0). The final norm is applied to any.
 
         Returns:
             States in the weights' dtype. ``penultimate`` and ``pooled`` do not depend on
@@ -209,7 +211,9 @@ class CLIPTextEncoder(nn.Module):
         pooled = final[mx.arange(ids.shape[0]), ends]
         if "text_projection" in self:
             pooled = self.text_projection(pooled)
-        return TextStates(last=last, penultimate=states[-2], pooled=pooled)
+        return TextStates(
+            last=last, penultimate=states[-2], pooled=pooled, hidden=states[-clip_skip]
+        )
 
     def _check(self, ids: mx.array, clip_skip: int) -> None:
         longest = self.config.max_position_embeddings
