@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins", "known_models"}
+LEAVES |= {"model_folders"}
 WITH_PATHS = LEAVES | {"adapters", "engine", "conditioning", "pipeline"}
 
 # A part of mlx_maple (a folder or a file) and the other parts that it may import.
