@@ -72,7 +72,27 @@ def open_image(path: str | Path) -> Image.Image:
         return _decoded(file, path)
 
 
-def _decoded(file: Any, path: Path) -> Image.Image:
+def decode_image(data: bytes, most_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A picture from a file's bytes, as ``open_image`` reads it from a file.
+
+    Raises:
+        ImageError: see ``open_image``.
+    """
+    return _decoded(io.BytesIO(data), None, most_pixels)
+
+
+def check_header(data: bytes, most_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The size that a file's bytes declare, without decoding it.
+
+    Raises:
+        ImageError: no picture of a kind that is read here, or of more than ``most_pixels``.
+    """
+    return _decoded(io.BytesIO(data), None, most_pixels, only_header=True).size
+
+
+def _decoded(
+    file: Any, path: Path | None, most_pixels: int = MAX_PIXELS, *, only_header: bool = False
+) -> Image.Image:
     Image.init()
     readable = [name for name in READ_FORMATS if name in Image.OPEN]
     with warnings.catch_warnings():  # Pillow warns of what is judged below
@@ -80,9 +100,11 @@ def _decoded(file: Any, path: Path) -> Image.Image:
         try:
             image = Image.open(file, formats=readable)
             width, height = image.size
-            if width * height > MAX_PIXELS:
+            if width * height > most_pixels:
                 size = f"{width}x{height}"
-                raise ImageError(f"{size} pixels; {MAX_PIXELS:,} at most are read", path)
+                raise ImageError(f"{size} pixels; {most_pixels:,} at most are read", path)
+            if only_header:
+                return image
             image.load()
             image.info = dict(image.info)
             # transpose answers a picture without the orientation it has now followed
@@ -93,7 +115,7 @@ def _decoded(file: Any, path: Path) -> Image.Image:
             kinds = ", ".join(readable)
             raise ImageError(f"not a picture of a kind that is read here ({kinds})", path) from None
         except Image.DecompressionBombError:
-            raise ImageError(f"more than {MAX_PIXELS:,} pixels", path) from None
+            raise ImageError(f"more than {most_pixels:,} pixels", path) from None
         except (
             OSError,
             SyntaxError,
@@ -148,11 +170,11 @@ def save_image(
         options["subsampling"] = 0  # colour at full resolution
     buffer = io.BytesIO()
     image.convert("RGB").save(buffer, kind, **options)
-    _write_whole(path, buffer.getvalue())
+    write_whole(path, buffer.getvalue())
     return path
 
 
-def _write_whole(path: Path, data: bytes) -> None:
+def write_whole(path: Path, data: bytes) -> None:
     """Write beside the place, make sure of the bytes, rename."""
     hidden = path.with_name(f".{secrets.token_hex(8)}.tmp")
     try:
@@ -174,8 +196,12 @@ def read_settings(path: str | Path) -> Recipe:
     """
     path = Path(path)
     with path.open("rb") as file:
-        image = _decoded(file, path)
-    texts = _texts(image)
+        return recipe_of(_decoded(file, path), path)
+
+
+def recipe_of(image: Image.Image, path: Path | None = None) -> Recipe:
+    """What a decoded picture says of its drawing; ``path`` is for errors. See ``read_settings``."""
+    texts = texts_of(image)
     try:
         if PROGRAM in texts:
             return metadata.from_json(texts[PROGRAM])
@@ -214,7 +240,7 @@ def _writable(text: str) -> str:
     )
 
 
-def _texts(image: Image.Image) -> dict[str, str]:
+def texts_of(image: Image.Image) -> dict[str, str]:
     """Settings' texts by name, wherever this kind of file keeps them."""
     texts = {
         name: str(value)

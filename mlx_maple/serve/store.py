@@ -1,0 +1,401 @@
+"""What outlives the process: jobs, pictures, presets and options in SQLite, pictures as files.
+
+Layout of the data folder:
+
+    history.sqlite3    jobs, pictures, presets, options; write-ahead log, every commit synced
+    pictures/          <job>-<index>.png, each with its settings inside
+    thumbnails/        made again when they are missing
+    inputs/            pictures that waiting jobs start from
+    lock               held by the server that uses the folder
+
+A picture is written before its row: a file without a row is a picture whose server was killed in
+between, and is taken up at the next start. The store is used from one thread at a time.
+"""
+
+import fcntl
+import io
+import json
+import os
+import re
+import secrets
+import sqlite3
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mlx_maple import images
+from mlx_maple.images import ImageError
+
+KEPT_JOBS = 2000  # finished jobs without pictures that are remembered
+THUMBNAIL = 256  # pixels
+_PICTURE = re.compile(r"([0-9a-f]{24})-(\d{1,3})\.png")
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY, client TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
+    started REAL, finished REAL, draw TEXT NOT NULL, outcome TEXT NOT NULL DEFAULT '{}');
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, created);
+CREATE TABLE IF NOT EXISTS pictures (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL,
+    place INTEGER NOT NULL, created REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL,
+    settings TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS presets (name TEXT PRIMARY KEY, draw TEXT NOT NULL, changed REAL);
+CREATE TABLE IF NOT EXISTS options (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+class InUse(Exception):
+    """Another server uses the data folder."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A finished picture.
+
+    Attributes:
+        id: "<job>-<index>".
+        job: that drew it.
+        index: in the job, from 0.
+        created: seconds since 1970.
+        width: in pixels.
+        height: likewise.
+        settings: as written in its file.
+        number: grows with every picture; pages of the history begin after one.
+    """
+
+    id: str
+    job: str
+    index: int
+    created: float
+    width: int
+    height: int
+    settings: dict[str, Any]
+    number: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobRecord:
+    """What is kept of a job.
+
+    Attributes:
+        id: 24 hexadecimal digits that sort by time.
+        client: who asked.
+        state: queued, running, offered, done, failed or cancelled.
+        created: seconds since 1970; so are the next two.
+        started: when drawing began.
+        finished: when it ended.
+        draw: what was asked for, without pictures.
+        outcome: notes, timings, error.
+    """
+
+    id: str
+    client: str
+    state: str
+    created: float
+    started: float | None
+    finished: float | None
+    draw: dict[str, Any]
+    outcome: dict[str, Any]
+
+
+def new_id() -> str:
+    """24 hexadecimal digits: the time in milliseconds, then chance."""
+    return f"{time.time_ns() // 1_000_000:012x}{secrets.token_hex(6)}"
+
+
+class Store:
+    """The data folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open it, or make it.
+
+        Raises:
+            InUse: another server has it.
+            OSError: it cannot be written.
+        """
+        self.folder = folder
+        self.pictures = folder / "pictures"
+        self.thumbnails = folder / "thumbnails"
+        self.inputs = folder / "inputs"
+        for path in (folder, self.pictures, self.thumbnails, self.inputs):
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._lock = open(folder / "lock", "w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise InUse(f"{folder}: another `maple serve` uses it (--data names a folder)") from None
+        self._db = sqlite3.connect(
+            folder / "history.sqlite3", check_same_thread=False, isolation_level=None
+        )
+        self._db.execute("PRAGMA journal_mode=WAL")
+        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA busy_timeout=5000")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Let go of the folder."""
+        self._db.close()
+        self._lock.close()
+
+    # Jobs ------------------------------------------------------------------------------------
+
+    def add_job(self, record: JobRecord) -> None:
+        """Keep a new job."""
+        self._db.execute(
+            "INSERT INTO jobs (id, client, state, created, draw) VALUES (?, ?, ?, ?, ?)",
+            (record.id, record.client, record.state, record.created, json.dumps(record.draw)),
+        )
+
+    def set_state(self, job: str, state: str, **columns: Any) -> None:
+        """Write a job's new state, and its times and outcome where they are given."""
+        outcome = columns.pop("outcome", None)
+        values = {"state": state, **columns}
+        if outcome is not None:
+            values["outcome"] = json.dumps(outcome)
+        assert values.keys() <= {"state", "started", "finished", "outcome"}
+        names = ", ".join(f"{name} = ?" for name in values)
+        self._db.execute(f"UPDATE jobs SET {names} WHERE id = ?", (*values.values(), job))
+
+    def job(self, job: str) -> JobRecord | None:
+        """One job by its id."""
+        found = self._jobs("WHERE id = ?", (job,))
+        return found[0] if found else None
+
+    def recent_jobs(self, count: int) -> list[JobRecord]:
+        """The last jobs that ended, the newest first."""
+        return self._jobs(
+            "WHERE state IN ('done', 'failed', 'cancelled') ORDER BY created DESC LIMIT ?", (count,)
+        )
+
+    def _jobs(self, where: str, values: Sequence[Any]) -> list[JobRecord]:
+        rows = self._db.execute(
+            "SELECT id, client, state, created, started, finished, draw, outcome FROM jobs "
+            + where,
+            values,
+        )
+        return [
+            JobRecord(
+                id=row[0],
+                client=row[1],
+                state=row[2],
+                created=row[3],
+                started=row[4],
+                finished=row[5],
+                draw=json.loads(row[6]),
+                outcome=json.loads(row[7]),
+            )
+            for row in rows
+        ]
+
+    def finish(
+        self, job: str, state: str, outcome: Mapping[str, Any], pictures: Sequence[Picture]
+    ) -> None:
+        """Write the end of a job with its pictures, in one commit."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for picture in pictures:
+                self._add_picture(picture)
+            self.set_state(job, state, finished=time.time(), outcome=dict(outcome))
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self.drop_inputs(job)
+
+    def recover(self) -> list[JobRecord]:
+        """Put in order what a killed server left; returns the jobs to offer again.
+
+        Pictures without a row are taken up, a job all of whose pictures are there is done, and
+        what waited or was being drawn is offered again.
+        """
+        for folder in (self.pictures, self.thumbnails, self.inputs):
+            for path in folder.glob(".*.tmp"):
+                path.unlink(missing_ok=True)
+        known = {row[0] for row in self._db.execute("SELECT id FROM pictures")}
+        for path in sorted(self.pictures.iterdir()):
+            match = _PICTURE.fullmatch(path.name)
+            if match and path.stem not in known:
+                self._take_up(path, match[1], int(match[2]))
+        offered = self._jobs(
+            "WHERE state IN ('queued', 'running', 'offered') ORDER BY created", ()
+        )
+        left = []
+        for record in offered:
+            there = self._db.execute(
+                "SELECT count(*) FROM pictures WHERE job = ?", (record.id,)
+            ).fetchone()[0]
+            if there and there >= (record.draw.get("count") or 1):
+                self.set_state(record.id, "done", finished=time.time())
+                self.drop_inputs(record.id)
+            else:
+                self.set_state(record.id, "offered")
+                left.append(record)
+        waiting = {record.id for record in left}
+        for path in self.inputs.iterdir():
+            if path.name.partition("-")[0] not in waiting:
+                path.unlink(missing_ok=True)
+        self._forget()
+        return [record for record in self._jobs("WHERE state = 'offered' ORDER BY created", ())]
+
+    def _take_up(self, path: Path, job: str, index: int) -> None:
+        try:
+            settings = asdict(images.read_settings(path).settings)
+            width, height = images.open_image(path).size
+        except (ImageError, OSError):
+            return
+        self._add_picture(
+            Picture(
+                id=path.stem,
+                job=job,
+                index=index,
+                created=path.stat().st_mtime,
+                width=width,
+                height=height,
+                settings=settings,
+            )
+        )
+
+    def _forget(self) -> None:
+        """Let the oldest jobs go that ended and left no picture."""
+        self._db.execute(
+            "DELETE FROM jobs WHERE state IN ('done', 'failed', 'cancelled') AND id NOT IN "
+            "(SELECT job FROM pictures) AND id NOT IN "
+            "(SELECT id FROM jobs ORDER BY created DESC LIMIT ?)",
+            (KEPT_JOBS,),
+        )
+
+    # Pictures that jobs start from -----------------------------------------------------------
+
+    def keep_input(self, job: str, name: str, data: bytes) -> None:
+        """Keep a picture that a job starts from, until the job has ended."""
+        images.write_whole(self.input_path(job, name), data)
+
+    def input_path(self, job: str, name: str) -> Path:
+        """Where a job's "image" or "mask" lies."""
+        return self.inputs / f"{job}-{name}"
+
+    def drop_inputs(self, job: str) -> None:
+        """Remove what a job started from."""
+        for name in ("image", "mask"):
+            self.input_path(job, name).unlink(missing_ok=True)
+
+    # Pictures ----------------------------------------------------------------------------------
+
+    def _add_picture(self, picture: Picture) -> None:
+        self._db.execute(
+            "INSERT OR IGNORE INTO pictures (id, job, place, created, width, height, settings) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                picture.id,
+                picture.job,
+                picture.index,
+                picture.created,
+                picture.width,
+                picture.height,
+                json.dumps(picture.settings),
+            ),
+        )
+
+    def picture(self, picture: str) -> Picture | None:
+        """One picture by its id."""
+        found = self._pictures("WHERE id = ?", (picture,))
+        return found[0] if found else None
+
+    def pictures_of(self, job: str) -> list[Picture]:
+        """A job's pictures in their order."""
+        return self._pictures("WHERE job = ? ORDER BY place", (job,))
+
+    def history(self, limit: int, before: int | None, words: str) -> list[Picture]:
+        """Pictures with ``words`` in their settings, the newest first, below number ``before``."""
+        pattern = words.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
+        return self._pictures(
+            "WHERE number < ? AND settings LIKE ? ESCAPE '\\' ORDER BY number DESC LIMIT ?",
+            (2**62 if before is None else before, f"%{pattern}%", limit),
+        )
+
+    def _pictures(self, where: str, values: Sequence[Any]) -> list[Picture]:
+        rows = self._db.execute(
+            "SELECT number, id, job, place, created, width, height, settings FROM pictures "
+            + where,
+            values,
+        )
+        return [
+            Picture(
+                number=row[0],
+                id=row[1],
+                job=row[2],
+                index=row[3],
+                created=row[4],
+                width=row[5],
+                height=row[6],
+                settings=json.loads(row[7]),
+            )
+            for row in rows
+        ]
+
+    def picture_path(self, picture: Picture) -> Path:
+        """The file of a picture that is in the history."""
+        return self.pictures / f"{picture.id}.png"
+
+    def thumbnail(self, picture: Picture) -> Path:
+        """A small JPEG of a picture, made when it is first asked for."""
+        path = self.thumbnails / f"{picture.id}.jpg"
+        if not path.exists():
+            image = images.open_image(self.picture_path(picture)).convert("RGB")
+            image.thumbnail((THUMBNAIL, THUMBNAIL))
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=85)
+            images.write_whole(path, buffer.getvalue())
+        return path
+
+    def remove_picture(self, picture: Picture) -> None:
+        """Take a picture out of the history, and its file off the disk."""
+        self.picture_path(picture).unlink(missing_ok=True)
+        (self.thumbnails / f"{picture.id}.jpg").unlink(missing_ok=True)
+        self._db.execute("DELETE FROM pictures WHERE id = ?", (picture.id,))
+
+    # Presets and options -----------------------------------------------------------------------
+
+    def presets(self) -> list[tuple[str, dict[str, Any], float]]:
+        """Name, settings and time of change of each preset, by name."""
+        rows = self._db.execute("SELECT name, draw, changed FROM presets ORDER BY name")
+        return [(name, json.loads(draw), changed) for name, draw, changed in rows]
+
+    def put_preset(self, name: str, draw: Mapping[str, Any]) -> float:
+        """Keep a preset; returns when."""
+        now = time.time()
+        self._db.execute(
+            "INSERT OR REPLACE INTO presets VALUES (?, ?, ?)", (name, json.dumps(dict(draw)), now)
+        )
+        return now
+
+    def remove_preset(self, name: str) -> bool:
+        """Take a preset away; False where there is none."""
+        return self._db.execute("DELETE FROM presets WHERE name = ?", (name,)).rowcount > 0
+
+    def options(self) -> dict[str, Any]:
+        """All options that were set."""
+        rows = self._db.execute("SELECT name, value FROM options")
+        return {name: json.loads(value) for name, value in rows}
+
+    def set_options(self, options: Mapping[str, Any]) -> None:
+        """Keep options."""
+        self._db.executemany(
+            "INSERT OR REPLACE INTO options VALUES (?, ?)",
+            [(name, json.dumps(value)) for name, value in options.items()],
+        )
+
+
+def is_writable(folder: Path) -> bool:
+    """Whether a data folder could be made or used there."""
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
