@@ -18,6 +18,8 @@ from mlx_maple.models import (
     AutoencoderKL,
     CLIPTextConfig,
     CLIPTextEncoder,
+    ControlNet,
+    ControlNetConfig,
     TAESDConfig,
     UNet,
     UNetConfig,
@@ -29,6 +31,7 @@ MODULES = {
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, AutoencoderKL),
     "taesd": (TAESDConfig, TAESD),
+    "controlnet": (ControlNetConfig, ControlNet),
 }
 ODD = {
     "text_encoder": [
@@ -45,6 +48,7 @@ ODD = {
             "mid_transformer_layers": 3,
             "in_channels": 9,
             "cross_attention_dim": 24,
+            "time_cond_dim": 14,
         },
     ],
     "vae": [
@@ -52,7 +56,13 @@ ODD = {
         {"block_out_channels": [64], "layers_per_block": 1, "latent_channels": 16},
     ],
     "taesd": [{"width": 8, "latent_channels": 16}],
+    "controlnet": [
+        {"block_out_channels": [64, 128, 64, 64], "hint_widths": [8, 24]},
+        {"block_out_channels": [32], "transformer_layers": [2], "hint_channels": 1},
+    ],
 }
+# What a ControlNet's config takes from a UNet's and no ControlNet has.
+NOT_A_CONTROLNETS = {"out_channels", "time_cond_dim"}
 CASES = [(name, {}) for name in MODULES] + [(n, c) for n, cases in ODD.items() for c in cases]
 
 
@@ -79,7 +89,8 @@ def test_names_and_shapes_are_the_modules_own(name, changes):
 @pytest.mark.parametrize("name", MODULES)
 def test_settings_are_the_config_classes_own(name):
     kind, _ = MODULES[name]
-    assert set(SETTINGS[name]) == {field.name for field in fields(kind)}
+    own = {field.name for field in fields(kind)}
+    assert set(SETTINGS[name]) == own - (NOT_A_CONTROLNETS if name == "controlnet" else set())
     defaults = kind()
     for key, value in settings(name, {}).items():
         found = getattr(defaults, key)

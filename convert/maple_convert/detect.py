@@ -198,10 +198,8 @@ OTHERS = (
         begins=("emb_params", "<"),
         ends=("string_to_param",),
     ),
-    Other(
-        "a ControlNet, which steers a model and is none itself",
-        places=("control_model", "controlnet_cond_embedding", "input_hint_block", "zero_convs"),
-    ),
+    Other("a ControlNet kept as its difference from a model", places=("difference",)),
+    Other("a ControlNet of LoRAs", places=("lora_controlnet",), begins=("lllite_unet",)),
     Other("a T2I adapter", places=("adapter.body", "body.0.block1", "adapter.conv_in")),
     Other("an IP-Adapter", places=("image_proj", "ip_adapter")),
     Other(
@@ -225,7 +223,6 @@ OTHERS = (
         "an autoencoder with a codebook (VQ)",
         places=("quantize.embedding", "first_stage_model.quantize.embedding"),
     ),
-    Other("an LCM UNet (guidance embedding)", places=("time_embedding.cond_proj",)),
 )
 
 # ---------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ class Count:
 # Every setting of every component. The bounds are far above any published model and low enough
 # that a lying file cannot make the tables run for long.
 _LEVELS = 8
-SETTINGS: Mapping[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
+SETTINGS: dict[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
     "text_encoder": {
         "vocab_size": Count(high=1 << 22),
         "hidden_size": Count(),
@@ -61,6 +61,7 @@ SETTINGS: Mapping[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
         "cross_attention_dim": Count(),
         "mid_transformer_layers": Count(high=16),
         "norm_num_groups": Count(),
+        "time_cond_dim": Count(4, optional=True),
     },
     "vae": {
         "in_channels": Count(high=64),
@@ -72,6 +73,14 @@ SETTINGS: Mapping[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
         "scaling_factor": float,
     },
     "taesd": {"latent_channels": Count(high=64), "width": Count()},
+}
+# Settings that came with later versions: a folder without them is of a model that has no such part.
+LATER: Mapping[str, tuple[str, ...]] = {"unet": ("time_cond_dim",)}
+# A ControlNet is a UNet's way down, and something more.
+SETTINGS["controlnet"] = {
+    **{k: v for k, v in SETTINGS["unet"].items() if k not in ("out_channels", "time_cond_dim")},
+    "hint_channels": Count(high=64),
+    "hint_widths": Count(many=True),
 }
 _KEYS = frozenset(
     {
@@ -183,18 +192,20 @@ def _check_quantization(path: Path, value: object, components: Mapping[str, Any]
 
 def check_component(path: Path, name: str, settings: Mapping[str, Any]) -> None:
     """Check one component's settings: all there, none more, in bounds, and fit for one another."""
-    _check_table(path, f"components.{name}", settings, SETTINGS[name])
-    if name == "unet":
+    later = {key: SETTINGS[name][key] for key in LATER.get(name, ())}
+    needed = {key: rule for key, rule in SETTINGS[name].items() if key not in later}
+    _check_table(path, f"components.{name}", settings, needed, later)
+    if name in ("unet", "controlnet"):
         per_level = ("block_out_channels", "transformer_layers", "num_attention_heads")
         if len({len(settings[key]) for key in per_level}) != 1:
-            raise InvalidCheckpoint(path, f"unet: {', '.join(per_level)} differ in length")
-    if name in ("unet", "vae") and (
+            raise InvalidCheckpoint(path, f"{name}: {', '.join(per_level)} differ in length")
+    if name in ("unet", "vae", "controlnet") and (
         odd := [n for n in settings["block_out_channels"] if n % settings["norm_num_groups"]]
     ):
         groups = settings["norm_num_groups"]
         raise InvalidCheckpoint(path, f"{name}: width {odd[0]} is no multiple of {groups}")
     heads: list[tuple[int, int]] = []
-    if name == "unet":
+    if name in ("unet", "controlnet"):
         widths = settings["block_out_channels"]
         heads = list(zip(widths, settings["num_attention_heads"], strict=True))
     if name == "text_encoder":
@@ -321,6 +332,7 @@ __all__ = [
     "DTYPES",
     "FORMAT",
     "FORMAT_VERSION",
+    "LATER",
     "MIXED",
     "SETTINGS",
     "TOKENIZER_FILES",

@@ -64,7 +64,7 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
 def complete(component: str, found: Mapping[str, Any]) -> dict[str, Any]:
     """Complete an architecture by the rules of SD 1.x, where no config lies beside the tensors."""
     rules: dict[str, Any] = {}
-    if component == "unet":
+    if component in ("unet", "controlnet"):
         heads = [SD1_HEADS] * len(found["block_out_channels"])
         rules = {"num_attention_heads": heads, "norm_num_groups": 32}
     elif component == "vae":

@@ -194,9 +194,9 @@ OTHERS = {
         {"<cat-toy>": zeros(768)},
     ],
     "ControlNet": [
-        {"control_model.input_blocks.0.0.weight": zeros(32, 4, 3, 3)},
-        {"controlnet_cond_embedding.conv_in.weight": zeros(16, 3, 3, 3)},
-        {"input_hint_block.0.weight": zeros(16, 3, 3, 3)},
+        {"difference.input_blocks.0.0.weight": zeros(32, 4, 3, 3)},
+        {"lora_controlnet": zeros(1), "lora_controlnet.x": zeros(1)},
+        {"lllite_unet_input_blocks_4_1_attn1_to_q.up.weight": zeros(8, 4)},
     ],
     "whole CLIP": [{"vision_model.embeddings.class_embedding": zeros(768)}],
     "Stable Diffusion 3": [{"model.diffusion_model.joint_blocks.0.x": zeros(4)}],

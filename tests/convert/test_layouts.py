@@ -37,6 +37,7 @@ def view(rows, prefix="", **changes):
         ("unet", 686, 859_520_964),
         ("vae", 248, 83_653_863),
         ("taesd", 134, 2_445_063),
+        ("controlnet", 340, 361_279_120),
     ],
 )
 def test_published_sizes(component, keys, parameters):
@@ -101,6 +102,19 @@ def unets(draw):
         "transformer_layers": [draw(st.integers(0, 3)) for _ in levels],
         "mid_transformer_layers": draw(st.integers(1, 3)),
         "cross_attention_dim": draw(st.sampled_from([8, 128, 768])),
+        **draw(st.sampled_from([{}, {"time_cond_dim": 6}])),
+    }
+
+
+@st.composite
+def controlnets(draw):
+    found = draw(unets())
+    del found["out_channels"]
+    found.pop("time_cond_dim", None)
+    return {
+        **found,
+        "hint_channels": draw(st.integers(1, 5)),
+        "hint_widths": draw(st.lists(st.integers(1, 9), min_size=1, max_size=5)),
     }
 
 
@@ -153,6 +167,12 @@ def _whole(rows, prefix):
 @given(unets())
 def test_unet_is_read_back(config):
     reads_back("unet", config)
+
+
+@settings(max_examples=12, deadline=None)
+@given(controlnets())
+def test_controlnet_is_read_back(config):
+    reads_back("controlnet", config)
 
 
 @settings(max_examples=12, deadline=None)

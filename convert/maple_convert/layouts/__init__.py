@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maple_convert.layouts import clip, taesd, unet, vae
+from maple_convert.layouts import clip, controlnet, taesd, unet, vae
 from maple_convert.layouts.parts import NATIVE, Parts, Place, Row, View, rows
 
 __all__ = ["LAYOUTS", "NATIVE", "Layout", "Row", "View"]
@@ -55,5 +55,13 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
     "taesd": Layout(
         "TAESD", taesd.SPELLINGS, taesd.places, taesd.infer, taesd.TABLES, taesd.PUBLISHED_CONFIG
+    ),
+    "controlnet": Layout(
+        "ControlNet",
+        controlnet.SPELLINGS,
+        controlnet.places,
+        controlnet.infer,
+        controlnet.TABLES,
+        controlnet.PUBLISHED_CONFIG,
     ),
 }

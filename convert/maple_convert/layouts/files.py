@@ -38,13 +38,18 @@ _ATTENTION_2022 = tuple(
     for half in ("encoder", "decoder")
     for name in ("query", "key", "value", "proj_attn")
 )
+_CONTROL_COMPVIS = ("input_hint_block", "zero_convs")
+_CONTROL_DIFFUSERS = ("controlnet_cond_embedding", "controlnet_down_blocks")
+_CONTROLNET = ("control_model.", "")
 _UNET = ("model.diffusion_model.", "")
 _VAE = ("first_stage_model.", "vae.", "")
 _CLIP = ("cond_stage_model.transformer.", "")
 
 WHERE = (
-    Where("unet", "compvis", _UNET, ("input_blocks", "output_blocks")),
-    Where("unet", "diffusers", _UNET, ("down_blocks", "up_blocks")),
+    Where("unet", "compvis", _UNET, ("input_blocks", "output_blocks"), _CONTROL_COMPVIS),
+    Where("unet", "diffusers", _UNET, ("down_blocks", "up_blocks"), _CONTROL_DIFFUSERS),
+    Where("controlnet", "compvis", _CONTROLNET, _CONTROL_COMPVIS),
+    Where("controlnet", "diffusers", _CONTROLNET, _CONTROL_DIFFUSERS),
     Where("vae", "compvis", _VAE, ("encoder.down", "decoder.up")),
     Where("vae", "diffusers", _VAE, ("encoder.down_blocks", "decoder.up_blocks"), _ATTENTION_2022),
     Where("vae", "diffusers_2022", _VAE, _ATTENTION_2022),

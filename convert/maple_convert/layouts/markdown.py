@@ -16,7 +16,13 @@ COLUMNS = {
     "upstream": "upstream",
     "upstream_from_0": "upstream, from 0",
 }
-FILES = {"text_encoder": "clip.md", "unet": "unet.md", "vae": "vae.md", "taesd": "taesd.md"}
+FILES = {
+    "text_encoder": "clip.md",
+    "unet": "unet.md",
+    "vae": "vae.md",
+    "taesd": "taesd.md",
+    "controlnet": "controlnet.md",
+}
 
 
 def pages() -> dict[str, str]:

@@ -49,6 +49,12 @@ RESNET = Parts(
         Part("conv_shortcut", ("skip_connection", SAME), pointwise("in", "out"), ("in", "out")),
     ),
 )
+# Latent consistency models: no CompVis file has a name for it, and some carry diffusers' own.
+GUIDANCE = Parts(
+    "guidance embedding",
+    SPELLINGS,
+    (Part("time_embedding.cond_proj", (SAME, SAME), linear("waves", "base", bias=False)),),
+)
 TRANSFORMER = Parts(
     "transformer",
     SPELLINGS,
@@ -81,7 +87,7 @@ TRANSFORMER_BLOCK = Parts(
 DOWNSAMPLER = Parts("downsampler", SPELLINGS, (Part("conv", ("op", SAME), conv("c", "c")),))
 UPSAMPLER = Parts("upsampler", SPELLINGS, (Part("conv", (SAME, SAME), conv("c", "c")),))
 
-TABLES = (ROOT, RESNET, TRANSFORMER, TRANSFORMER_BLOCK, DOWNSAMPLER, UPSAMPLER)
+TABLES = (ROOT, GUIDANCE, RESNET, TRANSFORMER, TRANSFORMER_BLOCK, DOWNSAMPLER, UPSAMPLER)
 PUBLISHED_CONFIG = {
     "in_channels": 4,
     "out_channels": 4,
@@ -112,6 +118,9 @@ def places(config: Mapping[str, Any]) -> list[Place]:
             },
         )
     ]
+
+    if (waves := config.get("time_cond_dim")) is not None:
+        found.append(Place("", ("", ""), GUIDANCE, {"waves": waves, "base": widths[0]}))
 
     def resnet(native: str, compvis: str, inputs: int, outputs: int) -> None:
         dims = {"in": inputs, "out": outputs, "time": time}
@@ -209,14 +218,23 @@ def middle(spelling: str) -> str:
 
 def infer(view: View, spelling: str) -> dict[str, Any]:
     """Read the architecture from names and shapes; the number of heads is not in them."""
+    conv_out = ROOT.name("conv_out", spelling)
+    found = {**infer_down(view, spelling), "out_channels": view.axis(f"{conv_out}.weight", 0, 4)}
+    guidance = GUIDANCE.name("time_embedding.cond_proj", spelling) + ".weight"
+    if guidance in view.tensors:
+        found["time_cond_dim"] = view.axis(guidance, 1, 2)
+    return found
+
+
+def infer_down(view: View, spelling: str) -> dict[str, Any]:
+    """What the way down and the middle say, which ControlNets have too."""
     levels = walk(view, spelling)
     bias = RESNET.name("conv1", spelling) + ".bias"
     to_k = TRANSFORMER_BLOCK.name("attn2.to_k", spelling) + ".weight"
-    root = {part: ROOT.name(part, spelling) for part in ("conv_in", "conv_out")}
+    conv_in = ROOT.name("conv_in", spelling)
     first = next((t for level in levels for t in level.transformers), middle(spelling))
     return {
-        "in_channels": view.axis(f"{root['conv_in']}.weight", 1, 4),
-        "out_channels": view.axis(f"{root['conv_out']}.weight", 0, 4),
+        "in_channels": view.axis(f"{conv_in}.weight", 1, 4),
         "block_out_channels": [view.axis(f"{level.first}.{bias}", 0, 1) for level in levels],
         "layers_per_block": max((len(level.resnets) for level in levels), default=0),
         "transformer_layers": [
