@@ -99,7 +99,12 @@ def described_recipe(backend: str) -> Recipe:
         backend: "metal" or "cuda".
     """
     kernels = kernels_of(backend, described_kernel)
-    return Recipe(backend, kernels, unfold_pixels=UNFOLD_PIXELS.get(backend, 0))
+    return Recipe(
+        backend,
+        kernels,
+        unfold_pixels=UNFOLD_PIXELS.get(backend, 0),
+        merges_outputs=kernels.has_gate,
+    )
 
 
 @contextmanager

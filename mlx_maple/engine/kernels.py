@@ -70,6 +70,7 @@ class Plain:
     """The same in MLX's operations: for the CPU, for devices that refuse a kernel, for checks."""
 
     name = "plain"
+    has_gate = False
 
     def group_norm(
         self,
@@ -132,10 +133,14 @@ class Plain:
         weight, bias, shift = (each.astype(x.dtype) for each in (weight, bias, shift))
         return mx.fast.layer_norm(x + shift, weight, bias, eps)
 
-    def gate(self, x: mx.array, bias: mx.array) -> mx.array:
-        """GEGLU of (…, 2F), which still owes its ``bias`` (2F,) float32: to (…, F)."""
+    def gate(self, x: mx.array, bias: mx.array, beside: mx.array | None = None) -> mx.array:
+        """GEGLU of (…, 2F), which still owes its ``bias`` (2F,) float32: to (…, F).
+
+        With ``beside`` (…, C) those numbers follow in each row: to (…, F + C).
+        """
         value, gate = mx.split(x + bias.astype(x.dtype), 2, axis=-1)
-        return value * nn.gelu(gate)
+        gated = value * nn.gelu(gate)
+        return gated if beside is None else mx.concatenate([gated, beside], axis=-1)
 
     def attention(
         self,
@@ -605,19 +610,27 @@ _LAYER_NORM = """
   }
 """
 
-_GATE = """
-  const int at = ($block * THREADS + $thread) * V;
-  if (at < L * F) {
-    const int row = at / F, f = at - row * F;
+
+def _gate(has_beside: bool) -> str:
+    gated = """
     const Pack<T, V> v = fetch<V>(value + row * 2 * F + f);
     const Pack<T, V> g = fetch<V>(value + row * 2 * F + F + f);
     const Pack<float, V> p = fetch<V>(bias + f), q = fetch<V>(bias + F + f);
-    Pack<T, V> out;
     $unroll
     for (int i = 0; i < V; ++i)
-      out.at[i] = T((float(v.at[i]) + p.at[i]) * gelu(float(g.at[i]) + q.at[i]));
+      out.at[i] = T((float(v.at[i]) + p.at[i]) * gelu(float(g.at[i]) + q.at[i]));"""
+    if has_beside:
+        gated = f"""
+    if (f >= F) out = fetch<V>(beside + row * (W - F) + f - F);
+    else {{{gated}
+    }}"""
+    return f"""
+  const int at = ($block * THREADS + $thread) * V;
+  if (at < L * W) {{
+    const int row = at / W, f = at - row * W;
+    Pack<T, V> out;{gated}
     put<V>(y_out + at, out);
-  }
+  }}
 """
 
 
@@ -1008,22 +1021,29 @@ class Kernels:
         )[0]
 
     @_for_checked_types
-    def gate(self, x: mx.array, bias: mx.array) -> mx.array:
+    def gate(self, x: mx.array, bias: mx.array, beside: mx.array | None = None) -> mx.array:
         """As ``Plain.gate``."""
         if not self.has_gate:
-            return Plain().gate(x, bias)
+            return Plain().gate(x, bias, beside)
         width = x.shape[-1] // 2
         rows = x.size // (2 * width)
-        each = _width(width)
-        kernel = self._kernel("gate", ["value", "bias"], ["y_out"], _GATE)
-        threads = -(-rows * width // each // STREAM_THREADS) * STREAM_THREADS
+        more = 0 if beside is None else beside.shape[-1]
+        each = _width(width, more)
+        suffix, terms = ("", []) if beside is None else ("_beside", [beside])
+        kernel = self._kernel(
+            "gate" + suffix,
+            ["value", "bias", "beside"][: 2 + len(terms)],
+            ["y_out"],
+            _gate(beside is not None),
+        )
+        threads = -(-rows * (width + more) // each // STREAM_THREADS) * STREAM_THREADS
         return kernel(
-            inputs=[x, bias],
-            scalars={"L": rows, "F": width},
+            inputs=[x, bias, *terms],
+            scalars={"L": rows, "F": width, "W": width + more},
             template=[("T", x.dtype), ("V", each), ("THREADS", STREAM_THREADS)],
             grid=(threads, 1, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
-            output_shapes=[(*x.shape[:-1], width)],
+            output_shapes=[(*x.shape[:-1], width + more)],
             output_dtypes=[x.dtype],
         )[0]
 
@@ -1215,6 +1235,7 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
         "attention": lambda k: k.attention(joined, joined, 2, 2, scale=0.11),
         "attention to few": lambda k: k.attention(alone, pairs, 2, 2, scale=0.3),
         "gate": lambda k: k.gate(value, row),
+        "gate beside": lambda k: k.gate(value, row, residual),
         "total": lambda k: k.total(value, residual, row, size, (12, 9)),
     }
     for name, case in cases.items():

@@ -7,6 +7,11 @@ came out lies in the cache folder. MLX runs it through ``mx.fast.precompiled_cud
 
 What the headers would bring, numbers of 16 bits, is defined in ``PRELUDE`` by the instructions that
 convert them.
+
+MLX looks a kernel up by its name and a hash of its whole machine code at every call: 3.7 us for
+20 kB, as much again as the rest of a launch, some 160 times a step. The code is handed over once,
+by a launch that does nothing, and every later call gives eight bytes that hash alike (``_alias``).
+Where MLX does not take them for the kernel that it has, the code itself is given as before.
 """
 
 import ctypes
@@ -16,11 +21,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_maple.engine.verdict import folder, write
 
 LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 TYPES = {mx.float16: "half_t", mx.bfloat16: "bfloat_t", mx.float32: "float"}
+WORD = (1 << 64) - 1
+FACTOR, SEED = 0xC6A4A7935BD1E995, 0xC70F6907  # of MurmurHash64A, and libstdc++'s own
+IDLES = "if (gridDim.z > 1) return;"  # our kernels use two dimensions: a launch with three is idle
 PRELUDE = """
 typedef unsigned int uint32_t;
 #define INFINITY __int_as_float(0x7f800000)
@@ -71,7 +80,7 @@ class Kernel:
         self._names = tuple(input_names), tuple(output_names)
         self._source = source
         self._header = header
-        self._compiled: dict[Any, bytes] = {}
+        self._codes: dict[Any, bytes] = {}  # or what stands for them
 
     def __call__(
         self,
@@ -89,11 +98,12 @@ class Kernel:
         threads = threadgroup[0] * threadgroup[1] * threadgroup[2]
         key = tuple(template), types, tuple(type(value) for value in scalars.values()), threads
         name = "_".join([self._name, *(_word(value) for _, value in template)])
-        if key not in self._compiled:
-            self._compiled[key] = compiled(self._text(name, types, scalars, template, threads))
-        return mx.fast.precompiled_cuda_kernel(
-            name=name,
-            compiled_source=self._compiled[key],
+        if key not in self._codes:
+            code = compiled(self._text(name, types, scalars, template, threads))
+            self._codes[key] = _handed_over(name, code, types, len(scalars))
+        return _launch(
+            name,
+            self._codes[key],
             inputs=list(inputs),
             output_shapes=[tuple(shape) for shape in output_shapes],
             output_dtypes=list(output_dtypes),
@@ -102,7 +112,6 @@ class Kernel:
             ],
             grid=grid,
             threadgroup=threadgroup,
-            ensure_row_contiguous=True,
         )
 
     def _text(
@@ -131,7 +140,66 @@ class Kernel:
         # The compiler then gives a thread no more registers than so many can have.
         bounds = f"__launch_bounds__({threads})"
         head = f'extern "C" __global__ void {bounds} {name}({", ".join(arguments)}) {{'
-        return "\n".join([PRELUDE, self._header, head, *told, self._source, "}"])
+        return "\n".join([PRELUDE, self._header, head, IDLES, *told, self._source, "}"])
+
+
+def _launch(name: str, code: bytes, **options: Any) -> list[mx.array]:
+    return mx.fast.precompiled_cuda_kernel(
+        name=name, compiled_source=code, ensure_row_contiguous=True, **options
+    )
+
+
+def _handed_over(
+    name: str,
+    code: bytes,
+    types: tuple[tuple[mx.Dtype, ...], tuple[mx.Dtype, ...]],
+    scalars: int,
+) -> bytes:
+    """Have MLX load a kernel; what to give it from then on: a stand-in if it takes that."""
+    inputs, outputs = types
+    for given in (code, stand_in := _alias(_hash(code))):
+        try:
+            idle = _launch(
+                name,
+                given,
+                inputs=[mx.zeros(1, dtype) for dtype in inputs],
+                output_shapes=[(1,)] * len(outputs),
+                output_dtypes=list(outputs),
+                scalars=[0] * scalars,
+                grid=(1, 1, 2),
+                threadgroup=(1, 1, 1),
+            )
+            mx.eval(idle)
+        except Exception:  # eight bytes are no machine code: MLX looks its kernels up differently
+            if given is code:
+                raise
+            return code
+    return stand_in
+
+
+def _hash(code: bytes) -> int:
+    """What libstdc++'s ``std::hash`` makes of a string: MurmurHash64A with its own seed."""
+    whole = len(code) // 8 * 8
+    words = _stirred(np.frombuffer(code[:whole], "<u8") * np.uint64(FACTOR)) * np.uint64(FACTOR)
+    value = SEED ^ (len(code) * FACTOR & WORD)
+    for word in words.tolist():
+        value = (value ^ word) * FACTOR & WORD
+    if len(code) > whole:
+        value = (value ^ int.from_bytes(code[whole:], "little")) * FACTOR & WORD
+    return _stirred(_stirred(value) * FACTOR & WORD)
+
+
+def _alias(value: int) -> bytes:
+    """The eight bytes with that hash. Each step of ``_hash`` has an inverse for one word."""
+    back = pow(FACTOR, -1, WORD + 1)
+    word = _stirred(_stirred(value) * back & WORD) * back & WORD
+    word ^= SEED ^ (8 * FACTOR & WORD)
+    return (_stirred(word * back & WORD) * back & WORD).to_bytes(8, "little")
+
+
+def _stirred(word: Any) -> Any:
+    """Its own inverse, since the shift is more than half of the word."""
+    return word ^ (word >> np.uint64(47) if isinstance(word, np.ndarray) else word >> 47)
 
 
 def compiled(text: str) -> bytes:

@@ -9,6 +9,7 @@ with the same signatures and, within rounding, the same numbers:
 - Biases are not added where they arise. A map owes them, as ``value + residual + shift``, until the
   next norm adds it all up in one pass; what a linear layer would make of them is known beforehand.
 - A skip is not joined: the norm reads from both maps, and the shortcut's product is cut in two.
+- The last product of a block and the one behind it are one, as nothing lies between them.
 - Where a map is small, the norm writes each pixel's neighbourhood and the 3x3 convolution is a
   matrix product. Where a backend's attention fuses other widths, heads are padded with zeros.
 
@@ -49,12 +50,15 @@ class Recipe:
         kernels: what norms, gates and joins run on.
         score_bytes: the most that the scores of one attention may take.
         unfold_pixels: maps up to this size are convolved by a matrix product.
+        merges_outputs: the last two products of a transformer become one. It pays where the gate
+            can write the tokens beside its own numbers; elsewhere joining them costs what it saves.
     """
 
     backend: str
     kernels: Kernels | Plain
     score_bytes: int = SCORE_BYTES
     unfold_pixels: int = 0
+    merges_outputs: bool = False
 
     @classmethod
     def usual(cls, dtype: mx.Dtype, *, backend: str | None = None) -> "Recipe":
@@ -62,7 +66,12 @@ class Recipe:
         running = running_backend()
         backend = running if backend is None else backend
         kernels = kernels_for(backend, dtype)[0] if backend == running else Plain()
-        return cls(backend, kernels, unfold_pixels=UNFOLD_PIXELS.get(backend, 0))
+        return cls(
+            backend,
+            kernels,
+            unfold_pixels=UNFOLD_PIXELS.get(backend, 0),
+            merges_outputs=kernels.has_gate,
+        )
 
     def head_width(self, width: int) -> int:
         """The width that heads are padded to where the backend's attention would not fuse."""
@@ -342,9 +351,19 @@ class Block(nn.Module):
         block: the plain one.
         owed: (C,) float32: what the tokens owe.
         recipe: how.
+        behind: the linear layer that follows the block, if it is to be made part of it.
+
+    Attributes:
+        owed: (C,) float32: what the tokens owe behind the block alone.
     """
 
-    def __init__(self, block: TransformerBlock, owed: mx.array, recipe: Recipe) -> None:
+    def __init__(
+        self,
+        block: TransformerBlock,
+        owed: mx.array,
+        recipe: Recipe,
+        behind: nn.Linear | None = None,
+    ) -> None:
         super().__init__()
         self._recipe = recipe
         self._heads = block.attn1.heads
@@ -369,7 +388,10 @@ class Block(nn.Module):
         self.kv = Product([padded(attn2.to_k), padded(attn2.to_v)])
         self.out1 = Product([_padded_columns(attn1.to_out, self._heads, self._width)])
         self.out2 = Product([_padded_columns(attn2.to_out, self._heads, self._width)])
-        self.ff_in, self.ff_out = Product([block.ff.proj_in]), Product([block.ff.proj_out])
+        self.ff_in = Product([block.ff.proj_in])
+        self._is_merged = behind is not None
+        ff_out = block.ff.proj_out if behind is None else _merged(block.ff.proj_out, behind)
+        self.ff_out = Product([ff_out])
         for i, norm in enumerate((block.norm1, block.norm2, block.norm3), 1):
             self[f"norm{i}_weight"] = norm.weight.astype(mx.float32)
             self[f"norm{i}_bias"] = norm.bias.astype(mx.float32)
@@ -383,14 +405,19 @@ class Block(nn.Module):
         """What the prompt (B, T, D) shows to every pixel at every step: (B, T, 2 K D)."""
         return self.kv(context)
 
-    def __call__(self, x: mx.array, prompt: mx.array) -> mx.array:
-        """Tokens (B N, C) to the same; the prompt's keys and values are (B, T, 2 K D)."""
+    def __call__(self, x: mx.array, prompt: mx.array, residual: mx.array | None = None) -> mx.array:
+        """Tokens (B N, C) to the same; the prompt's keys and values are (B, T, 2 K D).
+
+        Where the layer behind is part of the block, ``residual`` is what that is added to.
+        """
         batch = prompt.shape[0]
         joined = self.qkv(self._norm(1, x))
         x = self.out1(self._attend(joined, joined, batch), x)
         x = self.out2(self._attend(self.q(self._norm(2, x)), prompt, batch), x)
-        gated = self._recipe.kernels.gate(self.ff_in(self._norm(3, x)), self.gate_bias)
-        return self.ff_out(gated, x)
+        y, gate = self.ff_in(self._norm(3, x)), self._recipe.kernels.gate
+        if self._is_merged:
+            return self.ff_out(gate(y, self.gate_bias, x), residual)
+        return self.ff_out(gate(y, self.gate_bias), x)
 
     def _norm(self, i: int, x: mx.array) -> mx.array:
         weight, bias = self[f"norm{i}_weight"], self[f"norm{i}_bias"]
@@ -419,6 +446,14 @@ class Block(nn.Module):
         """Heads padded with zeros, where the weights are packed and could not be."""
         split = x.reshape(-1, x.shape[-1] // self._width, self._width)
         return mx.pad(split, [(0, 0), (0, 0), (0, self._pad)]).flatten(1)
+
+
+def _merged(first: Any, second: Any) -> Any:
+    """The layer that takes [x, r] to second(first(x) + r), without biases."""
+    layer: Any = nn.Module()
+    a, b = first.weight.astype(mx.float32), second.weight.astype(mx.float32)
+    layer.weight = mx.concatenate([(b @ a).astype(first.weight.dtype), second.weight], axis=1)
+    return layer
 
 
 def _padded_rows(layer: Any, heads: int, width: int) -> Any:
@@ -454,13 +489,19 @@ class Transformer(nn.Module):
         self.norm = MapNorm(block.norm)
         self.shift = owed[None]
         self.proj_in = Product([block.proj_in])
-        self.proj_out = Product([block.proj_out])
+        proj_out = Product([block.proj_out])
         inner = _bias(block.proj_in)
         self.blocks = []
-        for each in block.transformer_blocks:
-            self.blocks.append(Block(each, inner, recipe))
+        *earlier, last = block.transformer_blocks
+        is_stored = "scales" in block.proj_out or "scales" in last.ff.proj_out
+        self._is_merged = recipe.merges_outputs and not is_stored
+        for each in (*earlier, last):
+            behind = block.proj_out if each is last and self._is_merged else None
+            self.blocks.append(Block(each, inner, recipe, behind))
             inner = self.blocks[-1].owed
-        self.owed = owed + _bias(block.proj_out) + self.proj_out.of(inner)
+        self.owed = owed + _bias(block.proj_out) + proj_out.of(inner)
+        if not self._is_merged:
+            self.proj_out = proj_out
 
     def __call__(self, x: Map, prompt: list[mx.array]) -> Map:
         """Take each block's keys and values from the end of ``prompt``."""
@@ -474,10 +515,12 @@ class Transformer(nn.Module):
             wanted="tokens",
         )
         x.residual = None
-        tokens = self.proj_in(y)
+        tokens, residual = self.proj_in(y), x.tokens
         for block in self.blocks:
-            tokens = block(tokens, prompt.pop())
-        return Map(self.proj_out(tokens, x.tokens), None, x.size)
+            tokens = block(tokens, prompt.pop(), residual)
+        if not self._is_merged:
+            tokens = self.proj_out(tokens, residual)
+        return Map(tokens, None, x.size)
 
 
 class Resample(nn.Module):

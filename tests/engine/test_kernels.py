@@ -113,9 +113,12 @@ def run(name, arrays, numbers, shapes):
         terms = (arrays["value"], arrays["weight"], arrays["bias"], arrays["shift"])
         assert arrays["value"].size == numbers["L"] * numbers["C"]
         return [PLAIN.layer_norm(*terms, numbers["eps"])]
-    if name == "gate":
+    if name in ("gate", "gate_beside"):
         assert arrays["value"].size == numbers["L"] * 2 * numbers["F"]
-        return [PLAIN.gate(arrays["value"], arrays["bias"])]
+        beside = arrays.get("beside")
+        more = 0 if beside is None else beside.shape[-1]
+        assert numbers["W"] == numbers["F"] + more
+        return [PLAIN.gate(arrays["value"], arrays["bias"], beside)]
     if name == "attention":
         queries, others = arrays["queries"], arrays["others"]
         assert (queries.shape[-1], others.shape[-1]) == (numbers["q_row"], numbers["kv_row"])
@@ -379,6 +382,7 @@ def texts(backend) -> dict[str, str]:
     x, row = mx.zeros((1, 4, 16), mx.float16), mx.zeros((16,))
     kernels.layer_norm(x, row, row, row, 1e-5)
     kernels.gate(x, row)
+    kernels.gate(x, row, x)
     kernels.total(x, x, row, (1, 2, 2))
     kernels.total(x, None, row, (1, 2, 2), (4, 3))
     joined = mx.zeros((4, 48), mx.float16)
@@ -389,7 +393,7 @@ def texts(backend) -> dict[str, str]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_texts_are_whole_in_both_dialects(backend):
     found = texts(backend)
-    assert len(found) == 3 * len(FORMS) + {"cuda": 5, "metal": 3}[backend]
+    assert len(found) == 3 * len(FORMS) + {"cuda": 6, "metal": 3}[backend]
     for name, making in found.items():
         text = making["header"] + making["source"]
         assert "$" not in text, name

@@ -229,6 +229,26 @@ def test_a_quantised_unet(bits, facts):
         assert error(ready(*given), wanted) < SAME
 
 
+def test_the_last_products_of_a_transformer_are_one(sd1):
+    recipe = replace(RECIPE, merges_outputs=True)
+    for plain in (sd1, unet(**XL)):  # whose transformers have several blocks
+        ready = prepare_unet(plain, recipe)
+        transformers = leaves(ready, Transformer)
+        assert transformers and not any("proj_out" in each for each in transformers)
+        assert differs(plain, ready) < SAME
+    last = transformers[0].blocks[-1].ff_out  # the control
+    last.weight = mx.roll(last.weight, 1, axis=1)
+    assert differs(plain, ready) > OTHER
+
+
+def test_quantised_products_are_not_merged():
+    plain = unet(**SD1)
+    quantize(plain, 8)
+    ready = prepare_unet(plain, replace(RECIPE, merges_outputs=True))
+    assert all("proj_out" in each for each in leaves(ready, Transformer))
+    assert differs(plain, ready) < SAME
+
+
 def shortcuts(ready):
     return [block for block in leaves(ready, Resnet) if "shortcut" in block]
 
