@@ -99,8 +99,8 @@ class TextEncoders:
         skip = self.clip_skip if clip_skip is None else clip_skip
         joined, pooled = [], None
         for name, ids in zip(self.tokenizers, chunks, strict=True):
-            found = self._encoder(name)(mx.array(ids), clip_skip=skip)
-            states = found.last if self.is_normed else found.hidden
+            found = self._encoder(name)(mx.array(ids), clip_skip=skip, normed=self.is_normed)
+            states = found.last
             if weights is not None:
                 states = weighted(states, mx.array(weights))
             joined.append(states.reshape(1, -1, states.shape[-1]))

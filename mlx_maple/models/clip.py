@@ -87,17 +87,15 @@ class TextStates(NamedTuple):
     """What a text encoder says of a prompt.
 
     Attributes:
-        last: (B, T, D), the chosen layer's output after the final norm.
+        last: (B, T, D), the chosen layer's output, as a rule after the final norm.
         penultimate: (B, T, D), the last layer's input, with no norm.
         pooled: (B, D), the normed last state at the first end of text; projected to
             (B, projection_dim) where the model has a projection.
-        hidden: (B, T, D), the chosen layer's output with no norm.
     """
 
     last: mx.array
     penultimate: mx.array
     pooled: mx.array
-    hidden: mx.array
 
 
 class Embeddings(nn.Module):
@@ -183,15 +181,17 @@ class CLIPTextEncoder(nn.Module):
         if config.projection_dim is not None:
             self.text_projection = nn.Linear(config.hidden_size, config.projection_dim, bias=False)
 
-    def __call__(self, ids: mx.array, *, clip_skip: int = 1) -> TextStates:
+    def __call__(self, ids: mx.array, *, clip_skip: int = 1, normed: bool = True) -> TextStates:
         """Encode lazily; nothing runs until the caller evaluates, and only what it evaluates.
 
         Args:
             ids: (B, T) integers below ``vocab_size``, T at most ``max_position_embeddings``. An id
                 out of range cannot be seen without evaluating, and MLX reads beyond the table:
                 who makes the ids answers for them.
-            clip_skip: which layer, counted from the end, gives ``last`` and ``hidden``: 1 is the
-                last (A1111's counting; diffusers counts from 0). The final norm is applied to any.
+            clip_skip: which layer, counted from the end, gives ``last``: 1 is the last (A1111's
+                counting; diffusers counts from 0).
+            normed: whether ``last`` passes the final norm, whichever layer it is of: SD 1 and 2
+                want it so, SDXL does not.
 
         Returns:
             States in the weights' dtype. ``penultimate`` and ``pooled`` do not depend on
@@ -203,7 +203,9 @@ class CLIPTextEncoder(nn.Module):
         self._check(ids, clip_skip)
         states = self.encoder(self.embeddings(ids))
         final = self.final_layer_norm(states[-1])
-        last = final if clip_skip == 1 else self.final_layer_norm(states[-clip_skip])
+        last = states[-clip_skip]
+        if normed:
+            last = final if clip_skip == 1 else self.final_layer_norm(last)
 
         # The first end of text, by its id. The reference's older ``argmax(ids)`` finds an added
         # token (textual inversion) instead, and padding repeats the id after the first.
@@ -211,9 +213,7 @@ class CLIPTextEncoder(nn.Module):
         pooled = final[mx.arange(ids.shape[0]), ends]
         if "text_projection" in self:
             pooled = self.text_projection(pooled)
-        return TextStates(
-            last=last, penultimate=states[-2], pooled=pooled, hidden=states[-clip_skip]
-        )
+        return TextStates(last=last, penultimate=states[-2], pooled=pooled)
 
     def _check(self, ids: mx.array, clip_skip: int) -> None:
         longest = self.config.max_position_embeddings

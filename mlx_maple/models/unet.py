@@ -5,6 +5,9 @@ Legend   B batch; h, w latent rows and columns; C channels; T prompt tokens; D t
 Source   Ronneberger et al. 2015 (arXiv:1505.04597); Ho et al. 2020 (arXiv:2006.11239); Rombach et
          al. 2022 (arXiv:2112.10752), section 3.3; CompVis/stable-diffusion @21f890f
          ldm/modules/diffusionmodules/openaimodel.py, class UNetModel.
+Variants Podell et al. 2023 (arXiv:2307.01952), table 1 and section 2.2: the vector beside the
+         time. Distilled networks leave out blocks: Kim et al. 2023 (arXiv:2305.15798), Gupta et al.
+         2024 (arXiv:2401.02677).
 Differs  Blocks are cut as in diffusers 0.42.1 (models/unets/unet_2d_condition.py), and bear its
          names; 1x1 convolutions are Linear layers. Tolerances: tests/parity/test_unet_parity.py.
 Names    convert/maple_convert/layouts/unet.py maps published checkpoints onto these.
@@ -35,10 +38,15 @@ class UNetConfig:
         block_out_channels: C at each level, fine to coarse. Each further level halves h and w.
         layers_per_block: residual blocks a level on the way down; one more on the way up.
         transformer_layers: depth of the transformers at each level; 0 means none there.
+        up_transformer_layers: the same on the way up, where it is not as on the way down: a depth
+            for each residual block, from the coarsest level's first to the finest level's last.
         num_attention_heads: heads at each level. Published configs call it ``attention_head_dim``.
         cross_attention_dim: D of the prompt's states.
-        mid_transformer_layers: depth of the transformer in the middle.
+        mid_transformer_layers: depth of the transformer in the middle. 0 is one residual block
+            alone (SSD-1B), None no middle at all (the small models distilled from SD 1.x).
         norm_num_groups: groups of every GroupNorm.
+        vector_channels: V of the vector that is told beside the time, or None: SDXL's pooled text
+            and sizes (2816; the refiner's 2560).
         time_cond_dim: waves of the guidance scale that a latent consistency model is told; None
             where guidance takes a second pass, as everywhere else.
     """
@@ -50,8 +58,10 @@ class UNetConfig:
     transformer_layers: tuple[int, ...] = (1, 1, 1, 0)
     num_attention_heads: tuple[int, ...] = (8, 8, 8, 8)
     cross_attention_dim: int = 768
-    mid_transformer_layers: int = 1
+    mid_transformer_layers: int | None = 1
     norm_num_groups: int = 32
+    up_transformer_layers: tuple[int, ...] | None = None
+    vector_channels: int | None = None
     time_cond_dim: int | None = None
 
     def __post_init__(self) -> None:
@@ -66,7 +76,10 @@ class UNetConfig:
         check("out_channels", 1, checks.MAX_WIDTH)
         check("layers_per_block", 1, checks.MAX_LAYERS)
         check("cross_attention_dim", 1, checks.MAX_WIDTH)
-        check("mid_transformer_layers", 1, checks.MAX_LAYERS)
+        if self.mid_transformer_layers is not None:
+            check("mid_transformer_layers", 0, checks.MAX_LAYERS)
+        if self.vector_channels is not None:
+            check("vector_channels", 1, checks.MAX_WIDTH)
         check("norm_num_groups", 1, checks.MAX_WIDTH)
         if self.time_cond_dim is not None:
             check("time_cond_dim", 4, checks.MAX_WIDTH)
@@ -77,10 +90,34 @@ class UNetConfig:
         checks.multiples(
             "UNetConfig", "block_out_channels", widths, self.norm_num_groups, "norm_num_groups"
         )
-        depths = (*self.transformer_layers[:-1], self.mid_transformer_layers)
+        if self.up_transformer_layers is not None:
+            blocks = len(widths) * (self.layers_per_block + 1)
+            check_levels("up_transformer_layers", 0, checks.MAX_LAYERS, blocks)
+        depths = list(self.transformer_layers)
+        for level in range(len(widths)):
+            ups = self.up_depths(level)
+            if min(ups) == 0 < max(ups):
+                raise ValueError(
+                    "[UNetConfig] up_transformer_layers: a level has transformers behind every "
+                    f"residual block or behind none, got {list(ups)}."
+                )
+            depths[level] = max(depths[level], *ups)
+        depths[-1] = max(depths[-1], self.mid_transformer_layers or 0)
         for width, heads, depth in zip(widths, self.num_attention_heads, depths, strict=True):
             if depth:  # heads are told for levels without transformers too, and mean nothing there
                 checks.multiples("UNetConfig", "block_out_channels", [width], heads, "heads there")
+
+    def up_depths(self, level: int) -> tuple[int, ...]:
+        """Depth of the transformer behind each residual block of a level on the way up.
+
+        Args:
+            level: counted from the finest.
+        """
+        layers = self.layers_per_block + 1
+        if self.up_transformer_layers is None:
+            return (self.transformer_layers[level],) * layers
+        start = (len(self.block_out_channels) - 1 - level) * layers
+        return self.up_transformer_layers[start : start + layers]
 
 
 class DownBlock(nn.Module):
@@ -137,11 +174,15 @@ class DownBlock(nn.Module):
 
 
 class MidBlock(nn.Module):
-    """The coarsest level: residual block, transformer, residual block: (B, h, w, C) to the same."""
+    """The coarsest level: residual block, transformer, residual block: (B, h, w, C) to the same.
+
+    At depth 0 there is one residual block and no more.
+    """
 
     def __init__(self, config: UNetConfig, time_channels: int) -> None:
         super().__init__()
         channels = config.block_out_channels[-1]
+        depth = config.mid_transformer_layers or 0
         self.resnets = [
             ResnetBlock(
                 channels,
@@ -150,12 +191,15 @@ class MidBlock(nn.Module):
                 eps=NORM_EPS,
                 time_channels=time_channels,
             )
-            for _ in range(2)
+            for _ in range(2 if depth else 1)
         ]
-        self.attentions = [_transformer(config, -1, config.mid_transformer_layers)]
+        if depth:
+            self.attentions = [_transformer(config, -1, depth)]
 
     def __call__(self, x: mx.array, time: mx.array, context: mx.array) -> mx.array:
         x = self.resnets[0](x, time)
+        if "attentions" not in self:
+            return x
         x = self.attentions[0](x, context)
         return self.resnets[1](x, time)
 
@@ -181,7 +225,7 @@ class UpBlock(nn.Module):
     ) -> None:
         super().__init__()
         channels = config.block_out_channels[level]
-        depth = config.transformer_layers[level]
+        depths = config.up_depths(level)
         self.resnets = [
             ResnetBlock(
                 (in_channels if i == 0 else channels) + skip,
@@ -192,8 +236,8 @@ class UpBlock(nn.Module):
             )
             for i, skip in enumerate(skip_channels)
         ]
-        if depth:
-            self.attentions = [_transformer(config, level, depth) for _ in self.resnets]
+        if any(depths):
+            self.attentions = [_transformer(config, level, depth) for depth in depths]
         if level > 0:
             self.upsamplers = [Upsample(channels)]
 
@@ -225,6 +269,8 @@ class UNet(nn.Module):
         time_channels = TIME_EXPANSION * widths[0]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], kernel_size=3, padding=1)
         self.time_embedding = TimeEmbedding(widths[0], time_channels, config.time_cond_dim)
+        if config.vector_channels is not None:
+            self.add_embedding = TimeEmbedding(config.vector_channels, time_channels)
 
         channels = widths[0]
         kept = [channels]  # C of every state that the way down leaves for the way up
@@ -235,7 +281,8 @@ class UNet(nn.Module):
             kept += [width] * (len(block.resnets) + ("downsamplers" in block))
             channels = width
 
-        self.mid_block = MidBlock(config, time_channels)
+        if config.mid_transformer_layers is not None:
+            self.mid_block = MidBlock(config, time_channels)
 
         self.up_blocks = []
         for level in reversed(range(len(widths))):
@@ -251,6 +298,7 @@ class UNet(nn.Module):
         latents: mx.array,
         timesteps: mx.array | float,
         context: mx.array,
+        vector: mx.array | None = None,
         guidance: mx.array | None = None,
         control: Sequence[mx.array] | None = None,
         features: Sequence[mx.array] | None = None,
@@ -262,6 +310,7 @@ class UNet(nn.Module):
             timesteps: (B,), or one for the whole batch: 0 to 999, fractions allowed. Under
                 ``mx.compile`` pass an array, or each new number is traced again.
             context: (B, T, cross_attention_dim), the text encoder's states; any T.
+            vector: (B, vector_channels), for a network that has such a width.
             guidance: (B,) guidance scales, for a network that is told them (``time_cond_dim``).
             control: what a ControlNet adds: a map for each kept state, then one for the middle.
             features: what a T2I-Adapter adds: a map for each level on the way down, and perhaps one
@@ -273,12 +322,14 @@ class UNet(nn.Module):
         Raises:
             ValueError: if an argument has another shape (an NCHW array?).
         """
-        check_inputs(self.config, latents, context)
+        check_inputs(self.config, latents, context, vector)
         check_guidance(self.config, guidance)
         dtype = self.conv_in.weight.dtype
         context = context.astype(dtype)
         waves = sinusoids(as_times(timesteps, latents.shape[0]), self.config.block_out_channels[0])
         time = self.time_embedding(waves.astype(dtype), guidance)
+        if vector is not None:
+            time = time + self.add_embedding(vector.astype(dtype))
 
         x = self.conv_in(latents.astype(dtype))
         skips = [x]
@@ -286,7 +337,8 @@ class UNet(nn.Module):
         for block in self.down_blocks:
             x, passed = block(x, time, context, added.pop(0) if added else None)
             skips += passed
-        x = self.mid_block(x, time, context)
+        if self.config.mid_transformer_layers is not None:
+            x = self.mid_block(x, time, context)
         if added:
             x = x + added.pop(0)
         if control is not None:
@@ -334,8 +386,10 @@ def as_times(timesteps: mx.array | float, batch: int) -> mx.array:
     return times.reshape(-1)
 
 
-def check_inputs(config: UNetConfig, latents: mx.array, context: mx.array) -> None:
-    """Raise unless latents and context have the shapes that a UNet takes.
+def check_inputs(
+    config: UNetConfig, latents: mx.array, context: mx.array, vector: mx.array | None = None
+) -> None:
+    """Raise unless latents, context and vector have the shapes that a UNet takes.
 
     Raises:
         ValueError: naming both shapes.
@@ -345,6 +399,10 @@ def check_inputs(config: UNetConfig, latents: mx.array, context: mx.array) -> No
     if context.ndim != 3 or context.shape[0] != batch or context.shape[2] != width:
         expected = f"({batch}, T, {width})"
         raise ValueError(f"[UNet] expected context {expected}, got {tuple(context.shape)}.")
+    found = None if vector is None else tuple(vector.shape)
+    wanted = None if config.vector_channels is None else (batch, config.vector_channels)
+    if found != wanted:
+        raise ValueError(f"[UNet] expected vector {wanted}, got {found}.")
 
 
 def _transformer(config: UNetConfig, level: int, depth: int) -> SpatialTransformer:
