@@ -261,7 +261,7 @@ def _why(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-_COMPONENTS = ("text_encoder", "unet", "vae", "taesd")
+_COMPONENTS = ("text_encoder", "unet", "vae", "taesd", "controlnet")
 
 
 def _is_maple_folder(path: Path) -> bool:
@@ -403,6 +403,7 @@ _COMPVIS = {
     "vae": ("compvis", "first_stage_model."),
     "text_encoder": ("transformers", "cond_stage_model.transformer."),
     "taesd": ("upstream", ""),
+    "controlnet": ("compvis", "control_model."),
 }
 
 
@@ -439,6 +440,7 @@ _DIFFUSERS = {
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
     "taesd": ("diffusers", "AutoencoderTiny"),
+    "controlnet": ("diffusers", "ControlNetModel"),
 }
 
 

@@ -166,8 +166,12 @@ def _read_schedule(model: SourceModel, checkpoint: Checkpoint) -> None:
 def _note_rules(model: SourceModel) -> None:
     """Say what the file leaves open and how it was settled."""
     components = model.components
-    if "unet" in components:
-        model.notes.append(f"The file cannot say the UNet's heads: {SD1_HEADS}, as in SD 1.x.")
+    for name in ("unet", "controlnet"):
+        if name in components:
+            title = LAYOUTS[name].title
+            model.notes.append(
+                f"The file cannot say the {title}'s heads: {SD1_HEADS}, as in SD 1.x."
+            )
     if "text_encoder" in components:
         heads = components["text_encoder"].config["num_attention_heads"]
         width = diffusers_config.HEAD_WIDTH

@@ -39,6 +39,7 @@ KINDS = {
     "UNet2DConditionModel": _Kind("unet", _DIFFUSERS_STEM, diffusers_config.unet),
     "AutoencoderKL": _Kind("vae", _DIFFUSERS_STEM, diffusers_config.vae),
     "AutoencoderTiny": _Kind("taesd", _DIFFUSERS_STEM, diffusers_config.taesd),
+    "ControlNetModel": _Kind("controlnet", _DIFFUSERS_STEM, diffusers_config.controlnet),
     "CLIPTextModel": _Kind("text_encoder", _TRANSFORMERS_STEM, diffusers_config.text_encoder),
     "CLIPTextModelWithProjection": _Kind(
         "text_encoder", _TRANSFORMERS_STEM, diffusers_config.text_encoder

@@ -48,7 +48,6 @@ _UNET_CONSTANTS: Mapping[str, tuple[object, ...]] = {
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
     "reverse_transformer_layers_per_block": (None,),
-    "time_cond_proj_dim": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
@@ -85,6 +84,7 @@ def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
         "layers_per_block": found["layers_per_block"],
         "down_block_types": down,
         "up_block_types": up,
+        "time_cond_proj_dim": found.get("time_cond_dim"),
     }
     _check(path, config, _UNET_CONSTANTS, _UNET_WITHOUT_EFFECT | handled, agreeing)
 
@@ -128,9 +128,55 @@ def write_unet(config: Config, size: int) -> dict[str, Any]:
         "norm_num_groups": config["norm_num_groups"],
         "out_channels": config["out_channels"],
         "sample_size": size,
+        "time_cond_proj_dim": config.get("time_cond_dim"),
         "transformer_layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
         "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in reversed(depths)],
     }
+
+
+# ---------------------------------------------------------------------------------------------
+# ControlNet
+
+_CONTROLNET_CONSTANTS: Mapping[str, tuple[object, ...]] = {
+    "controlnet_conditioning_channel_order": ("rgb",),
+    "global_pool_conditions": (False,),
+}
+
+
+def controlnet(path: Path, config: Config, found: Config) -> dict[str, Any]:
+    """Complete a ControlNet's architecture by its config.json, which is a UNet's and more."""
+    agreeing = {
+        "conditioning_channels": found["hint_channels"],
+        "conditioning_embedding_out_channels": found["hint_widths"],
+    }
+    own = {k: v for k, v in config.items() if k in agreeing or k in _CONTROLNET_CONSTANTS}
+    _check(path, own, _CONTROLNET_CONSTANTS, frozenset(), agreeing)
+    shared = {key: value for key, value in config.items() if key not in own}
+    completed = unet(path, shared, {**found, "out_channels": found["in_channels"]})
+    return {key: value for key, value in completed.items() if key != "out_channels"}
+
+
+def write_controlnet(config: Config) -> dict[str, Any]:
+    """The config.json of a ControlNetModel for diffusers."""
+    shared = write_unet({**config, "out_channels": config["in_channels"]}, 0)
+    theirs = ("sample_size", "up_block_types", "out_channels", *_NOT_A_CONTROLNETS)
+    return {
+        **{key: value for key, value in shared.items() if key not in theirs},
+        "_class_name": "ControlNetModel",
+        **{key: values[0] for key, values in _CONTROLNET_CONSTANTS.items()},
+        "conditioning_channels": config["hint_channels"],
+        "conditioning_embedding_out_channels": list(config["hint_widths"]),
+    }
+
+
+# Arguments of diffusers' UNet that its ControlNet does not take.
+_NOT_A_CONTROLNETS = (
+    *("attention_type", "center_input_sample", "class_embeddings_concat", "conv_in_kernel"),
+    *("conv_out_kernel", "cross_attention_norm", "dual_cross_attention", "dropout"),
+    *("mid_block_only_cross_attention", "resnet_out_scale_factor", "resnet_skip_time_act"),
+    *("reverse_transformer_layers_per_block", "time_cond_proj_dim", "time_embedding_act_fn"),
+    *("time_embedding_dim", "time_embedding_type", "timestep_post_act"),
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -439,6 +485,8 @@ def write(component: str, config: Config, size: int) -> dict[str, Any]:
         return write_unet(config, size // 8)
     if component == "vae":
         return write_vae(config, size)
+    if component == "controlnet":
+        return write_controlnet(config)
     return write_taesd(config) if component == "taesd" else write_text_encoder(config)
 
 
