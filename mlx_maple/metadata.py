@@ -62,6 +62,7 @@ class Settings:
         seed: of this one picture.
         noise: whose random numbers: torch, nvidia, numpy or mlx.
         clip_skip: text layer that was read, counted from the end; 1 is the last.
+        syntax: how the prompts were read: a1111 or plain.
         strength: how far the given image was left, 0 to 1; None where there was none.
         fit: how that image came to its size: stretch or crop.
         mask_blur: of the mask's edge in pixels; None where there was no mask.
@@ -91,6 +92,7 @@ class Settings:
     seed: int | None = None
     noise: str | None = None
     clip_skip: int | None = None
+    syntax: str | None = None
     strength: float | None = None
     fit: str | None = None
     mask_blur: float | None = None

@@ -34,9 +34,10 @@ from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import guided_steps, made_ready, room
 from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.engine.prepare import PreparedUNet
+from mlx_maple.guidance import Prompts, encoded, guided_model
 from mlx_maple.metadata import Settings, check_number
 from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet
-from mlx_maple.sampling import NoiseSchedule, Plan, Step, guided, make_plan
+from mlx_maple.sampling import SAMPLERS, NoiseSchedule, Plan, Step, guided, make_plan
 from mlx_maple.sampling.denoiser import Model
 from mlx_maple.sampling.noise import (
     NOISE_SOURCES,
@@ -45,6 +46,7 @@ from mlx_maple.sampling.noise import (
     step_noise_generator,
 )
 from mlx_maple.sampling.schedule import SigmaGrid
+from mlx_maple.text.language import SYNTAXES, Prompt, read_prompt
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
@@ -172,6 +174,8 @@ class _Job:
         shape: (n, h, w, C).
         guidance_scale: 1 is unguided.
         clip_skip: 1 is the last layer.
+        prompt: taken apart.
+        negative: likewise; None where nothing is avoided.
         latents: of ``shape``: starting noise that was given.
         step_noise: the steps' noise that was given.
         picture: RGB, at the size to draw.
@@ -186,6 +190,8 @@ class _Job:
     shape: tuple[int, int, int, int]
     guidance_scale: float
     clip_skip: int
+    prompt: Prompt
+    negative: Prompt | None
     latents: FloatArray | None
     step_noise: StepNoise | None
     picture: Image.Image | None
@@ -347,9 +353,9 @@ class StableDiffusion:
         """Whether only the network in use is held."""
         return self._networks.is_low_memory
 
-    def tokenize(self, text: str) -> list[list[int]]:
-        """Chunks of 77 ids, as the text encoder reads them."""
-        return encode_prompt(self.tokenizer, text).ids
+    def tokenize(self, text: str, *, syntax: str = "a1111") -> list[list[int]]:
+        """Chunks of 77 ids, as the text encoder reads them; without tags, AND and changes."""
+        return encode_prompt(self.tokenizer, text, syntax=syntax).ids
 
     def __call__(self, prompt: str, **arguments: Any) -> Result:
         """Draw, and return when it is done; takes what ``generate`` takes."""
@@ -381,6 +387,7 @@ class StableDiffusion:
         mask: Picture | None = None,
         mask_blur: float = images.MASK_BLUR,
         clip_skip: int | None = None,
+        syntax: str = "a1111",
         noise: str = "torch",
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
@@ -417,6 +424,8 @@ class StableDiffusion:
             mask: draw only where this picture is white; it takes ``image``.
             mask_blur: of its edge, in pixels (a Gaussian's standard deviation).
             clip_skip: which text layer to read, from the end; 1 is the last.
+            syntax: how prompts are written: "a1111" with weights, changes, AND and BREAK, of any
+                length; or "plain", cut to 75 tokens.
             noise: whose random numbers a seed draws: torch, nvidia, numpy or mlx.
             variation_seed: of a second noise to mix in; it counts up instead of the seed.
             variation_strength: how much of it, 0 to 1.
@@ -465,6 +474,7 @@ class StableDiffusion:
             seed=secrets.randbelow(2**32) if seed is None else _whole("seed", seed),
             noise=_one_of("noise", noise, NOISE_SOURCES),
             clip_skip=skipped,
+            syntax=_one_of("syntax", syntax, SYNTAXES),
             strength=None if picture is None else check_number("strength", strength),
             fit=None if picture is None else _one_of("fit", fit, images.FITS),
             mask_blur=None if mask is None else check_number("mask_blur", mask_blur),
@@ -503,6 +513,7 @@ class StableDiffusion:
             shape=shape,
             guidance_scale=guidance,
             clip_skip=skipped,
+            **self._read(settings),
             picture=picture,
             mask=None if mask is None else self._mask(mask, size, fit, mask_blur, notes),
             preview=self._preview_kind(preview),
@@ -554,6 +565,19 @@ class StableDiffusion:
             discard_penultimate=settings.discard_penultimate,
         )
 
+    def _read(self, settings: Settings) -> dict[str, Prompt | None]:
+        """Both prompts taken apart; the negative one where the drawing needs it."""
+        assert settings.sampler is not None and settings.steps is not None
+        assert settings.syntax is not None
+        calls = settings.steps * SAMPLERS[settings.sampler].calls
+        prompt = read_prompt(settings.prompt, calls, syntax=settings.syntax)
+        negative = None
+        if settings.guidance_scale != 1 or len(prompt.parts) > 1:
+            negative = read_prompt(
+                settings.negative_prompt, calls, syntax=settings.syntax, is_negative=True
+            )
+        return {"prompt": prompt, "negative": negative}
+
     def _mask(
         self, mask: Picture, size: tuple[int, int], fit: str, blur: float, notes: list[str]
     ) -> FloatArray:
@@ -597,7 +621,7 @@ class StableDiffusion:
             self._networks.release("vae")
             clock.mark("encode")
 
-        model = self._model(job, *prompts)  # not before: it loads the UNet
+        model = self._model(job, prompts)  # not before: it loads the UNet
         noise, clean, draw = _start(job, posterior)
         blend = None
         if job.mask is not None and clean is not None:
@@ -658,24 +682,37 @@ class StableDiffusion:
             ),
         )
 
-    def _prompts(self, job: _Job, notes: list[str]) -> tuple[Conditioning, Conditioning | None]:
-        """The prompt and, where it is guided, the negative prompt, each of one row; evaluated."""
-        settings = job.settings[0]
-        positive = self._conditioning(settings.prompt, job.clip_skip, "prompt", notes)
-        negative = None
-        if job.guidance_scale != 1:
-            text = settings.negative_prompt
-            negative = self._conditioning(text, job.clip_skip, "negative prompt", notes)
-        mx.eval([x for each in (positive, negative) if each is not None for x in each.arrays()])
-        return positive, negative
+    def _prompts(self, job: _Job, notes: list[str]) -> Prompts:
+        """The states of the prompt and, where it is guided, of the negative prompt; evaluated."""
+        syntax = job.settings[0].syntax or "plain"
+        prompts = encoded(
+            self.text_encoders, job.prompt, job.negative, syntax=syntax, clip_skip=job.clip_skip
+        )
+        for name, text in prompts.truncated.items():
+            if text:
+                end = " ".join(text.split())
+                end = end if len(end) <= LEFT_OUT else f"{end[:LEFT_OUT]}…"
+                notes.append(f"the {name} is too long; left out: {end}")
+        mx.eval(prompts.arrays())
+        return prompts
 
-    def _model(self, job: _Job, positive: Conditioning, negative: Conditioning | None) -> Model:
-        """The guided UNet for a batch: (n, h, w, C) latents and a timestep to predictions.
+    def _model(self, job: _Job, prompts: Prompts) -> Model:
+        """What the sampler asks: (n, h, w, C) latents and a timestep to guided predictions."""
+
+        def pair(positive: Conditioning, negative: Conditioning | None, scale: float) -> Model:
+            return self._pair(job, positive, negative, scale)
+
+        return guided_model(prompts, pair, job.guidance_scale, job.plan.model_calls)
+
+    def _pair(
+        self, job: _Job, positive: Conditioning, negative: Conditioning | None, scale: float
+    ) -> Model:
+        """The UNet for a batch, following one prompt and avoiding another.
 
         On the CPU pictures go through the network one by one: BLAS rounds differently with the size
         of a batch, and a picture is to be the same alone and among others.
         """
-        scale, unet = job.guidance_scale, self.unet
+        unet = self.unet
         contexts = positive.context, None if negative is None else negative.context
         if isinstance(unet, PreparedUNet):
             wanted, avoided = _repeated(contexts, job.count)
@@ -713,15 +750,6 @@ class StableDiffusion:
     def _dtype(self, part: str) -> mx.Dtype:
         """What a network computes in."""
         return getattr(mx, self.info.components[part].dtype)
-
-    def _conditioning(self, text: str, clip_skip: int, name: str, notes: list[str]) -> Conditioning:
-        """A prompt as the UNet takes it, of one row; not evaluated."""
-        encoded = [encode_prompt(each, text) for each in self.text_encoders.tokenizers.values()]
-        if encoded[0].truncated:
-            end = " ".join(encoded[0].truncated.split())
-            end = end if len(end) <= LEFT_OUT else f"{end[:LEFT_OUT]}…"
-            notes.append(f"the {name} is too long; left out: {end}")
-        return self.text_encoders.encode([each.ids for each in encoded], clip_skip=clip_skip)
 
     def _encode(self, picture: Image.Image, notes: list[str]) -> tuple[mx.array, mx.array]:
         """Mean and standard deviation of a picture's latents, each (1, h, w, C) float32."""

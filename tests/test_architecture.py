@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins", "known_models"}
 LEAVES |= {"model_folders"}
-WITH_PATHS = LEAVES | {"adapters", "engine", "conditioning", "pipeline"}
+WITH_PATHS = LEAVES | {"adapters", "engine", "conditioning", "guidance", "pipeline"}
 
 # A part of mlx_maple (a folder or a file) and the other parts that it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -18,6 +18,7 @@ ALLOWED: dict[str, set[str]] = {
     "adapters": {"models"},
     "engine": {"models"},
     "conditioning": {"models", "text"},
+    "guidance": {"conditioning", "text", "sampling"},
     "pipeline": {
         "models",
         "text",
@@ -27,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
         "images",
         "metadata",
         "conditioning",
+        "guidance",
     },
     "loading": {*WITH_PATHS, "maple_convert"},
     "cli": {*WITH_PATHS, "loading", "serve", "maple_convert", "_openblas"},

@@ -123,12 +123,12 @@ def pad_with_zero(sd):
 def unpadded(sd):
     """mlx-examples' prompts: as long as they are."""
 
-    def short(tokenizer, text):
+    def short(tokenizer, text, **options):
         encoded = encode_prompt(tokenizer, text)
         ids = encoded.ids[0]
         return type(encoded)([ids[: ids.index(tokenizer.eos) + 1]], encoded.weights, "")
 
-    return mock.patch("mlx_maple.pipeline.encode_prompt", short)
+    return mock.patch("mlx_maple.guidance.encode_prompt", short)
 
 
 def unscaled(sd):

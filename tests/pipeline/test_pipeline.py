@@ -265,14 +265,14 @@ def test_clip_skip_reads_another_layer(sd):
 
 
 def test_a_prompt_that_is_too_long_is_told(sd):
-    long = "leaf " * 80
-    result = sd(long, negative_prompt=long, steps=1, width=64)
+    long, arguments = "leaf " * 80, {"steps": 1, "width": 64, "syntax": "plain"}
+    result = sd(long, negative_prompt=long, **arguments)
     assert result.notes == [
         "the prompt is too long; left out: leaf leaf leaf leaf leaf",
         "the negative prompt is too long; left out: leaf leaf leaf leaf leaf",
     ]
-    assert sd(long, negative_prompt=long, guidance_scale=1, steps=1, width=64).notes[1:] == []
-    note = sd("a\n" * 5000, steps=1, width=64).notes[0]
+    assert sd(long, negative_prompt=long, guidance_scale=1, **arguments).notes[1:] == []
+    note = sd("a\n" * 5000, **arguments).notes[0]
     assert note.endswith("…") and "\n" not in note and len(note) < 300
 
 
@@ -309,7 +309,7 @@ def test_the_mean_unless_a_sample_is_asked_for(sd):
     plan = pipeline.make_plan(sd.noise_schedule, "ddim", "leading", 3, strength=0.5)
     x = plan.initial(start, mx.array(np.array(moments.mean) + std * posterior))
     job = checked(sd, arguments)
-    model = sd._model(job, *sd._prompts(job, []))
+    model = sd._model(job, sd._prompts(job, []))
     for step in plan.sample(model, x):
         last = step.latents
     assert np.allclose(np.array(last), sample.latents, rtol=0, atol=1e-5)
@@ -377,7 +377,7 @@ def test_the_picture_shows_through_in_every_step(sd):
     inside = mx.array(images.latent_mask(job.mask, 8)) > 0
     outside = pipeline._Outside(job.plan, inside, noise, clean)
     seen = []
-    model = sd._model(job, *sd._prompts(job, []))
+    model = sd._model(job, sd._prompts(job, []))
     for step in job.plan.sample(model, job.plan.initial(noise, clean)):
         blended = np.array(outside.kept(step))
         known = np.array(job.plan.noised(clean, noise, step.index))
