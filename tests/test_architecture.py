@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins", "known_models"}
-LEAVES |= {"model_folders"}
-WITH_PATHS = LEAVES | {"adapters", "engine", "conditioning", "guidance", "pipeline"}
+LEAVES |= {"model_folders", "preprocess"}
+WITH_PATHS = LEAVES | {"adapters", "engine", "conditioning", "guidance", "control", "pipeline"}
 
 # A part of mlx_maple (a folder or a file) and the other parts that it may import.
 ALLOWED: dict[str, set[str]] = {
@@ -19,6 +19,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"models"},
     "conditioning": {"models", "text"},
     "guidance": {"conditioning", "text", "sampling"},
+    "control": {"models", "images", "preprocess", "metadata"},
     "pipeline": {
         "models",
         "text",
@@ -29,6 +30,7 @@ ALLOWED: dict[str, set[str]] = {
         "metadata",
         "conditioning",
         "guidance",
+        "control",
     },
     "loading": {*WITH_PATHS, "maple_convert"},
     "cli": {*WITH_PATHS, "loading", "serve", "maple_convert", "_openblas"},

@@ -14,7 +14,9 @@ import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from network_parity import NETWORK
+from PIL import Image
 
+from mlx_maple import preprocess
 from mlx_maple.models import ControlNet, ControlNetConfig, UNet, UNetConfig, layers
 
 pytestmark = pytest.mark.parity
@@ -184,3 +186,18 @@ def test_what_does_not_fit_is_refused(inputs):
         ours(inputs, guidance=mx.array([1.0]))
     with pytest.raises(ValueError, match="is told a guidance scale"):
         ours(inputs, {**UNET, "time_cond_dim": 12})
+
+
+def test_cannys_edges_are_opencvs(weights, parity_record):
+    cv2 = pytest.importorskip("cv2")
+    for path in sorted((weights / "photos").iterdir()):
+        if path.suffix not in (".png", ".jpg"):
+            continue
+        picture = Image.open(path).convert("RGB")
+        wanted = cv2.Canny(np.asarray(picture), 100, 200)
+        found = np.asarray(preprocess.canny(picture))[..., 0]
+        differ = int((found != wanted).sum())
+        edges = int((wanted > 0).sum())
+        parity_record(f"canny, {path.name}", edges=edges, differ=differ, bar="0 differ")
+        assert edges > 1000 and differ == 0
+        assert (np.asarray(preprocess.canny(picture, 50, 100))[..., 0] != wanted).any()
