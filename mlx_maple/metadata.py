@@ -92,7 +92,7 @@ class Settings:
     seed: int | None = None
     noise: str | None = None
     clip_skip: int | None = None
-    syntax: str | None = None
+    syntax: str = "a1111"
     strength: float | None = None
     fit: str | None = None
     mask_blur: float | None = None
@@ -296,13 +296,13 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Eta DDIM": "eta",
 }
 _DISCARD, _FIRST_PASS = "Discard penultimate sigma", "First pass size"
+_SYNTAX = "Prompt syntax"
 _DOWNCAST = "Downcast alphas_cumprod"
 _HARMLESS = {  # facts about a picture that decide nothing of it, or that another key says again
     *("Batch size", "Batch pos", "Civitai metadata", "Civitai resources", "Created Date", "Hashes"),
     *("Init image hash", "User", "VAE hash"),
 }
 _TAG = re.compile(r"<(lora|lyco|hypernet):([^<>:\n]{1,200})(?::[^<>\n]{0,100})?>", re.IGNORECASE)
-_WEIGHTS = re.compile(r"(?<!\\)[(\[]|\bBREAK\b|\bAND\b")
 _KEY = re.compile(r"\s*([^\s:,\"][^:,\"\n]{0,99}):[ \t]*")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
@@ -340,6 +340,7 @@ def to_parameters(settings: Settings) -> str:
         ("Denoising strength", settings.strength),
         ("Mask blur", settings.mask_blur),
         ("Clip skip", settings.clip_skip if settings.clip_skip != 1 else None),
+        (_SYNTAX, settings.syntax if settings.syntax == "plain" else None),
         ("ENSD", settings.ensd or None),
         ("Eta DDIM" if settings.sampler == "ddim" else "Eta", settings.eta),
         (_DISCARD, settings.discard_penultimate or None),
@@ -371,7 +372,7 @@ def from_parameters(text: str) -> Recipe:
     hires = any(key.startswith(("Hires", _FIRST_PASS)) for key in pairs)
     notes: list[str] = []
     values: dict[str, Any] = {"version": version, "clip_skip": 1}
-    used = {"Version", "Sampler", "Schedule type", "Size", _FIRST_PASS, "RNG"}
+    used = {"Version", "Sampler", "Schedule type", "Size", _FIRST_PASS, "RNG", _SYNTAX}
 
     for key, name in _PLAIN.items():
         if key in pairs:
@@ -419,8 +420,8 @@ def from_parameters(text: str) -> Recipe:
     if not is_ours:
         values["prompt"] = _without_networks(prompt, notes)
         values["negative_prompt"] = _without_networks(negative, notes)
-    if not is_ours and _WEIGHTS.search(f"{prompt}\n{negative}"):
-        notes.append("weights and BREAK in the prompt, as in (word:1.2), are read as plain text")
+    if is_ours and _SYNTAX in pairs:
+        values["syntax"] = pairs[_SYNTAX]
     if hires:
         notes.append("was enlarged by A1111's hires fix: only its first drawing is repeated")
     if pairs.get(_DOWNCAST) == "True" or (version and not is_ours and not _is_since(version, 1, 8)):

@@ -568,7 +568,6 @@ class StableDiffusion:
     def _read(self, settings: Settings) -> dict[str, Prompt | None]:
         """Both prompts taken apart; the negative one where the drawing needs it."""
         assert settings.sampler is not None and settings.steps is not None
-        assert settings.syntax is not None
         calls = settings.steps * SAMPLERS[settings.sampler].calls
         prompt = read_prompt(settings.prompt, calls, syntax=settings.syntax)
         negative = None
@@ -684,9 +683,12 @@ class StableDiffusion:
 
     def _prompts(self, job: _Job, notes: list[str]) -> Prompts:
         """The states of the prompt and, where it is guided, of the negative prompt; evaluated."""
-        syntax = job.settings[0].syntax or "plain"
         prompts = encoded(
-            self.text_encoders, job.prompt, job.negative, syntax=syntax, clip_skip=job.clip_skip
+            self.text_encoders,
+            job.prompt,
+            job.negative,
+            syntax=job.settings[0].syntax,
+            clip_skip=job.clip_skip,
         )
         for name, text in prompts.truncated.items():
             if text:

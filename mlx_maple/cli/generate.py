@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 SETTING_OF = {"negative": "negative_prompt", "guidance": "guidance_scale"}
 OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
-    *("eta", "noise", "clip_skip", "variation_seed", "variation_strength"),
+    *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
     *("image", "strength", "fit", "mask", "mask_blur"),
 )
 PREVIEW_SECONDS = 0.25  # between two previews
@@ -83,6 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--eta", type=float, metavar="F", help="share of fresh noise in each step, 0 to 1")
     add("--noise", metavar="NOISE", help="whose random numbers: torch, nvidia, numpy or mlx")
     add("--clip-skip", type=int, metavar="N", help="text layer from the end; 1 is the last")
+    add(
+        "--syntax",
+        choices=("a1111", "plain"),
+        help="how prompts are written: a1111 with (word:1.2), [a:b:0.5], AND and BREAK, or plain",
+    )
     add("--variation-seed", type=int, metavar="N", help="mix in the noise of this seed")
     add("--variation-strength", type=float, metavar="F", help="how much of it, 0 to 1")
 
