@@ -1,0 +1,155 @@
+"""Which prompt guides which call, and how predictions are put together."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_maple.conditioning import Conditioning
+from mlx_maple.guidance import Prompts, Wanted, guided_model
+from mlx_maple.text.editing import phases
+
+VALUES = {"n": 1.0, "a": 3.0, "b": 4.0, "c": 7.0}  # what the network says of each text
+
+
+def prompts(*wanted, avoided="n", steps=4) -> Prompts:
+    """Of texts, or of (weight, text)."""
+    parts = [(1.0, each) if isinstance(each, str) else each for each in wanted]
+    states = {text: Conditioning(context=mx.array(value)) for text, value in VALUES.items()}
+    return Prompts(
+        wanted=[Wanted(weight, phases(text, steps)) for weight, text in parts],
+        avoided=None if avoided is None else phases(avoided, steps),
+        states=states,
+        truncated={},
+    )
+
+
+def outcomes(found: Prompts, scale: float = 2.0, calls: int = 4, **options):
+    """The prediction of each call, and the pairs that a model was made for."""
+    made = []
+
+    def pair(positive, negative, guidance_scale):
+        wanted = positive.context.item()
+        avoided = wanted if negative is None else negative.context.item()
+        made.append((wanted, None if negative is None else avoided, guidance_scale))
+        value = avoided + guidance_scale * (wanted - avoided)
+        return lambda latents, timestep: mx.full(latents.shape, value) * latents
+
+    model = guided_model(found, pair, scale, calls, **options)
+    latents = mx.ones((1, 2, 2, 4))
+    return [model(latents, 1.0)[0, 0, 0, 0].item() for _ in range(calls)], made
+
+
+def test_one_prompt_takes_one_model():
+    assert outcomes(prompts("a")) == ([5.0] * 4, [(3.0, 1.0, 2.0)])
+
+
+def test_without_a_negative_prompt_nothing_is_added():
+    assert outcomes(prompts("a", avoided=None), 1.0) == ([3.0] * 4, [(3.0, None, 1.0)])
+
+
+def test_a_changing_prompt_makes_each_model_once():
+    values, made = outcomes(prompts("[a|b]"))
+    assert values == [5.0, 5.0, 7.0, 5.0]  # the very first call does not count
+    assert made == [(3.0, 1.0, 2.0), (4.0, 1.0, 2.0)]
+    assert outcomes(prompts("a", avoided="[n:b:2]"))[0] == [5.0, 5.0, 5.0, 2.0]
+
+
+def test_prompts_joined_by_and_add_up():
+    weighed = 1 + 2 * (0.5 * (3 - 1) + 2.0 * (4 - 1))
+    values, made = outcomes(prompts((0.5, "a"), (2.0, "b")))
+    assert values == [weighed] * 4
+    assert made == [(1.0, None, 1.0), (3.0, None, 1.0), (4.0, None, 1.0)]
+    assert outcomes(prompts((1.0, "a"), (-1.0, "b")))[0] == [1 + 2 * (2 - 3)] * 4
+    assert outcomes(prompts((1.0, "[a:c:2]"), (1.0, "b")))[0] == [11.0] * 3 + [19.0]
+
+
+def test_guidance_in_a_part_of_the_way():
+    values, _ = outcomes(prompts("a"), interval=(0.25, 0.75))
+    assert values == [3.0, 5.0, 5.0, 3.0]
+    assert outcomes(prompts("a"), interval=(0.5, 1.0))[0] == [3.0, 3.0, 5.0, 5.0]
+    both = prompts((1.0, "a"), (1.0, "b"))
+    assert outcomes(both, interval=(0.5, 1.0))[0] == [6.0, 6.0, 11.0, 11.0]
+
+
+def test_rescaled_guidance_has_the_spread_of_the_prompts_own():
+    def pair(positive, negative, scale):
+        assert negative is None
+        return lambda latents, timestep: positive.context * latents
+
+    x = mx.array(np.random.default_rng(0).normal(size=(2, 4, 4, 4)), mx.float32)
+    found = {
+        share: guided_model(prompts("a"), pair, 2.0, 1, guidance_rescale=share)(x, 1.0)
+        for share in (0.5, 1.0)
+    }
+    assert np.allclose(np.array(found[1.0]), 3 * np.array(x), atol=1e-5)
+    assert np.allclose(np.array(found[0.5]), 4 * np.array(x), atol=1e-5)
+
+
+# In the pipeline ---------------------------------------------------------------------------------
+
+SMALL = {"seed": 1, "steps": 3, "width": 64}
+
+
+def drawn(sd, prompt, **arguments):
+    return sd(prompt, **{**SMALL, **arguments}).latents
+
+
+@pytest.fixture(scope="module")
+def leaf(sd):
+    return drawn(sd, "a leaf")
+
+
+def test_a_prompt_without_signs_is_the_same_in_both_syntaxes(sd, leaf):
+    assert np.array_equal(leaf, drawn(sd, "a leaf", syntax="plain"))
+
+
+@pytest.mark.parametrize(
+    "text", ["[a leaf:snow:9]", "[snow:a leaf:-1]", "(a leaf:1.0)", "a leaf BREAK"]
+)
+def test_what_changes_nothing_changes_nothing(sd, leaf, text):
+    assert np.array_equal(leaf, drawn(sd, text))
+
+
+@pytest.mark.parametrize(
+    "text", ["a (leaf:1.5)", "[a leaf:snow:1]", "a BREAK leaf", "a leaf AND snow", "leaf " * 80]
+)
+def test_what_changes_something_does(sd, leaf, text):
+    assert not np.array_equal(leaf, drawn(sd, text))
+    assert not np.array_equal(drawn(sd, text), drawn(sd, text, syntax="plain"))
+
+
+def test_a_second_prompt_of_no_weight_is_not_there(sd, leaf):
+    assert np.allclose(leaf, drawn(sd, "a leaf AND snow :0"), atol=1e-3)
+    assert not np.allclose(leaf, drawn(sd, "a leaf AND snow :0.1"), atol=1e-3)
+
+
+def test_the_negative_prompt_is_as_long_as_the_prompt(sd):
+    lengths = []
+    plain = type(sd.unet).__call__
+
+    def spy(self, latents, timesteps, context, *more, **others):
+        lengths.append(context.shape[:2])
+        return plain(self, latents, timesteps, context, *more, **others)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(sd.unet), "__call__", spy)
+        drawn(sd, "leaf " * 80, steps=1)
+        drawn(sd, "leaf", negative_prompt="snow " * 160, steps=1)
+    assert lengths == [(2, 154), (2, 231)]
+
+
+def test_a_prompt_that_cannot_be_read_is_refused_before_the_work(sd):
+    with pytest.raises(ValueError, match="1000 is the most"):
+        sd("(a:5000)", **SMALL)
+    with pytest.raises(ValueError, match="unknown syntax 'comfy'"):
+        sd.generate("a", syntax="comfy")
+
+
+def test_the_settings_say_how_it_was_read(sd):
+    assert sd("a", **SMALL).settings[0].syntax == "a1111"
+    assert sd("a", syntax="plain", **SMALL).settings[0].syntax == "plain"
+
+
+def test_tokens_of_a_long_prompt(sd):
+    assert len(sd.tokenize("leaf " * 80)) == 2
+    assert len(sd.tokenize("leaf " * 80, syntax="plain")) == 1
