@@ -45,7 +45,7 @@ def prepared_step(backend: str, side: int) -> Count:
     unet = prepare_unet(plain, described_recipe(backend))
     mx.eval(unet.parameters())
     wanted, avoided = (mx.zeros((1, TOKENS, 768), mx.float16) for _ in range(2))
-    model = GuidedSteps(unet, compiles=True).model(wanted, avoided, 7.5, [10.0])
+    model = GuidedSteps(unet, compiles=True, in_parts=False).model(wanted, avoided, 7.5, [10.0])
     latents = mx.zeros((1, side, side, 4))
     return count(lambda x: model(x, 10.0), latents, weights=weights(unet))
 

@@ -206,10 +206,17 @@ class Worker:
 def counted(call: Callable[[], mx.array], network: nn.Module) -> dict[str, Any]:
     """What one call asks of the device, as a row's figures."""
     weights = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
+    steps = getattr(network, "steps", None)
+    in_parts = steps is not None and steps.in_parts
     try:
+        if in_parts:  # the first would be under way before it is described
+            steps.in_parts = False
         found = count(call, weights=dict(weights), on_a_gpu=False)
     except (RuntimeError, ValueError) as error:  # no reason to lose the times
         return {"count_error": str(error).splitlines()[0][:200]}
+    finally:
+        if in_parts:
+            steps.in_parts = True
     return {
         "primitives": found.kernels,
         "views": found.views,

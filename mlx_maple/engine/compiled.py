@@ -2,6 +2,7 @@
 
 Between two steps of a sampler only the latents, the time and the level change: the step is traced
 once for a size and run again with new arrays. Where ``mx.compile`` does not work, it runs as it is.
+A step is two functions, so that the device need not wait until all of it is described.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,7 +16,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, SCORE_BYTES, running_backend
-from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE, Recipe
+from mlx_maple.engine.kernels import Size
+from mlx_maple.engine.prepare import Map, PreparedUNet, PreparedVAE, Recipe
 from mlx_maple.models import AutoencoderKL, UNet
 
 ROOM = 256 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
@@ -32,14 +34,27 @@ class GuidedSteps:
         unet: made ready.
         compiles: whether to compile; see ``compile_works``.
         one_by_one: run the two halves one after the other: half the memory, at the cost of time.
+        in_parts: let the device begin with the first level while this side describes the others.
     """
 
-    def __init__(self, unet: PreparedUNet, *, compiles: bool, one_by_one: bool = False) -> None:
+    def __init__(
+        self,
+        unet: PreparedUNet,
+        *,
+        compiles: bool,
+        one_by_one: bool = False,
+        in_parts: bool = True,
+    ) -> None:
         self.unet = unet
         self.one_by_one = one_by_one
+        self.in_parts = in_parts and not one_by_one
         wrap: Callable[[Any], Any] = mx.compile if compiles else lambda function: function
-        self._single = wrap(self._predict)
-        self._double = wrap(self._guided)
+        self._whole = wrap(self._step)
+        self._begin = wrap(self._begun)
+        self._finish = wrap(self._finished)
+        # What ``_begin`` leaves for latents of a shape, once or twice: of each map its size, and
+        # whether a residual comes with it.
+        self._maps: dict[tuple[int, ...], list[tuple[Size, bool]]] = {}
 
     def model(
         self,
@@ -75,28 +90,63 @@ class GuidedSteps:
             row = rows.get(timestep)
             if row is None:
                 row = self.unet.times(mx.array([timestep], dtype=mx.float32))
-            if is_guided:
-                return self._double(latents, row, scale, *prompt)
-            return self._single(latents, row, *prompt)
+            factor = scale if is_guided else None
+            if not self.in_parts:
+                return self._whole(latents, row, prompt, factor)
+            maps = self._begin(latents, row, prompt, is_guided)
+            mx.async_eval(maps)
+            return self._finish(latents, maps, row, prompt, factor)
 
         return call
 
-    def _predict(self, latents: mx.array, row: mx.array, *prompt: mx.array) -> mx.array:
-        return self.unet.predict(latents, row, prompt).astype(mx.float32)
-
-    def _guided(
-        self, latents: mx.array, row: mx.array, scale: mx.array, *prompt: mx.array
+    def _step(
+        self, latents: mx.array, row: mx.array, prompt: list[mx.array], scale: mx.array | None
     ) -> mx.array:
-        if self.one_by_one:
-            count = latents.shape[0]
-            avoided = self._predict(latents, row, *(each[:count] for each in prompt))
-            # MLX would start both at once: the second half waits for the first.
-            later = mx.depends([latents], [avoided])[0]
-            wanted = self._predict(later, row, *(each[count:] for each in prompt))
-        else:
-            both = self._predict(mx.concatenate([latents, latents]), row, *prompt)
-            avoided, wanted = mx.split(both, 2)
-        return avoided + scale * (wanted - avoided)
+        if scale is None or not self.one_by_one:
+            maps = self.unet.begin(_twice(latents, scale is not None), row, prompt)
+            return _guided(self.unet.finish(maps, row, prompt), scale)
+        count = latents.shape[0]
+        avoided = self.unet.predict(latents, row, [each[:count] for each in prompt])
+        # MLX would start both at once: the second half waits for the first.
+        later = mx.depends([latents], [avoided])[0]
+        wanted = self.unet.predict(later, row, [each[count:] for each in prompt])
+        return _guided(mx.concatenate([avoided, wanted]), scale)
+
+    def _begun(
+        self, latents: mx.array, row: mx.array, prompt: list[mx.array], is_guided: bool
+    ) -> list[mx.array]:
+        maps = self.unet.begin(_twice(latents, is_guided), row, prompt)
+        key = (*latents.shape, is_guided)
+        self._maps[key] = [(each.size, each.residual is not None) for each in maps]
+        return [part for m in maps for part in (m.value, m.residual) if part is not None]
+
+    def _finished(
+        self,
+        latents: mx.array,
+        parts: list[mx.array],
+        row: mx.array,
+        prompt: list[mx.array],
+        scale: mx.array | None,
+    ) -> mx.array:
+        left, key = iter(parts), (*latents.shape, scale is not None)
+        maps = [
+            Map(next(left), next(left) if has_residual else None, size)
+            for size, has_residual in self._maps[key]
+        ]
+        return _guided(self.unet.finish(maps, row, prompt), scale)
+
+
+def _twice(latents: mx.array, is_guided: bool) -> mx.array:
+    return mx.concatenate([latents, latents]) if is_guided else latents
+
+
+def _guided(out: mx.array, scale: mx.array | None) -> mx.array:
+    """In float32 n + scale * (p - n) of both halves, [n, p]; or what there is."""
+    out = out.astype(mx.float32)
+    if scale is None:
+        return out
+    avoided, wanted = mx.split(out, 2)
+    return avoided + scale * (wanted - avoided)
 
 
 def made_ready(

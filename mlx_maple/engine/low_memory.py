@@ -56,14 +56,19 @@ class Networks:
     """
 
     def __init__(
-        self, networks: Mapping[str, nn.Module], reload: Mapping[str, Reload] | None = None
+        self,
+        networks: Mapping[str, nn.Module],
+        reload: Mapping[str, Reload] | None = None,
+        renew: Mapping[str, Reload] | None = None,
     ) -> None:
         """Hold ``networks``, but for those in ``reload``, of which only the configs are taken.
 
         Args:
             networks: by name; each has a ``config``.
-            reload: functions that load a network anew.
+            reload: functions that load a network anew, each time that it is used.
+            renew: functions that load a network that is held anew, after ``drop``.
         """
+        self._renew = dict(renew or {})
         self.configs: dict[str, Any] = {n: module.config for n, module in networks.items()}
         self._reload = dict(reload or {})
         self._held = {n: module for n, module in networks.items() if n not in self._reload}
@@ -80,19 +85,33 @@ class Networks:
     def __getitem__(self, name: str) -> Any:
         """The network, loaded now if it is not held."""
         if name not in self._held:
-            self._held[name] = self._reload[name]()
+            load = self._reload.get(name) or self._renew[name]
+            self._held[name] = load()
             self._bound()
         return self._held[name]
 
     def __setitem__(self, name: str, module: nn.Module | None) -> None:
         """Hold another network by this name, from now on and always; None is none."""
         self._reload.pop(name, None)
+        self._renew.pop(name, None)
         self._held.pop(name, None)
         config = getattr(module, "config", self.configs.pop(name, None))
         if module is not None:
             self._held[name] = module
             self.configs[name] = config
         gc.collect()  # the one before; see release
+
+    def can_load(self, name: str) -> bool:
+        """Whether a network can be loaded anew; not one that was put in by hand."""
+        return name in self._reload or name in self._renew
+
+    def drop(self, *names: str) -> None:
+        """Let go of networks that can be loaded anew; each is when it is asked for next."""
+        for name in names:
+            if self.can_load(name):
+                self._held.pop(name, None)
+        gc.collect()
+        mx.clear_cache()
 
     def release(self, *names: str) -> None:
         """Let go of what can be loaded again; the caller keeps no reference to it either."""

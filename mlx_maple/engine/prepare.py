@@ -657,16 +657,20 @@ class PreparedUNet(nn.Module):
 
     def predict(self, latents: mx.array, times: mx.array, prompt: Sequence[mx.array]) -> mx.array:
         """Predict from what ``times`` (a row, or one a sample) and ``prompt`` have made."""
-        stack = list(reversed(prompt))
+        return self.finish(self.begin(latents, times, prompt), times, prompt)
+
+    def begin(self, latents: mx.array, times: mx.array, prompt: Sequence[mx.array]) -> list[Map]:
+        """The first level of ``predict``: maps that the others go on from, the last one last."""
         x = _map(self.conv_in(latents.astype(self.dtype)))
         skips = [x]
-        for steps in self.down:
-            for i, step in enumerate(steps):
-                x = self._step(step, x, times, stack)
-                # A residual block with a transformer behind it leaves the transformer's map.
-                behind = steps[i + 1] if i + 1 < len(steps) else None
-                if not (isinstance(step, Resnet) and isinstance(behind, Transformer)):
-                    skips.append(x)
+        self._descend(self.down[:1], skips, times, list(reversed(prompt)))
+        return skips
+
+    def finish(self, skips: list[Map], times: mx.array, prompt: Sequence[mx.array]) -> mx.array:
+        """The other levels of ``predict``; ``skips`` are used up."""
+        stack = list(reversed(prompt[self.first_blocks :]))
+        self._descend(self.down[1:], skips, times, stack)
+        x = skips[-1]
         for step in self.mid:
             x = self._step(step, x, times, stack)
         for steps in self.up:
@@ -681,6 +685,24 @@ class PreparedUNet(nn.Module):
             x.value, self.norm_out.constants, x.size, residual=x.residual, shift=self.shift_out
         )
         return self.conv_out(y) + self.bias_out
+
+    @property
+    def first_blocks(self) -> int:
+        """How many of a prompt's keys and values ``begin`` reads."""
+        return sum(len(step.blocks) for step in self.down[0] if isinstance(step, Transformer))
+
+    def _descend(
+        self, levels: list[list[Any]], skips: list[Map], times: mx.array, stack: list[mx.array]
+    ) -> None:
+        """Go down from the last map, and put behind it those that are kept for the way up."""
+        x = skips[-1]
+        for steps in levels:
+            for i, step in enumerate(steps):
+                x = self._step(step, x, times, stack)
+                # A residual block with a transformer behind it leaves the transformer's map.
+                behind = steps[i + 1] if i + 1 < len(steps) else None
+                if not (isinstance(step, Resnet) and isinstance(behind, Transformer)):
+                    skips.append(x)
 
     def fix(self) -> None:
         """Evaluate the weights, and what a step would otherwise make of them each time."""

@@ -83,14 +83,30 @@ def test_without_guidance_the_network_runs_once(plain, ready, has_negative, scal
         positive, negative if has_negative else None, scale, TIMES
     )
     batches = []
-    predict = ready.predict
-    ready.predict = lambda x, *given: (batches.append(x.shape[0]), predict(x, *given))[1]
+    begin = ready.begin
+    ready.begin = lambda x, *given: (batches.append(x.shape[0]), begin(x, *given))[1]
     try:
         found = model(latents(2), 13.0)
     finally:
-        del ready.predict
+        del ready.begin
     assert batches == [2]
     assert error(found, guided(plain, positive, None, 1, mx.float32)(latents(2), 13.0)) < SAME
+
+
+@pytest.mark.parametrize("shape", [(1, 16, 16), (2, 17, 19)])
+def test_a_step_in_two_parts_is_the_step(ready, shape):
+    positive, negative = prompts(shape[0])
+    x = latents(*shape)
+    for scale in (7.5, 1):
+        whole, parts = (
+            GuidedSteps(ready, compiles=True, in_parts=in_parts).model(
+                positive, negative, scale, TIMES
+            )
+            for in_parts in (False, True)
+        )
+        for time in TIMES:
+            assert error(parts(x, time), whole(x, time)) < SAME
+    assert error(parts(x, TIMES[0]), whole(x, TIMES[1])) > OTHER  # the control
 
 
 @pytest.mark.parametrize("scale", [0.0, 3.0, -1.0])
@@ -127,8 +143,8 @@ def test_announced_times_are_made_once(ready, monkeypatch):
 def test_a_step_is_traced_once_for_a_size(plain, ready):
     steps = GuidedSteps(ready, compiles=True)
     traced = []
-    predict = ready.predict
-    ready.predict = lambda *given: (traced.append(1), predict(*given))[1]
+    finish = ready.finish
+    ready.finish = lambda *given: (traced.append(1), finish(*given))[1]
     try:
         for scale in (7.5, 3.0):
             for positive, negative in (prompts(), reversed(list(prompts()))):
@@ -140,7 +156,7 @@ def test_a_step_is_traced_once_for_a_size(plain, ready):
         wanted = guided(plain, positive, negative, 7.5, mx.float32)(latents(1, 17, 16), 13.0)
         assert error(found, wanted) < SAME and len(traced) == 2
     finally:
-        del ready.predict
+        del ready.finish
 
 
 def test_the_second_half_waits_for_the_first(ready, monkeypatch):
@@ -201,7 +217,8 @@ def test_a_gpu_without_kernels_gets_prepared_networks_with_plain_ones(
     assert found._recipe.score_bytes == bound
     steps = guided_steps(found)
     assert steps is found.steps and steps.one_by_one is low_memory
-    assert (steps._double == steps._guided) is not compiles
+    assert (steps._begin == steps._begun) is not compiles
+    assert steps.in_parts is not low_memory
     positive, negative = prompts()
     wanted = guided(plain, positive, negative, 7.5, mx.float32)(latents(), 13.0)
     assert error(steps.model(positive, negative, 7.5, TIMES)(latents(), 13.0), wanted) < SAME

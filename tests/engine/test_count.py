@@ -38,7 +38,7 @@ def guided_step(unet, backend, compiles=True):
     prepared = prepare_unet(unet, described_recipe(backend))
     mx.eval(prepared.parameters())
     prompts = (mx.zeros((1, 77, CONTEXT)) for _ in range(2))
-    model = GuidedSteps(prepared, compiles=compiles).model(*prompts, 7.5, [10.0])
+    model = GuidedSteps(prepared, compiles=compiles, in_parts=False).model(*prompts, 7.5, [10.0])
     latents = mx.zeros(LATENTS)
     return count(lambda x: model(x, 10.0), latents, weights=weights(prepared)), prepared
 
