@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_maple.models import CLIPTextEncoder
-from mlx_maple.text.prompt import encode_prompt
+from mlx_maple.text.prompt import Words, encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
 Chunks = list[list[int]]  # (n, 77) ids
@@ -48,6 +48,7 @@ class TextEncoders:
     Attributes:
         tokenizers: by the encoder's name, in the order in which their states are joined.
         is_normed: whether states pass the final norm.
+        words: learned vectors: the ids that spell a name to the ids of its vectors.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TextEncoders:
         """
         self.tokenizers = dict(tokenizers)
         self.is_normed = is_normed
+        self.words: Words = {}
         self._encoder = encoder
 
     @property

@@ -176,5 +176,6 @@ def _in_turn(models: Iterable[Model], latents: mx.array, timestep: float) -> lis
 
 def _chunks(encoders: TextEncoders, text: str, syntax: str) -> list[EncodedPrompt]:
     return [
-        encode_prompt(tokenizer, text, syntax=syntax) for tokenizer in encoders.tokenizers.values()
+        encode_prompt(tokenizer, text, syntax=syntax, words=encoders.words)
+        for tokenizer in encoders.tokenizers.values()
     ]

@@ -9,7 +9,7 @@ own, both ways. Layout is what the plan or the folder's format declares, never a
 
 import gc
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,8 @@ from maple_convert.errors import (
 )
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, known_models, twins
+from mlx_maple.adapter_files import AdapterFiles
+from mlx_maple.adapters import Adapters
 from mlx_maple.engine import quantize as quantizing
 from mlx_maple.engine.attention import in_chunks
 from mlx_maple.engine.low_memory import Reload, set_environment
@@ -99,6 +101,8 @@ def load(
     low_memory: bool = False,
     vae: str | Path | None = None,
     taesd: str | Path | None = None,
+    loras: Any = (),
+    embeddings: Iterable[str | Path] = (),
     compile: bool = True,
     variant: str | None = None,
     ema: bool = False,
@@ -123,6 +127,9 @@ def load(
             and decode in stripes: less memory, the same pictures, more time.
         vae: take the autoencoder from here instead, named as ``source`` is.
         taesd: take a small autoencoder for previews from here.
+        loras: that every drawing has unless it says otherwise; see ``StableDiffusion.generate``.
+        embeddings: files of learned words (textual inversions), or their names in the models'
+            folders; words of those folders are also found when a prompt has them.
         compile: whether the UNet's step may be compiled, which it is on a GPU where that works.
         variant: of a diffusers folder's weights, such as "fp16"; None takes what suits ``dtype``.
         ema: use the EMA copy of the UNet's weights; the file must hold one.
@@ -170,19 +177,22 @@ def load(
             notes += elsewhere.notes
             sources[part] = _Source(_opening(elsewhere), elsewhere, part)
             names[part] = elsewhere.name
-        how = _How(name, quantize, low_memory)
+        configs = {part: component.config for part, component in model.components.items()}
+        adapters = AdapterFiles(configs).adapters(embeddings)
+        notes += adapters.stand(loras)
+        how = _How(name, quantize, low_memory, adapters.fold)
         modules: dict[str, nn.Module] = {}
         for part, origin in sources.items():
             with nullcontext(model) if origin.found is found else origin.open() as opened:
                 modules[part] = origin.built(opened, how, is_skeleton=low_memory)
         _check_fit(found.path, modules)
-        reload: dict[str, Reload] = {}
-        for part, origin in sources.items():
-            if low_memory:
-                reload[part] = partial(origin.load, how)
-            else:
-                modules[part] = origin.ready(modules[part], how)
-        return _assemble(model, modules, found, names.get("vae", ""), notes, reload, compile)
+        again: dict[str, Reload] = {part: partial(o.load, how) for part, o in sources.items()}
+        if not low_memory:
+            modules = {part: o.ready(modules[part], how) for part, o in sources.items()}
+        loads = {"reload" if low_memory else "renew": again}
+        return _assemble(
+            model, modules, found, names.get("vae", ""), notes, adapters, compile, **loads
+        )
 
 
 def default_dtype() -> str:
@@ -412,11 +422,13 @@ class _How:
         dtype: of what is not quantised, and of scales.
         bits: that the weights are to be quantised to, or None.
         low_memory: whether networks are loaded one at a time, when they are used.
+        fold: puts into a network that was just read what is on top of it.
     """
 
     dtype: str
     bits: int | None
     low_memory: bool
+    fold: Callable[[nn.Module, str], None]
 
 
 @dataclass(frozen=True)
@@ -502,6 +514,12 @@ def _build(model: SourceModel, part: str, how: _How, *, is_skeleton: bool = Fals
                     weights[name] = value.astype(target)
         _fill(model.path, part, module, weights)
         weights.clear()
+        if to_quantize is None:
+            module.set_dtype(DTYPES[how.dtype])  # before: a difference is not to be rounded twice
+        try:
+            how.fold(module, part)
+        except RuntimeError as error:
+            raise _unreadable(model.path, error) from error
         if to_quantize is not None:
             quantizing.quantize(module, to_quantize)
     module.set_dtype(DTYPES[how.dtype])
@@ -600,9 +618,7 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
         for some in [[pair] for pair in weights] if one_by_one else [weights]:
             mx.eval([value for _, value in some])
     except RuntimeError as error:
-        if "[read]" in str(error):
-            raise UnreadableFile(found.path, "could not be read to its end") from error
-        raise
+        raise _unreadable(found.path, error) from error
     if not found.is_finite:
         # The extremes show NaN and infinities, and cost a fifth of looking at each value.
         floats = [(n, value) for n, value in weights if mx.issubdtype(value.dtype, mx.floating)]
@@ -612,14 +628,22 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
                 raise InvalidCheckpoint(found.path, f"{name} holds NaN or infinite values")
 
 
+def _unreadable(path: Path, error: RuntimeError) -> Exception:
+    """What MLX's error means, if it comes from a file that ended early; else the error itself."""
+    if "[read]" in str(error):
+        return UnreadableFile(path, "could not be read to its end")
+    return error
+
+
 def _assemble(
     model: SourceModel,
     modules: Mapping[str, nn.Module],
     found: _Found,
     vae_name: str,
     notes: list[str],
-    reload: Mapping[str, Reload],
+    adapters: Adapters,
     compile: bool,
+    **loads: Mapping[str, Reload],
 ) -> StableDiffusion:
     try:
         return StableDiffusion(
@@ -637,8 +661,9 @@ def _assemble(
             family=model.family,
             layout=model.layout,
             notes=notes,
-            reload=reload,
+            adapters=adapters,
             compile=compile,
+            **loads,
         )
     except VocabularyError as error:
         raise InvalidCheckpoint(error.path, error.reason) from error

@@ -63,6 +63,7 @@ class Settings:
         noise: whose random numbers: torch, nvidia, numpy or mlx.
         clip_skip: text layer that was read, counted from the end; 1 is the last.
         syntax: how the prompts were read: a1111 or plain.
+        loras: that changed the networks, beside those in the prompt: name:weight; name:weight.
         strength: how far the given image was left, 0 to 1; None where there was none.
         fit: how that image came to its size: stretch or crop.
         mask_blur: of the mask's edge in pixels; None where there was no mask.
@@ -93,6 +94,7 @@ class Settings:
     noise: str | None = None
     clip_skip: int | None = None
     syntax: str = "a1111"
+    loras: str | None = None
     strength: float | None = None
     fit: str | None = None
     mask_blur: float | None = None
@@ -470,6 +472,36 @@ def _sampler(
     if schedule in _SCHEDULES_UNLIKE and not is_ours:
         notes.append(f"schedule {asked}: {_SCHEDULES_UNLIKE[schedule]}; the picture will differ")
     return {**chosen, "schedule": schedule}
+
+
+def pairs_of(text: str) -> dict[str, str]:
+    """What the last line of A1111's block says, unread; nothing where there is no such line."""
+    return _split(_bounded(text).replace("\r\n", "\n").strip())[2]
+
+
+def sampler_words(sampler: str, schedule: str, steps: int) -> tuple[dict[str, Any], list[str]]:
+    """A1111's names of a sampler and a schedule type in our words, and notes on what differs.
+
+    An unknown sampler leaves "sampler" out, an unknown schedule "schedule".
+    """
+    notes: list[str] = []
+    pairs = {"Sampler": sampler, "Schedule type": schedule or "Automatic"}
+    return _sampler(pairs, False, steps, notes), notes
+
+
+def sampler_labels() -> dict[str, tuple[str, ...]]:
+    """A1111's name of every sampler that there is here, with its other spellings."""
+    return {row.label: (row.ours, *row.aliases) for row in _SAMPLERS}
+
+
+def sampler_label(ours: str) -> str:
+    """A1111's name of a sampler of ours; ours where A1111 has none."""
+    return _LABELS[ours].label if ours in _LABELS else ours
+
+
+def schedule_labels() -> dict[str, str]:
+    """Each schedule by our word, with A1111's name, or one in its manner."""
+    return dict(_SCHEDULES)
 
 
 _LABELS = {row.ours: row for row in reversed(_SAMPLERS)}

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlx_maple import images, metadata
+from mlx_maple.adapters import Adapters, Choice, Chosen
 from mlx_maple.conditioning import Conditioning, TextEncoders
 from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import guided_steps, made_ready, room
@@ -176,6 +177,7 @@ class _Job:
         clip_skip: 1 is the last layer.
         prompt: taken apart.
         negative: likewise; None where nothing is avoided.
+        loras: that the networks carry; None where the model takes none.
         latents: of ``shape``: starting noise that was given.
         step_noise: the steps' noise that was given.
         picture: RGB, at the size to draw.
@@ -192,6 +194,7 @@ class _Job:
     clip_skip: int
     prompt: Prompt
     negative: Prompt | None
+    loras: Chosen | None
     latents: FloatArray | None
     step_noise: StepNoise | None
     picture: Image.Image | None
@@ -247,6 +250,8 @@ class StableDiffusion:
         layout: str = "",
         notes: Sequence[str] = (),
         reload: Mapping[str, Reload] | None = None,
+        renew: Mapping[str, Reload] | None = None,
+        adapters: Adapters | None = None,
         compile: bool = True,
     ) -> None:
         """Put a model together from its networks.
@@ -270,6 +275,9 @@ class StableDiffusion:
             reload: functions that load a network by name. With them the model is in low-memory
                 mode: of those networks only the one in use is held, and what is given here needs
                 no weights that were read.
+            renew: functions that load a network by name once more, with whatever ``adapters`` has
+                put on top of it by then.
+            adapters: LoRAs and learned words for this model.
             compile: whether networks may be compiled; they are on a GPU where that works.
         """
         self.tokenizer = tokenizer
@@ -286,7 +294,12 @@ class StableDiffusion:
         reloads = {
             n: lambda load=load: self._ready(load(), True, True) for n, load in reload.items()
         }
-        self._networks = Networks(held, reloads)
+        renewals = {
+            n: lambda load=load: self._ready(load(), False, True)
+            for n, load in (renew or {}).items()
+        }
+        self._networks = Networks(held, reloads, renewals)
+        self._adapters = adapters
         self.configs = self._networks.configs
         self.text_encoders = TextEncoders({"text_encoder": tokenizer}, self._networks.__getitem__)
         self.info = Info(
@@ -388,6 +401,7 @@ class StableDiffusion:
         mask_blur: float = images.MASK_BLUR,
         clip_skip: int | None = None,
         syntax: str = "a1111",
+        loras: Any = None,
         noise: str = "torch",
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
@@ -426,6 +440,9 @@ class StableDiffusion:
             clip_skip: which text layer to read, from the end; 1 is the last.
             syntax: how prompts are written: "a1111" with weights, changes, AND and BREAK, of any
                 length; or "plain", cut to 75 tokens.
+            loras: the LoRAs of this drawing, beside those in the prompt: a list of paths or names,
+                "NAME", "NAME:0.8", "NAME:unet=0.8,te=0.5" or (name, 0.8); or one text with ";"
+                between. None are those that the model was loaded with.
             noise: whose random numbers a seed draws: torch, nvidia, numpy or mlx.
             variation_seed: of a second noise to mix in; it counts up instead of the seed.
             variation_strength: how much of it, 0 to 1.
@@ -506,6 +523,11 @@ class StableDiffusion:
         )
         if picture is not None:
             picture = images.fitted(picture, width, height, fit)
+        read = self._read(settings)
+        chosen = self._loras(loras, read["prompt"])
+        if chosen is not None:
+            settings = replace(settings, loras=chosen.said or None)
+            notes += chosen.notes
         job = _Job(
             settings=_seeded(settings, count),
             plan=plan,
@@ -513,7 +535,8 @@ class StableDiffusion:
             shape=shape,
             guidance_scale=guidance,
             clip_skip=skipped,
-            **self._read(settings),
+            **read,
+            loras=chosen,
             picture=picture,
             mask=None if mask is None else self._mask(mask, size, fit, mask_blur, notes),
             preview=self._preview_kind(preview),
@@ -577,6 +600,20 @@ class StableDiffusion:
             )
         return {"prompt": prompt, "negative": negative}
 
+    def _loras(self, loras: Any, prompt: Prompt | None) -> Chosen | None:
+        """The drawing's LoRAs, those of its prompt among them."""
+        tags = [] if prompt is None else [tag for tag in prompt.tags if tag.kind == "lora"]
+        if self._adapters is None:
+            if loras or tags:
+                raise ValueError("this model takes no LoRAs: it was not made by `load`.")
+            return None
+        chosen = self._adapters.choose(loras, [Choice(t.name, t.text, t.unet) for t in tags])
+        for worn in chosen.worn:
+            for part in worn.lora.updates:
+                if not self._networks.can_load(part):
+                    raise ValueError(f"the {part} was put in by hand: LoRAs cannot change it.")
+        return chosen
+
     def _mask(
         self, mask: Picture, size: tuple[int, int], fit: str, blur: float, notes: list[str]
     ) -> FloatArray:
@@ -609,6 +646,7 @@ class StableDiffusion:
         notes = list(job.notes)
 
         yield from clock.away(Progress(index=0, total=total, stage="text"))
+        self._put_on(job, notes)
         prompts = self._prompts(job, notes)
         self._networks.release("text_encoder")
         clock.mark("text")
@@ -680,6 +718,20 @@ class StableDiffusion:
                 notes=list(dict.fromkeys(notes)),
             ),
         )
+
+    def _put_on(self, job: _Job, notes: list[str]) -> None:
+        """Have the networks carry the drawing's LoRAs and know the learned words of its texts."""
+        if self._adapters is None or job.loras is None:
+            return
+        self._networks.drop(*self._adapters.wear(job.loras))
+        prompts = [prompt for prompt in (job.prompt, job.negative) if prompt is not None]
+        texts = {ph.text for prompt in prompts for part in prompt.parts for ph in part.phases}
+        rows = self.configs["text_encoder"].vocab_size
+        words, are_new = self._adapters.words_for(texts, self.tokenizer.encode, rows, notes)
+        self.text_encoders.words = words
+        if are_new:
+            for part in self.text_encoders.tokenizers:
+                self._adapters.set_words(self._networks[part], part)
 
     def _prompts(self, job: _Job, notes: list[str]) -> Prompts:
         """The states of the prompt and, where it is guided, of the negative prompt; evaluated."""

@@ -9,13 +9,22 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins", "known_models"}
 LEAVES |= {"model_folders", "preprocess"}
-WITH_PATHS = LEAVES | {"adapters", "engine", "conditioning", "guidance", "control", "pipeline"}
+WITH_PATHS = LEAVES | {
+    "adapters",
+    "adapter_files",
+    "engine",
+    "conditioning",
+    "guidance",
+    "control",
+    "pipeline",
+}
 
 # A part of mlx_maple (a folder or a file) and the other parts that it may import.
 ALLOWED: dict[str, set[str]] = {
     **{leaf: set() for leaf in LEAVES},
     "images": {"metadata"},
     "adapters": {"models"},
+    "adapter_files": {"adapters", "model_folders", "maple_convert"},
     "engine": {"models"},
     "conditioning": {"models", "text"},
     "guidance": {"conditioning", "text", "sampling"},

@@ -1,0 +1,139 @@
+"""From a path or a name to a LoRA or to learned words, read for one model.
+
+A path that exists goes before a name in the models' folders. What was read is kept for a while, as
+one drawing after another asks for it; a file that has changed since is read again.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maple_convert.embedding import EmbeddingFile, Vectors, fitted, open_embedding
+from maple_convert.errors import UnreadableFile, one_line
+from maple_convert.lora import LoraFile, open_lora
+from mlx_maple import model_folders
+from mlx_maple.adapters import Adapters, Lora, Word
+
+KEPT = 8  # files of each kind
+SHOWN = 3  # names in a message
+
+
+class AdapterFiles:
+    """The files of LoRAs and words, as one model reads them.
+
+    Args:
+        configs: of the model's networks by name, as its components have them.
+    """
+
+    def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+        self._configs = configs
+        self._widths = {
+            part: config["hidden_size"]
+            for part, config in configs.items()
+            if part.startswith("text_encoder")
+        }
+        self._loras: OrderedDict[object, Lora] = OrderedDict()
+        self._words: OrderedDict[object, list[Word]] = OrderedDict()
+
+    def adapters(self, embeddings: Iterable[str | Path] = ()) -> Adapters:
+        """What the pipeline is handed: nothing on top of the model but these words."""
+        words = [word for source in embeddings for word in self.words(source)]
+        return Adapters(self.lora, self.shelf, words, tuple(self._widths))
+
+    def lora(self, name: str) -> Lora:
+        """A LoRA by its path or name.
+
+        Raises:
+            ConvertError: if it is not there, cannot be read, or is for another model.
+        """
+        path = _found("lora", name, "LoRA")
+        return _kept(self._loras, path, partial(self._read_lora, path))
+
+    def words(self, source: str | Path) -> list[Word]:
+        """The words of a file by its path or name; the first is the file's own name.
+
+        Raises:
+            ConvertError: if it is not there, cannot be read, or is for another model.
+        """
+        path = _found("embedding", str(source), "embedding")
+        return _kept(self._words, path, lambda: self._of(open_embedding(path)))
+
+    def shelf(self) -> dict[str, Callable[[], Word]]:
+        """What opens each word in the models' folders, by its name there: nothing is read yet."""
+        found: dict[str, Callable[[], Word]] = {}
+        for name, path in model_folders.list("embedding").items():
+            found.setdefault(name.rpartition("/")[2], lambda path=path: self.words(path)[0])
+        return found
+
+    def _read_lora(self, path: Path) -> Lora:
+        file = open_lora(path, self._configs)
+        vectors = [self._word(path, name, vectors) for name, vectors in file.vectors.items()]
+        return Lora(
+            name=path.stem,
+            updates=file.updates,
+            identity=_identity(path),
+            notes=_unmatched(file),
+            words=vectors,
+        )
+
+    def _of(self, file: EmbeddingFile) -> list[Word]:
+        return [self._word(file.path, name, vectors) for name, vectors in file.words.items()]
+
+    def _word(self, path: Path, name: str, vectors: Vectors) -> Word:
+        mine = fitted(path, name, vectors, self._widths)
+        return Word(name, {part: np.asarray(tensor.array) for part, tensor in mine.items()})
+
+
+def _found(kind: str, name: str, what: str) -> Path:
+    """The file that is meant."""
+    path = Path(name)
+    try:
+        path = path.expanduser()
+        if path.is_file():
+            return path
+    except (OSError, RuntimeError, ValueError):  # too long, "~nobody", a NUL
+        pass
+    named = model_folders.find(kind, name)
+    if named is not None:
+        return named
+    known = list(model_folders.list(kind))
+    shown = ", ".join(known[:SHOWN]) + (f" and {len(known) - SHOWN} more" if known[SHOWN:] else "")
+    where = f"${model_folders.VARIABLE}"
+    reason = f"no such file, and no {what} by that name in {where}"
+    raise UnreadableFile(one_line(name, 200) or "''", f"{reason} ({shown or 'which has none'})")
+
+
+def _identity(path: Path) -> object:
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise UnreadableFile(path, error.strerror or "cannot be read") from error
+    return str(path.resolve()), status.st_size, status.st_mtime_ns
+
+
+def _kept(shelf: "OrderedDict[object, Any]", path: Path, read: Callable[[], Any]) -> Any:
+    """What was read of a file, if it is kept and the file is as it was; else it is read now."""
+    key = _identity(path)
+    if key not in shelf:
+        shelf[key] = read()
+        if len(shelf) > KEPT:
+            shelf.popitem(last=False)
+    shelf.move_to_end(key)
+    return shelf[key]
+
+
+def _unmatched(file: LoraFile) -> list[str]:
+    """One line for what the model has no layer for."""
+    if not file.unmatched:
+        return []
+    names = [one_line(name, 80) for name in file.unmatched]
+    shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if names[SHOWN:] else "")
+    total = file.modules + len(names)
+    reason = next(iter(file.unmatched.values()))
+    return [
+        f"{file.path.name}: {len(names)} of its {total} layers are left out ({shown}): {reason}"
+    ]
