@@ -22,6 +22,7 @@ VERBS = {  # the file of the same name in this folder holds add_arguments(parser
     "convert": "convert a checkpoint into another layout",
     "inspect": "say what a checkpoint holds",
     "models": "list, fetch and clear models, and choose the default one",
+    "serve": "draw from a browser, and from programs over HTTP",
     "bench": "measure this machine, and what others take on it",
     "doctor": "say what this machine offers, and what is slow and why",
     "completion": "print the completion script of a shell",

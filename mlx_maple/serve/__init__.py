@@ -7,8 +7,8 @@ crashes takes nothing else with it.
     request -> security -> api/{v1,a1111,openai} -> Studio (queue, history) -> worker process
 
 config.py what may be asked for · uploads.py pictures that come in · queue.py whose turn it is ·
-store.py what outlives the process · link.py the worker from outside · studio.py all of it together ·
-catalog.py models by name · app.py the ASGI application.
+store.py what outlives the process · link.py the worker from outside · catalog.py models by name ·
+studio.py all of it together · app.py the ASGI application.
 
 It needs the packages of the extra `serve`.
 """

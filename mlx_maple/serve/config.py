@@ -35,7 +35,7 @@ class Limits:
     count: tuple[int, int] = (1, 16)
     pixels: int = 16 * 1024 * 1024
     prompt: int = 20_000
-    upload: int = 48 << 20
+    upload: int = 32 << 20
     upload_pixels: int = 40_000_000
     queued: int = 64
     queued_each: int = 32

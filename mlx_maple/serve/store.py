@@ -2,7 +2,7 @@
 
 Layout of the data folder:
 
-    history.sqlite3    jobs, pictures, presets, options; write-ahead log, every commit synced
+    history.sqlite3    jobs, pictures, presets, options; write-ahead log
     pictures/          <job>-<index>.png, each with its settings inside
     thumbnails/        made again when they are missing
     inputs/            pictures that waiting jobs start from
@@ -24,8 +24,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-from PIL import Image
 
 from mlx_maple import images
 from mlx_maple.images import ImageError
@@ -130,12 +128,14 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.close()
-            raise InUse(f"{folder}: another `maple serve` uses it (--data names a folder)") from None
+            raise InUse(
+                f"{folder}: another `maple serve` uses it (--data names a folder)"
+            ) from None
         self._db = sqlite3.connect(
             folder / "history.sqlite3", check_same_thread=False, isolation_level=None
         )
         self._db.execute("PRAGMA journal_mode=WAL")
-        self._db.execute("PRAGMA synchronous=FULL")
+        self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute("PRAGMA busy_timeout=5000")
         self._db.executescript(_SCHEMA)
 
@@ -223,9 +223,7 @@ class Store:
             match = _PICTURE.fullmatch(path.name)
             if match and path.stem not in known:
                 self._take_up(path, match[1], int(match[2]))
-        offered = self._jobs(
-            "WHERE state IN ('queued', 'running', 'offered') ORDER BY created", ()
-        )
+        offered = self._jobs("WHERE state IN ('queued', 'running', 'offered') ORDER BY created", ())
         left = []
         for record in offered:
             there = self._db.execute(

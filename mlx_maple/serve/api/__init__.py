@@ -1,0 +1,35 @@
+"""The HTTP APIs: ours (v1), AUTOMATIC1111's and OpenAI's, each a thin view of the studio."""
+
+import anyio
+from fastapi import Request
+
+from mlx_maple.serve.studio import Job, Studio
+
+
+def studio_of(request: Request) -> Studio:
+    """The server's insides."""
+    return request.app.state.studio
+
+
+def client_of(request: Request, api: str) -> str:
+    """Whose turn a request takes: what the page calls itself, else the address and the API."""
+    address = request.client.host if request.client else "?"
+    name = request.headers.get("x-maple-client", "")
+    is_name = 0 < len(name) <= 64 and all(c.isalnum() or c in "-_" for c in name)
+    return f"{address}/{name if is_name and name.isascii() else api}"
+
+
+async def drawn(request: Request, job: Job) -> Job:
+    """Wait for a job's end; one whose client has left is cancelled."""
+    studio = studio_of(request)
+    async with anyio.create_task_group() as tasks:
+
+        async def leave() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            await studio.cancel(job)
+
+        tasks.start_soon(leave)
+        await job.ended.wait()
+        tasks.cancel_scope.cancel()
+    return job

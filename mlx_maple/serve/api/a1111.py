@@ -1,0 +1,664 @@
+"""/sdapi/v1: as AUTOMATIC1111's web UI, for its clients.
+
+Source   AUTOMATIC1111/stable-diffusion-webui @v1.10.1 modules/api/api.py and models.py; what its
+         clients call: webuiapi 0.9.17.
+Differs  What a request leaves out comes from the model, not from 512x512 and 50 steps. Seeds draw
+         as on an NVIDIA card (``randn_source``, as there). "Only masked" inpainting redraws within
+         the whole picture. Face restoration, hypernetworks, scripts and interrogation are not
+         there: a request that asks for them ends in an error that says so. File names are told
+         without their folders.
+"""
+
+import asyncio
+import base64
+import io
+import json
+import time
+from dataclasses import fields
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Request
+from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from mlx_maple import images, metadata
+from mlx_maple.metadata import Settings
+from mlx_maple.serve.api import client_of, drawn, studio_of
+from mlx_maple.serve.draw import LIMITS, Draw
+from mlx_maple.serve.errors import ApiError
+from mlx_maple.serve.store import Picture
+from mlx_maple.serve.studio import Job, Studio
+from mlx_maple.serve.uploads import picture_bytes
+
+RESIZERS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
+FITS = {0: "stretch", 1: "crop"}
+NOISE = {"GPU": "nvidia", "NV": "nvidia", "CPU": "torch"}
+DEFAULT_OPTIONS: dict[str, Any] = {
+    "sd_vae": "Automatic",
+    "CLIP_stop_at_last_layers": 1,
+    "eta_noise_seed_delta": 0,
+    "randn_source": "NV",
+    "samples_format": "png",
+    "show_progress_every_n_steps": 1,
+    "live_previews_enable": True,
+}
+# What asks for something that is not there, and the values that do not.
+NOT_THERE = {
+    "restore_faces": "face restoration",
+    "script_name": "scripts",
+    "enable_hr": "the second, larger drawing (hires fix)",
+    "tiling": "tiling pictures",
+}
+
+
+class ErrorAnswer(BaseModel):
+    """A1111's error."""
+
+    error: str
+    detail: Any = ""
+    body: Any = ""
+    errors: str = ""
+
+
+router = APIRouter(
+    prefix="/sdapi/v1",
+    tags=["AUTOMATIC1111"],
+    responses={
+        code: {"model": ErrorAnswer, "description": text}
+        for code, text in {
+            401: "no token, or a wrong one",
+            404: "no such model, sampler, …",
+            422: "cannot be used",
+            429: "too many jobs wait",
+            500: "the drawing failed",
+        }.items()
+    },
+)
+
+
+class _Asked(BaseModel):
+    """What both kinds of drawing take. Fields that mean nothing here are passed over."""
+
+    model_config = ConfigDict(extra="allow")
+    prompt: str = Field("", max_length=LIMITS.prompt)
+    negative_prompt: str | None = Field("", max_length=LIMITS.prompt)
+    styles: list[str] | None = Field(None, max_length=50)
+    seed: int | None = Field(-1, ge=-1, le=2**63 - 1)
+    subseed: int | None = Field(-1, ge=-1, le=2**63 - 1)
+    subseed_strength: float | None = Field(0, ge=0, le=1)
+    sampler_name: str | None = Field(None, max_length=80)
+    sampler_index: str | None = Field(None, max_length=80)
+    scheduler: str | None = Field(None, max_length=80)
+    batch_size: int | None = Field(1, ge=1, le=LIMITS.count[1])
+    n_iter: int | None = Field(1, ge=1, le=LIMITS.count[1])
+    steps: int | None = Field(None, ge=LIMITS.steps[0], le=LIMITS.steps[1])
+    cfg_scale: float | None = Field(None, ge=-100, le=100, allow_inf_nan=False)
+    width: int | None = Field(None, ge=LIMITS.width[0], le=LIMITS.width[1])
+    height: int | None = Field(None, ge=LIMITS.height[0], le=LIMITS.height[1])
+    eta: float | None = Field(None, ge=0, le=1)
+    restore_faces: bool | None = False
+    tiling: bool | None = False
+    script_name: str | None = Field(None, max_length=200)
+    alwayson_scripts: dict[str, Any] | None = None
+    override_settings: dict[str, Any] | None = None
+    send_images: bool = True
+
+
+class Txt2Img(_Asked):
+    """A drawing from a prompt."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "a red maple leaf", "steps": 20, "seed": 7, "sampler_name": "Euler a"}
+            ]
+        },
+    )
+    enable_hr: bool | None = False
+
+
+class Img2Img(_Asked):
+    """A drawing from a picture, or of a part of it."""
+
+    init_images: list[str] | None = Field(None, max_length=8)
+    mask: str | None = None
+    mask_blur: float | None = Field(4, ge=0, le=64)
+    inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
+    resize_mode: int | None = Field(0, ge=0, le=3)
+    denoising_strength: float | None = Field(0.75, ge=0, le=1)
+
+
+class Drawn(BaseModel):
+    """What was drawn."""
+
+    images: list[str] = Field(description="base64 of PNG files")
+    parameters: dict[str, Any]
+    info: str = Field(description="a JSON object as text")
+
+
+class Progress(BaseModel):
+    """How far the job is that is drawn now."""
+
+    progress: float
+    eta_relative: float
+    state: dict[str, Any]
+    current_image: str | None = None
+    textinfo: str | None = None
+
+
+# Drawing -----------------------------------------------------------------------------------------
+
+
+@router.post("/txt2img")
+async def txt2img(request: Request, asked: Txt2Img) -> Drawn:
+    """Draw from a prompt."""
+    return await _draw(request, asked, {})
+
+
+@router.post("/img2img")
+async def img2img(request: Request, asked: Img2Img) -> Drawn:
+    """Draw from a picture, or a part of one again."""
+    if not asked.init_images:
+        raise ApiError(404, "Init image not found")
+    if len(asked.init_images) > 1:
+        raise ApiError(422, "one picture is drawn from at a time", field="init_images")
+    if (mode := asked.resize_mode or 0) not in FITS:
+        raise ApiError(422, "resize_mode: 0 and 1 are offered here", field="resize_mode")
+    pixels = studio_of(request).config.limits.upload_pixels
+    inputs = await asyncio.to_thread(_inputs, asked, pixels)
+    extra: dict[str, Any] = {"strength": asked.denoising_strength, "fit": FITS[mode]}
+    if "mask" in inputs:
+        extra["mask_blur"] = asked.mask_blur
+    return await _draw(request, asked, inputs, **extra)
+
+
+def _inputs(asked: Img2Img, pixels: int) -> dict[str, bytes]:
+    assert asked.init_images
+    inputs = {"image": picture_bytes(asked.init_images[0], pixels)}
+    if asked.mask:
+        data = picture_bytes(asked.mask, pixels)
+        if asked.inpainting_mask_invert:
+            grey = ImageOps.invert(images.to_grey(images.decode_image(data, pixels)))
+            data = _png(grey)
+        inputs["mask"] = data
+    return inputs
+
+
+async def _draw(request: Request, asked: _Asked, inputs: dict[str, bytes], **extra: Any) -> Drawn:
+    studio = studio_of(request)
+    _refuse(asked)
+    options = {**await _options(studio), **(asked.override_settings or {})}
+    asked = await _with_styles(studio, asked)
+    draw = _translated(asked, options, extra)
+    job = await studio.submit(client_of(request, "a1111"), draw, files=inputs, only_watched=True)
+    await drawn(request, job)
+    if job.state == "failed":
+        error = job.error or {"code": "failed", "message": ""}
+        status = 422 if error["code"] == "invalid" else 500
+        raise ApiError(status, error["message"], code=error["code"])
+    encoded = [await _encoded(studio, picture) for picture in job.pictures]
+    if job.seen is not None:  # interrupted: what was seen of it
+        encoded = [job.seen]
+    parameters = asked.model_dump(exclude={"init_images", "mask"})
+    return Drawn(
+        images=encoded if asked.send_images else [],
+        parameters=parameters,
+        info=json.dumps(_info(asked, job)),
+    )
+
+
+def _refuse(asked: _Asked) -> None:
+    """An error for what would otherwise be passed over, and change the picture."""
+    for name, what in NOT_THERE.items():
+        if getattr(asked, name, None):
+            raise ApiError(422, f"{name}: {what} are not offered here", field=name)
+    for name, script in (asked.alwayson_scripts or {}).items():
+        arguments = script.get("args") if isinstance(script, dict) else None
+        if arguments:
+            raise ApiError(422, f"always on script {name[:80]} not found", field="alwayson_scripts")
+
+
+async def _with_styles(studio: Studio, asked: Any) -> Any:
+    """The request with the prompts of its styles, which are presets here, put in."""
+    if not asked.styles:
+        return asked
+    found = {name: draw for name, draw, _ in await studio.stored(studio.store.presets)}
+    prompts = {"prompt": asked.prompt, "negative_prompt": asked.negative_prompt or ""}
+    for style in asked.styles:
+        for name in prompts:
+            text = found.get(style, {}).get(name, "")
+            if "{prompt}" in text:
+                prompts[name] = text.replace("{prompt}", prompts[name])
+            elif text:
+                prompts[name] = f"{prompts[name]}, {text}" if prompts[name] else text
+    return asked.model_copy(update=prompts)
+
+
+def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -> Draw:
+    """A1111's request in our words."""
+    values: dict[str, Any] = {
+        "prompt": asked.prompt,
+        "negative_prompt": asked.negative_prompt or "",
+        "model": options.get("sd_model_checkpoint") or None,
+        "width": None if asked.width is None else asked.width // 8 * 8,
+        "height": None if asked.height is None else asked.height // 8 * 8,
+        "steps": asked.steps,
+        "guidance_scale": asked.cfg_scale,
+        "count": (asked.batch_size or 1) * (asked.n_iter or 1),
+        "seed": None if asked.seed in (None, -1) else asked.seed,
+        "noise": NOISE.get(str(options.get("randn_source")), "nvidia"),
+        "clip_skip": options.get("CLIP_stop_at_last_layers") or None,
+        "ensd": options.get("eta_noise_seed_delta") or None,
+        **extra,
+    }
+    if asked.subseed_strength:
+        values["variation_strength"] = asked.subseed_strength
+        values["variation_seed"] = None if asked.subseed in (None, -1) else asked.subseed
+    if options.get("sd_vae") not in (None, "", "Automatic", "None"):
+        values["vae"] = options["sd_vae"]
+    if sampler := asked.sampler_name or asked.sampler_index:
+        words, _ = metadata.sampler_words(sampler, asked.scheduler or "", asked.steps or 20)
+        if "sampler" not in words:
+            raise ApiError(404, f"Sampler not found: {sampler}", field="sampler_name")
+        if "schedule" not in words and asked.scheduler:
+            raise ApiError(404, f"Scheduler not found: {asked.scheduler}", field="scheduler")
+        values |= words
+        if asked.eta is not None and _has_eta(words["sampler"]):
+            values["eta"] = asked.eta
+    try:
+        return Draw(**values)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0])
+        raise ApiError(422, f"{name}: {fault['msg']}", field=name) from None
+
+
+def _has_eta(sampler: str) -> bool:
+    from mlx_maple.sampling import SAMPLERS
+
+    return SAMPLERS[sampler].eta is not None
+
+
+async def _encoded(studio: Studio, picture: Picture) -> str:
+    path = studio.store.picture_path(picture)
+    return await asyncio.to_thread(lambda: base64.b64encode(path.read_bytes()).decode("ascii"))
+
+
+def _info(asked: _Asked, job: Job) -> dict[str, Any]:
+    """The JSON text that tells of a drawing."""
+    every = [_settings(picture) for picture in job.pictures]
+    first = every[0] if every else Settings(prompt=asked.prompt)
+    return {
+        "prompt": first.prompt,
+        "all_prompts": [settings.prompt for settings in every],
+        "negative_prompt": first.negative_prompt,
+        "all_negative_prompts": [settings.negative_prompt for settings in every],
+        "seed": first.seed,
+        "all_seeds": [settings.seed for settings in every],
+        "subseed": first.variation_seed,
+        "all_subseeds": [settings.variation_seed for settings in every],
+        "subseed_strength": first.variation_strength,
+        "width": first.width,
+        "height": first.height,
+        "sampler_name": metadata.sampler_label(first.sampler or ""),
+        "cfg_scale": first.guidance_scale,
+        "steps": first.steps,
+        "batch_size": asked.batch_size,
+        "restore_faces": False,
+        "face_restoration_model": None,
+        "sd_model_name": first.model,
+        "sd_model_hash": first.model_hash,
+        "sd_vae_name": first.vae or None,
+        "sd_vae_hash": None,
+        "seed_resize_from_w": -1,
+        "seed_resize_from_h": -1,
+        "denoising_strength": first.strength,
+        "extra_generation_params": {"Notes": "; ".join(job.notes)} if job.notes else {},
+        "index_of_first_image": 0,
+        "infotexts": [metadata.to_parameters(settings) for settings in every],
+        "styles": asked.styles or [],
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", time.localtime(job.created)),
+        "clip_skip": first.clip_skip,
+        "is_using_inpainting_conditioning": False,
+        "version": first.version,
+    }
+
+
+def _settings(picture: Picture) -> Settings:
+    known = {field.name for field in fields(Settings)}
+    return Settings(**{k: v for k, v in picture.settings.items() if k in known})
+
+
+# While it is drawn -------------------------------------------------------------------------------
+
+
+@router.get("/progress")
+async def progress(request: Request, skip_current_image: bool = False) -> Progress:
+    """How far the job is that is drawn now; asking keeps its previews coming."""
+    studio = studio_of(request)
+    job = studio.current
+    if job is None:
+        return Progress(progress=0, eta_relative=0, state=_state(None, studio.waiting))
+    if not skip_current_image:
+        studio.watch(job)
+    far = job.progress or {}
+    return Progress(
+        progress=max(0.01, min(1.0, far.get("fraction", 0.0))),
+        eta_relative=far.get("seconds_left", 0.0),
+        state=_state(job, studio.waiting),
+        current_image=None if skip_current_image else job.preview,
+        textinfo=far.get("detail") or None,
+    )
+
+
+def _state(job: Job | None, waiting: int) -> dict[str, Any]:
+    far = (job.progress or {}) if job is not None else {}
+    is_sampling = far.get("stage") in ("sample", "decode")
+    created = time.localtime(job.created) if job is not None else None
+    return {
+        "skipped": False,
+        "interrupted": bool(job and job.cancelling),
+        "stopping_generation": bool(job and job.cancelling),
+        "job": job.id if job else "",
+        "job_count": (1 if job else 0) + waiting,
+        "job_timestamp": time.strftime("%Y%m%d%H%M%S", created) if created else "0",
+        "job_no": 0,
+        "sampling_step": far.get("step", 0) if is_sampling else 0,
+        "sampling_steps": far.get("total", 0) if is_sampling else 0,
+    }
+
+
+@router.post("/interrupt")
+async def interrupt(request: Request) -> dict[str, Any]:
+    """End the job that is drawn now; its request is answered with what was seen of it."""
+    studio = studio_of(request)
+    if studio.current is not None:
+        await studio.cancel(studio.current)
+    return {}
+
+
+@router.post("/skip")
+async def skip(request: Request) -> dict[str, Any]:
+    """The same: a job is one drawing here."""
+    return await interrupt(request)
+
+
+# Options and lists -------------------------------------------------------------------------------
+
+
+async def _options(studio: Studio) -> dict[str, Any]:
+    stored = await studio.stored(studio.store.options)
+    stored.pop("secret", None)
+    return {"sd_model_checkpoint": studio.catalog.default, **DEFAULT_OPTIONS, **stored}
+
+
+@router.get("/options")
+async def options(request: Request) -> dict[str, Any]:
+    """The options that mean something here."""
+    return await _options(studio_of(request))
+
+
+@router.post("/options")
+async def set_options(
+    request: Request,
+    asked: Annotated[dict[str, Any], Body(examples=[{"sd_model_checkpoint": "demo"}])],
+) -> dict[str, Any]:
+    """Set options; those that mean nothing here are passed over."""
+    studio = studio_of(request)
+    known = {
+        name: value
+        for name, value in asked.items()
+        if name in DEFAULT_OPTIONS or name == "sd_model_checkpoint"
+    }
+    for name, value in known.items():
+        expected = type(DEFAULT_OPTIONS.get(name, ""))
+        if name == "sd_model_checkpoint":
+            if not isinstance(value, str):
+                raise ApiError(422, "sd_model_checkpoint: a model's title", field=name)
+            entry = await asyncio.to_thread(studio.catalog.find, value)
+            known[name] = entry.id
+        elif name == "randn_source" and value not in NOISE:
+            raise ApiError(422, f"randn_source: one of {', '.join(NOISE)}", field=name)
+        elif not isinstance(value, expected) or (isinstance(value, str) and len(value) > 300):
+            raise ApiError(422, f"{name}: takes {expected.__name__}", field=name)
+        elif expected is int and not -(2**53) <= value <= 2**53:
+            raise ApiError(422, f"{name}: out of bounds", field=name)
+    await studio.stored(studio.store.set_options, known)
+    return {}
+
+
+@router.get("/cmd-flags")
+async def flags() -> dict[str, Any]:
+    """What A1111 was started with; nothing of it applies."""
+    return {}
+
+
+@router.get("/sd-models")
+async def models(request: Request) -> list[dict[str, Any]]:
+    """Models that can be drawn with."""
+    entries = await asyncio.to_thread(studio_of(request).catalog.entries)
+    return [
+        {
+            "title": entry.id,
+            "model_name": entry.id,
+            "hash": None,
+            "sha256": None,
+            "filename": entry.file or entry.id,
+            "config": None,
+        }
+        for entry in entries
+        if entry.is_here
+    ]
+
+
+@router.get("/sd-vae")
+async def vaes(request: Request) -> list[dict[str, str]]:
+    """Autoencoders in the model folders."""
+    found = await asyncio.to_thread(studio_of(request).catalog.networks, "vae")
+    return [{"model_name": name, "filename": path.name} for name, path in found.items()]
+
+
+@router.get("/loras")
+async def loras(request: Request) -> list[dict[str, Any]]:
+    """LoRAs in the model folders."""
+    found = await asyncio.to_thread(studio_of(request).catalog.networks, "lora")
+    return [
+        {"name": name, "alias": name, "path": path.name, "metadata": {}}
+        for name, path in found.items()
+    ]
+
+
+@router.get("/embeddings")
+async def embeddings(request: Request) -> dict[str, Any]:
+    """Textual inversions in the model folders; what is in them is not looked at here."""
+    found = await asyncio.to_thread(studio_of(request).catalog.networks, "embedding")
+    item = {"step": None, "sd_checkpoint": None, "sd_checkpoint_name": None}
+    return {
+        "loaded": {name: {**item, "shape": 0, "vectors": 0} for name in found},
+        "skipped": {},
+    }
+
+
+@router.get("/samplers")
+async def samplers() -> list[dict[str, Any]]:
+    """Samplers under A1111's names."""
+    return [
+        {"name": label, "aliases": list(aliases), "options": {}}
+        for label, aliases in metadata.sampler_labels().items()
+    ]
+
+
+@router.get("/schedulers")
+async def schedulers() -> list[dict[str, Any]]:
+    """Schedules under A1111's names."""
+    labels = {"automatic": "Automatic", **metadata.schedule_labels()}
+    return [
+        {
+            "name": name,
+            "label": label,
+            "aliases": None,
+            "default_rho": 7.0 if name == "karras" else -1,
+            "need_inner_model": False,
+        }
+        for name, label in labels.items()
+    ]
+
+
+@router.get("/upscalers")
+async def upscalers(request: Request) -> list[dict[str, Any]]:
+    """What extra-single-image can enlarge with."""
+    return [
+        {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4}
+        for name in ("None", *RESIZERS)
+    ]
+
+
+@router.get("/prompt-styles")
+async def styles(request: Request) -> list[dict[str, Any]]:
+    """Presets, as A1111's styles."""
+    studio = studio_of(request)
+    return [
+        {
+            "name": name,
+            "prompt": draw.get("prompt", ""),
+            "negative_prompt": draw.get("negative_prompt", ""),
+        }
+        for name, draw, _ in await studio.stored(studio.store.presets)
+    ]
+
+
+@router.get("/hypernetworks")
+@router.get("/face-restorers")
+@router.get("/realesrgan-models")
+@router.get("/latent-upscale-modes")
+@router.get("/script-info")
+@router.get("/extensions")
+async def nothing() -> list[dict[str, Any]]:
+    """Things that A1111 has and this server does not."""
+    return []
+
+
+@router.get("/scripts")
+async def scripts() -> dict[str, list[str]]:
+    """Scripts: none."""
+    return {"txt2img": [], "img2img": []}
+
+
+@router.post("/refresh-checkpoints")
+@router.post("/refresh-loras")
+@router.post("/refresh-vae")
+@router.post("/refresh-embeddings")
+async def refresh(request: Request) -> dict[str, Any]:
+    """Look at the disk again."""
+    catalog = studio_of(request).catalog
+    await asyncio.to_thread(lambda: catalog.entries(again=True))
+    return {}
+
+
+@router.post("/unload-checkpoint")
+async def unload(request: Request) -> dict[str, Any]:
+    """Give the memory of models back, if nothing is drawn."""
+    studio_of(request).unload()
+    return {}
+
+
+@router.post("/reload-checkpoint")
+async def reload() -> dict[str, Any]:
+    """Nothing: the next job loads what it needs."""
+    return {}
+
+
+@router.get("/memory")
+async def memory(request: Request) -> dict[str, Any]:
+    """Memory of the machine and of the device, in bytes."""
+    from mlx_maple.cli import _memory
+
+    free = await asyncio.to_thread(_memory.free_memory)
+    total = studio_of(request).device.get("memory")
+    used = None if free is None or total is None else max(0, total - int(free))
+    ram = {"free": free, "used": used, "total": total}
+    return {"ram": ram, "cuda": {"error": "unavailable"}}
+
+
+# Pictures ----------------------------------------------------------------------------------------
+
+
+class PngInfoRequest(BaseModel):
+    """A picture with settings inside."""
+
+    image: str = Field(min_length=1)
+
+
+@router.post("/png-info")
+async def png_info(request: Request, asked: PngInfoRequest) -> dict[str, Any]:
+    """A1111's text of a picture, and what it says."""
+    pixels = studio_of(request).config.limits.upload_pixels
+
+    def read() -> dict[str, Any]:
+        image = images.decode_image(picture_bytes(asked.image.strip(), pixels))
+        texts = images.texts_of(image)
+        info = texts.get("parameters", "")
+        return {"info": info, "items": texts, "parameters": metadata.pairs_of(info)}
+
+    return await asyncio.to_thread(read)
+
+
+class ExtrasRequest(BaseModel):
+    """A picture to enlarge. Fields that mean nothing here are passed over."""
+
+    model_config = ConfigDict(extra="allow")
+    image: str = Field(min_length=1)
+    resize_mode: Literal[0, 1] = 0
+    upscaling_resize: float = Field(2, gt=0, le=8)
+    upscaling_resize_w: int = Field(512, ge=1, le=8192)
+    upscaling_resize_h: int = Field(512, ge=1, le=8192)
+    upscaling_crop: bool = True
+    upscaler_1: str = Field("None", max_length=80)
+
+
+@router.post("/extra-single-image")
+async def extra_single_image(request: Request, asked: ExtrasRequest) -> dict[str, str]:
+    """Enlarge a picture."""
+    limits = studio_of(request).config.limits
+
+    def enlarge() -> str:
+        data = picture_bytes(asked.image, limits.upload_pixels)
+        image = images.to_rgb(images.decode_image(data, limits.upload_pixels))
+        if asked.upscaler_1 == "None":
+            return base64.b64encode(_png(image)).decode("ascii")
+        if asked.upscaler_1 not in RESIZERS:
+            raise ApiError(404, f"Upscaler not found: {asked.upscaler_1}", field="upscaler_1")
+        if asked.resize_mode == 1:
+            size = asked.upscaling_resize_w, asked.upscaling_resize_h
+        else:
+            factor = asked.upscaling_resize
+            size = max(1, int(image.width * factor)), max(1, int(image.height * factor))
+        if size[0] * size[1] > limits.upload_pixels:
+            raise ApiError(422, f"{size[0]}x{size[1]} is too large", field="upscaling_resize")
+        if asked.resize_mode == 1 and asked.upscaling_crop:
+            image = ImageOps.fit(image, size, RESIZERS[asked.upscaler_1])
+        else:
+            image = image.resize(size, RESIZERS[asked.upscaler_1])
+        return base64.b64encode(_png(image)).decode("ascii")
+
+    return {"html_info": "", "image": await asyncio.to_thread(enlarge)}
+
+
+class InterrogateRequest(BaseModel):
+    """A picture to describe."""
+
+    image: str = ""
+    model: str = "clip"
+
+
+@router.post("/interrogate")
+async def interrogate(asked: InterrogateRequest) -> dict[str, Any]:
+    """Describe a picture: there is no model for that here."""
+    raise ApiError(404, "Model not found: pictures are not described here", field="model")
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

@@ -1,0 +1,191 @@
+"""The ASGI application, and the server that runs it."""
+
+import socket
+import sys
+import webbrowser
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse, Response
+from starlette.staticfiles import StaticFiles
+
+from mlx_maple import __version__
+from mlx_maple.images import ImageError
+from mlx_maple.serve.api import a1111, openai, v1
+from mlx_maple.serve.catalog import UnknownName
+from mlx_maple.serve.config import Config
+from mlx_maple.serve.draw import Undrawable
+from mlx_maple.serve.errors import ApiError, error_response
+from mlx_maple.serve.queue import Busy
+from mlx_maple.serve.security import PatientProtocol, Security
+from mlx_maple.serve.studio import Studio
+
+PAGE = Path(__file__).with_name("page")
+DESCRIPTION = """Stable Diffusion on MLX. `/api/v1` is the server's own API; `/sdapi/v1` speaks as
+AUTOMATIC1111's web UI does, `/v1` as OpenAI does, as far as pictures go."""
+
+
+def make_app(config: Config) -> FastAPI:
+    """The application; its history is opened, and its worker started, when it starts.
+
+    Raises:
+        InUse: another server has the data folder.
+        OSError: it cannot be written.
+    """
+    studio = Studio(config)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await studio.start()
+        yield
+        await studio.close()
+
+    app = FastAPI(
+        title="mlx-maple",
+        version=__version__,
+        description=DESCRIPTION,
+        license_info={"name": "MIT"},
+        lifespan=lifespan,
+        docs_url=None,  # its scripts come from elsewhere
+        redoc_url=None,
+    )
+    app.state.studio = studio
+    for api in (v1, a1111, openai):
+        app.include_router(api.router)
+    _answer_errors(app)
+    if (PAGE / "index.html").is_file():
+        app.mount("/page", StaticFiles(directory=PAGE), name="page")
+
+        @app.get("/", include_in_schema=False)
+        async def index() -> FileResponse:
+            return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
+
+    app.add_middleware(Security, config=config, secret=lambda: studio.secret)
+    return app
+
+
+def _answer_errors(app: FastAPI) -> None:
+    """Errors in the form of the API that was asked."""
+
+    @app.exception_handler(ApiError)
+    async def api_error(request: Request, error: ApiError) -> Response:
+        details = [{"field": error.field, "message": error.message}] if error.field else []
+        return error_response(
+            request.url.path,
+            error.status,
+            error.message,
+            code=error.code,
+            details=details,
+            headers=error.headers,
+        )
+
+    @app.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        return error_response(
+            request.url.path, error.status_code, str(error.detail), headers=error.headers
+        )
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        details = [
+            {
+                "field": ".".join(str(part) for part in fault["loc"] if part != "body") or "body",
+                "message": _printable(fault["msg"]),
+            }
+            for fault in error.errors()[:20]
+        ]
+        message = "; ".join(f"{d['field']}: {d['message']}" for d in details[:3])
+        return error_response(request.url.path, 422, message, details=details)
+
+    @app.exception_handler(Busy)
+    async def busy(request: Request, error: Busy) -> Response:
+        headers = {"retry-after": str(error.retry_after)}
+        return error_response(request.url.path, 429, str(error), headers=headers)
+
+    @app.exception_handler(UnknownName)
+    async def unknown(request: Request, error: UnknownName) -> Response:
+        return error_response(request.url.path, 404, _printable(str(error)))
+
+    @app.exception_handler(ImageError)
+    @app.exception_handler(Undrawable)
+    async def unusable(request: Request, error: ValueError) -> Response:
+        return error_response(request.url.path, 422, _printable(str(error).rstrip(".")))
+
+    @app.exception_handler(Exception)
+    async def fault(request: Request, error: Exception) -> Response:
+        name = type(error).__name__
+        return error_response(request.url.path, 500, f"a fault in the server ({name}); see its log")
+
+
+def _printable(text: str) -> str:
+    """One line that holds no control characters and no lone surrogates."""
+    line = " ".join(text[:1000].split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
+
+
+class _Server(uvicorn.Server):
+    """Says where it is, and opens a browser, when it answers."""
+
+    def __init__(self, config: uvicorn.Config, address: str, *, opens: bool) -> None:
+        super().__init__(config)
+        self._address = address
+        self._opens = opens
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            print(f"maple: drawing at {self._address} (Ctrl-C ends it)", file=sys.stderr)
+            if self._opens:
+                webbrowser.open(self._address)
+
+
+def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> None:
+    """Run until it is told to end.
+
+    Args:
+        config: of the server.
+        opens: show the page in a browser.
+        is_verbose: log every request.
+
+    Raises:
+        InUse: another server has the data folder.
+        OSError: the folder cannot be written, or the address is taken.
+    """
+    listener = _listening(config)
+    port = listener.getsockname()[1]
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    shown = "127.0.0.1" if config.host == "0.0.0.0" else "[::1]" if config.host == "::" else host
+    query = f"/?token={config.token}" if config.token else "/"
+    with listener:
+        PatientProtocol.header_seconds = config.limits.header_seconds
+        settings = uvicorn.Config(
+            make_app(config),
+            http=PatientProtocol,
+            ws="none",
+            log_level="info" if is_verbose else "warning",
+            access_log=is_verbose,
+            server_header=False,
+            timeout_graceful_shutdown=2,
+            h11_max_incomplete_event_size=64 << 10,
+        )
+        server = _Server(settings, f"http://{shown}:{port}{query}", opens=opens)
+        server.run(sockets=[listener])
+
+
+def _listening(config: Config) -> socket.socket:
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+        listener.listen(512)
+    except OSError as error:
+        listener.close()
+        place = f"{config.host}:{config.port}"
+        raise OSError(error.errno, f"{error.strerror} (--port names another)", place) from None
+    return listener

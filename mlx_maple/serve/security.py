@@ -1,0 +1,300 @@
+"""Who may ask, from where, and how much: checked before any part of the application sees a request.
+
+What is kept out, and how:
+
+    pages of other sites          Origin and Sec-Fetch-Site must be our own; no CORS header is sent
+    DNS rebinding                 Host must be an address, localhost or an allowed name
+    people on the network         a token, compared in constant time, in every request
+    scripts in our own page       a content security policy that allows our files only
+    bodies too large or too slow  bounded in bytes and in seconds, and read whole before they count
+    heads that never end          bounded in seconds
+"""
+
+import asyncio
+import base64
+import binascii
+import hashlib
+import hmac
+import ipaddress
+import time
+from collections.abc import Callable, Mapping
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qs, quote, urlsplit
+
+import anyio
+import h11
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from mlx_maple.serve.config import Config
+from mlx_maple.serve.errors import ApiError, error_response
+
+COOKIE = "maple_session"
+COOKIE_SECONDS = 30 * 24 * 3600
+URL_SECONDS = 3600  # that a signed address of a picture is good for, as OpenAI's are
+OPEN_PATHS = ("/api/v1/health",)  # answered without a token
+
+HEADERS = (
+    (
+        "content-security-policy",
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+        "connect-src 'self'; font-src 'self'; manifest-src 'self'; base-uri 'none'; "
+        "form-action 'none'; frame-ancestors 'none'",
+    ),
+    ("x-content-type-options", "nosniff"),
+    ("referrer-policy", "no-referrer"),
+    ("cross-origin-opener-policy", "same-origin"),
+    ("cross-origin-resource-policy", "same-origin"),
+    ("permissions-policy", "camera=(), microphone=(), geolocation=()"),
+)
+
+
+class Security:
+    """The outermost layer of the application."""
+
+    def __init__(self, app: ASGIApp, config: Config, secret: Callable[[], bytes]) -> None:
+        """Guard ``app``; what ``secret`` signed is let in without a token."""
+        self._app = app
+        self._config = config
+        self._secret = secret
+        self._names = {name.lower().rstrip(".") for name in config.allowed_hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request that is refused; pass any other on, its body read."""
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":  # no websocket is offered
+            return None
+
+        async def send_with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                headers = list(message.get("headers", ()))
+                there = {name.lower() for name, _ in headers}
+                headers += [
+                    (name.encode(), value.encode())
+                    for name, value in HEADERS
+                    if name.encode() not in there
+                ]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        headers = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        try:
+            self._check_source(headers)
+            entrance = self._check_token(scope, headers)
+            if entrance is not None:
+                return await entrance(scope, receive, send_with_headers)
+            receive = await self._whole_body(headers, receive)
+        except ApiError as error:
+            refusal = error_response(
+                scope["path"], error.status, error.message, code=error.code, headers=error.headers
+            )
+            return await refusal(scope, receive, send_with_headers)
+        if receive is None:
+            return None  # the client has left
+        await self._app(scope, receive, send_with_headers)
+        return None
+
+    # From where --------------------------------------------------------------------------------
+
+    def _check_source(self, headers: Mapping[str, str]) -> None:
+        host = headers.get("host", "")
+        if not self._is_ours(host):
+            raise ApiError(
+                403,
+                f"this server is not called {host[:100]!r}: ask for it by address or as localhost, "
+                "or start it with --allow-host NAME",
+            )
+        origin = headers.get("origin")
+        if origin is not None and _netloc(origin) != host.lower():
+            raise ApiError(403, f"requests from pages of {origin[:100]!r} are not answered")
+        site, mode = headers.get("sec-fetch-site", "none"), headers.get("sec-fetch-mode")
+        if site not in ("none", "same-origin") and mode != "navigate":
+            raise ApiError(403, "requests from other sites' pages are not answered")
+
+    def _is_ours(self, host: str) -> bool:
+        """Whether a Host header can only come from someone who means this server.
+
+        A page that has its own name point at this machine (DNS rebinding) sends that name; an
+        address in figures cannot be pointed elsewhere.
+        """
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        name = name.rstrip(".")
+        if name == "localhost" or name.endswith(".localhost") or name in self._names:
+            return True
+        try:
+            address = ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return address.is_loopback or not self._config.is_local
+
+    # Who ---------------------------------------------------------------------------------------
+
+    def _check_token(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
+        """Refuse who does not know the token; the answer to who brings it in the page's address."""
+        token, path = self._config.token, scope["path"]
+        query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=50)
+        if token is not None and _same(query.get("token", [""])[0], token):
+            if scope["method"] == "GET" and not path.startswith(("/api/", "/sdapi/", "/v1/")):
+                response = Response(status_code=303, headers={"location": quote(path)})
+                response.set_cookie(
+                    COOKIE,
+                    session_of(token),
+                    max_age=COOKIE_SECONDS,
+                    httponly=True,
+                    samesite="strict",
+                )
+                return response
+        if token is None or path in OPEN_PATHS or self._knows(token, headers):
+            return None
+        if is_signed(self._secret(), path, query):
+            return None
+        raise ApiError(
+            401,
+            "this server asks for its token: as a bearer token, as the password of basic "
+            "authentication, or once as /?token=… in a browser",
+            headers={"www-authenticate": "Bearer"},
+        )
+
+    @staticmethod
+    def _knows(token: str, headers: Mapping[str, str]) -> bool:
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and _same(credentials.strip(), token):
+            return True
+        if scheme.lower() == "basic":
+            try:
+                decoded = base64.b64decode(credentials, validate=True).decode("utf-8")
+            except (binascii.Error, ValueError):
+                return False
+            return _same(decoded.partition(":")[2], token)
+        if _same(headers.get("x-maple-token", ""), token):
+            return True
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
+        except CookieError:
+            return False
+        return cookie is not None and _same(cookie.value, session_of(token))
+
+    # How much ----------------------------------------------------------------------------------
+
+    async def _whole_body(self, headers: Mapping[str, str], receive: Receive) -> Any:
+        """A ``receive`` that hands on the body, which is there; None where the client has left."""
+        limits = self._config.limits
+        too_large = ApiError(
+            413,
+            f"a request has {limits.upload:,} bytes at most",
+            headers={"connection": "close"},
+        )
+        declared = headers.get("content-length", "")
+        if declared.isdigit() and int(declared) > limits.upload:
+            raise too_large
+        chunks: list[bytes] = []
+        size, is_whole = 0, False
+        try:
+            with anyio.fail_after(limits.body_seconds):
+                while not is_whole:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    is_whole = not message.get("more_body", False)
+                    if size > limits.upload:
+                        raise too_large
+        except TimeoutError:
+            raise ApiError(
+                408,
+                f"the request was not there whole after {limits.body_seconds:g} seconds",
+                headers={"connection": "close"},
+            ) from None
+        body: bytes | None = b"".join(chunks)
+
+        async def replay() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()  # waits until the client leaves
+            message = {"type": "http.request", "body": body, "more_body": False}
+            body = None
+            return message
+
+        return replay
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP/1.1 that waits a bounded time for a request's head, as uvicorn does not."""
+
+    header_seconds = 10.0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Expect a request."""
+        super().connection_made(transport)
+        self._timer: asyncio.TimerHandle | None = None
+        self._expect_a_head()
+
+    def data_received(self, data: bytes) -> None:
+        """Expect the rest of a head that has begun."""
+        super().data_received(data)
+        self._expect_a_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Expect nothing more."""
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def _expect_a_head(self) -> None:
+        if self.conn.their_state is not h11.IDLE:
+            self._stop_waiting()
+        elif self._timer is None:
+            self._timer = self.loop.call_later(self.header_seconds, self._give_up)
+
+    def _stop_waiting(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _give_up(self) -> None:
+        self._timer = None
+        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+            self.transport.close()
+
+
+def session_of(token: str) -> str:
+    """What a browser's cookie holds: proof of the token, not the token."""
+    return hmac.new(token.encode(), b"mlx-maple session", hashlib.sha256).hexdigest()
+
+
+def signed(secret: bytes, path: str) -> str:
+    """A path with a signature that opens it for an hour."""
+    expires = int(time.time()) + URL_SECONDS
+    return f"{path}?expires={expires}&key={_signature(secret, path, expires)}"
+
+
+def is_signed(secret: bytes, path: str, query: Mapping[str, list[str]]) -> bool:
+    """Whether the query holds a signature of the path that is still good."""
+    expires, key = query.get("expires", [""])[0], query.get("key", [""])[0]
+    if not expires.isdigit() or len(expires) > 12 or int(expires) < time.time():
+        return False
+    return _same(key, _signature(secret, path, int(expires)))
+
+
+def _signature(secret: bytes, path: str, expires: int) -> str:
+    return hmac.new(secret, f"{path}\n{expires}".encode(), hashlib.sha256).hexdigest()
+
+
+def _same(given: str, expected: str) -> bool:
+    """Compare in a time that does not depend on how much is right."""
+    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), expected.encode())
+
+
+def _netloc(origin: str) -> str:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""

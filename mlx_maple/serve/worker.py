@@ -1,0 +1,378 @@
+"""The process that draws: models in memory, one job at a time, in its one thread.
+
+It is started by link.py and speaks JSON over a socket, one message each way at a time:
+
+    in    draw, cancel, watch, load, describe, plan, unload
+    out   ready, model, progress, preview, done, failed, cancelled, described, planned
+
+Between two steps it looks at what came in, so that it can be cancelled, and finds out there when
+the server is gone; then it ends. MLX ties weights that are still to be read to the thread that
+loaded them: this process has one thread.
+"""
+
+import base64
+import gc
+import io
+import json
+import os
+import signal
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from mlx_maple.pipeline import Progress, StableDiffusion
+
+NICENESS = 5  # of drawing on the CPU: the server answers first
+PREVIEW_PIXELS = 512  # longer side of a preview
+PREVIEW_SECONDS = 0.1  # between two previews
+PROGRESS_SECONDS = 0.02  # between two messages that tell of steps
+MOST_BYTES = 64 << 20  # of one message
+CODES = {1: "failed", 2: "invalid", 3: "unusable", 4: "no_memory", 130: "cancelled"}
+
+
+class Cancelled(Exception):
+    """The job that is being drawn shall end."""
+
+
+class Worker:
+    """Takes messages, draws, answers."""
+
+    def __init__(self, link: Connection) -> None:
+        """Speak over ``link``."""
+        self._link = link
+        self._models: OrderedDict[str, StableDiffusion] = OrderedDict()  # the latest used last
+        self._job = ""
+        self._is_cancelled = False
+        self._watched_until = 0.0
+        self._later: list[dict[str, Any]] = []  # what came in while a job was drawn
+
+    def run(self) -> None:
+        """Serve until the other side is gone."""
+        self._say("ready", **_device())
+        while True:
+            message = self._later.pop(0) if self._later else self._next()
+            getattr(self, f"_on_{message.pop('kind')}")(**message)
+
+    def _next(self) -> dict[str, Any]:
+        return json.loads(self._link.recv_bytes(MOST_BYTES))
+
+    def _say(self, kind: str, **values: Any) -> None:
+        self._link.send_bytes(json.dumps({"kind": kind, **values}).encode())
+
+    # What is asked for -------------------------------------------------------------------------
+
+    def _on_load(self, *, model: Mapping[str, Any]) -> None:
+        """Have a model ready before the first job asks for it."""
+        try:
+            self._model(model)
+        except Exception as error:
+            code, line = _described(error)
+            self._say("failed", job="", error={"code": code, "message": line})
+
+    def _on_unload(self) -> None:
+        """Let all models go."""
+        self._models.clear()
+        _free()
+        self._say("model", models=[])
+
+    def _on_cancel(self, *, job: str) -> None:
+        """End a job, if it is the one that is drawn."""
+        self._is_cancelled |= job == self._job
+
+    def _on_watch(self, *, job: str, seconds: float) -> None:
+        """Someone looks at a job's previews for some seconds more."""
+        if job == self._job:
+            self._watched_until = max(self._watched_until, time.monotonic() + seconds)
+
+    def _on_describe(self, *, request: str, model: Mapping[str, Any]) -> None:
+        """Say what a model is, without reading its weights."""
+        try:
+            sd = _skeleton(model)
+            info = asdict(sd.info)
+            described = {
+                "family": info["family"],
+                "prediction": info["prediction"],
+                "parameters": info["parameters"],
+                "bytes": info["bytes"],
+                "defaults": sd.defaults,
+                "notes": list(info["notes"]),
+            }
+        except Exception as error:
+            code, line = _described(error)
+            self._say("described", request=request, error={"code": code, "message": line})
+        else:
+            self._say("described", request=request, answer=described)
+
+    def _on_plan(
+        self, *, request: str, model: Mapping[str, Any], arguments: Mapping[str, Any]
+    ) -> None:
+        """Say what a drawing will take in memory."""
+        from mlx_maple.cli import _plan, _terminal
+        from mlx_maple.engine.memory import Plan, advice
+
+        try:
+            low = bool(model.get("low_memory"))
+            plan = Plan(_plan.request_of(_skeleton(model), arguments, low_memory=low))
+            free = _plan.device_memory()
+            fits = None if free is None else plan.peak <= free
+            of = "" if free is None else f" of {_terminal.size(free)}"
+            tries = [] if fits is not False or free is None else advice(plan.request, int(free))
+            answer = {
+                "fits": fits,
+                "peak": plan.peak,
+                "free": free,
+                "message": f"takes about {_terminal.size(plan.peak)}{of}",
+                "advice": [f"{words}: {_terminal.size(peak)}" for words, peak in tries],
+            }
+        except Exception as error:
+            code, line = _described(error)
+            self._say("planned", request=request, error={"code": code, "message": line})
+        else:
+            self._say("planned", request=request, answer=answer)
+
+    def _on_draw(
+        self,
+        *,
+        job: str,
+        model: Mapping[str, Any],
+        arguments: dict[str, Any],
+        inputs: Mapping[str, str],
+        folder: str,
+        previews: bool,
+    ) -> None:
+        """Draw one job and write its pictures; whatever goes wrong is told, and ends only it."""
+        self._job, self._is_cancelled = job, False
+        self._watched_until = float("inf") if previews else 0.0
+        try:
+            outcome = self._draw(job, model, arguments, inputs, Path(folder))
+        except Cancelled as end:
+            picture = end.args[0] if end.args else None
+            self._say("cancelled", job=job, picture=picture)
+        except (EOFError, BrokenPipeError, ConnectionError):
+            raise
+        except Exception as error:
+            code, line = _described(error)
+            del error
+            if code == "no_memory":
+                self._models.clear()
+            _free()
+            self._say("failed", job=job, error={"code": code, "message": line})
+        else:
+            self._say("done", job=job, **outcome)
+        finally:
+            self._job = ""
+
+    # Drawing -----------------------------------------------------------------------------------
+
+    def _draw(
+        self,
+        job: str,
+        model: Mapping[str, Any],
+        arguments: dict[str, Any],
+        inputs: Mapping[str, str],
+        folder: Path,
+    ) -> dict[str, Any]:
+        from mlx_maple import images
+        from mlx_maple.cli import _memory, is_out_of_memory
+
+        opened: dict[str, Any] = {n: images.open_image(path) for n, path in inputs.items()}
+        sd = self._model(model)
+        self._look(None)
+        drawing = sd.generate(**arguments, **opened)
+        _memory.check(sd, {**arguments, **opened})
+        result = None
+        try:
+            with closing(drawing):
+                told = shown = 0.0
+                for progress in drawing:
+                    result = progress.result
+                    if result is not None:
+                        break
+                    self._look(progress)
+                    now = time.monotonic()
+                    is_step = progress.stage == "sample"
+                    if not is_step or now - told >= PROGRESS_SECONDS:
+                        self._say("progress", job=job, **_told(progress))
+                        told = now
+                    is_seen = is_step and now < self._watched_until
+                    if is_seen and now - shown >= PREVIEW_SECONDS:
+                        self._say(
+                            "preview",
+                            job=job,
+                            step=progress.index,
+                            image=_small_jpeg(progress.preview()),
+                        )
+                        shown = time.monotonic()
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise _memory.refused(sd, {**arguments, **opened}, error) from error
+            raise
+        assert result is not None
+        return {
+            "pictures": [
+                _saved(folder / f"{job}-{index}.png", image, settings)
+                for index, (image, settings) in enumerate(
+                    zip(result.images, result.settings, strict=True)
+                )
+            ],
+            "notes": result.notes,
+            "timings": result.timings,
+        }
+
+    def _look(self, progress: "Progress | None") -> None:
+        """Take what came in; raise ``Cancelled``, with what is seen so far, when that was it."""
+        while self._link.poll():
+            message = self._next()
+            kind = message.get("kind")
+            if kind in ("cancel", "watch"):
+                message.pop("kind")
+                getattr(self, f"_on_{kind}")(**message)
+            else:
+                self._later.append(message)
+        if self._is_cancelled:
+            seen = None if progress is None else progress.preview()
+            raise Cancelled(None if seen is None else _base64(seen, "PNG"))
+
+    def _model(self, how: Mapping[str, Any]) -> "StableDiffusion":
+        """A model that is in memory, or is loaded now, beside the others where that fits."""
+        from mlx_maple import loading
+
+        key = json.dumps(how, sort_keys=True)
+        if key in self._models:
+            self._models.move_to_end(key)
+            return self._models[key]
+        self._say("progress", job=self._job, stage="loading", index=0, total=0, pace=0.0)
+        self._make_room(how)
+        told = 0.0
+
+        def progress(done: int, total: int, label: str) -> None:
+            nonlocal told
+            if (now := time.monotonic()) - told >= PREVIEW_SECONDS:
+                told = now
+                self._say(
+                    "progress",
+                    job=self._job,
+                    stage="loading",
+                    index=done,
+                    total=total,
+                    pace=0.0,
+                    detail=label,
+                )
+
+        sd = loading.load(**how, local_files_only=True, progress=progress)
+        self._models[key] = sd
+        self._say("model", models=[model.info.name for model in self._models.values()])
+        return sd
+
+    def _make_room(self, how: Mapping[str, Any]) -> None:
+        """Let the models go that were not used for longest, until the new one has room."""
+        from mlx_maple.cli import _plan
+        from mlx_maple.engine.memory import Plan
+
+        if not self._models:
+            return
+        low = bool(how.get("low_memory"))
+        needed = Plan(_plan.request_of(_skeleton(how), {}, low_memory=low)).peak
+        while self._models and needed > _available():
+            self._models.popitem(last=False)
+            _free()
+
+
+def _skeleton(how: Mapping[str, Any]) -> "StableDiffusion":
+    """A model without its weights."""
+    from mlx_maple import loading
+
+    return loading.load(**{**how, "low_memory": True}, local_files_only=True)
+
+
+def _available() -> float:
+    """Bytes that one more model and its drawing may take."""
+    import mlx.core as mx
+
+    from mlx_maple.cli import _memory, _plan
+
+    if mx.default_device() == mx.Device(mx.DeviceType.cpu):
+        free = _memory.free_memory()
+        return float("inf") if free is None else free
+    has = _plan.device_memory()
+    return float("inf") if has is None else has - mx.get_active_memory()
+
+
+def _free() -> None:
+    import mlx.core as mx
+
+    gc.collect()
+    mx.clear_cache()
+
+
+def _told(progress: "Progress") -> dict[str, Any]:
+    return {
+        "stage": progress.stage,
+        "index": progress.index,
+        "total": progress.total,
+        "pace": progress.seconds_per_step,
+    }
+
+
+def _described(error: BaseException) -> tuple[str, str]:
+    """An error's code and its line."""
+    from mlx_maple.cli import describe
+
+    if isinstance(error, ValueError) and not hasattr(error, "exit_code"):
+        return "invalid", str(error).rstrip(".")
+    exit_code, line = describe(error)
+    return CODES.get(exit_code, "failed"), line
+
+
+def _saved(path: Path, image: "Image.Image", settings: Any) -> dict[str, Any]:
+    """Write a finished picture; returns what the history keeps of it."""
+    from mlx_maple import images
+
+    images.save_image(image, path, settings)
+    return {"width": image.width, "height": image.height, "settings": asdict(settings)}
+
+
+def _small_jpeg(image: "Image.Image | None") -> str:
+    """A preview as base64 of a JPEG."""
+    assert image is not None
+    image = image.convert("RGB")
+    image.thumbnail((PREVIEW_PIXELS, PREVIEW_PIXELS))
+    return _base64(image, "JPEG", quality=75)
+
+
+def _base64(image: "Image.Image", kind: str, **options: Any) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def _device() -> dict[str, Any]:
+    """What this process draws on."""
+    import mlx.core as mx
+
+    from mlx_maple.cli import _plan
+    from mlx_maple.engine.attention import running_backend
+
+    backend = running_backend()
+    if backend == "cpu":
+        os.nice(NICENESS)
+    name = mx.device_info().get("device_name") or ("CPU" if backend == "cpu" else backend)
+    return {"backend": backend, "device": str(name), "memory": _plan.device_memory()}
+
+
+def main(descriptor: int) -> None:
+    """Run in a process of its own, over the socket with this descriptor."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
+    with Connection(descriptor) as link:
+        try:
+            Worker(link).run()
+        except (EOFError, BrokenPipeError, ConnectionError):
+            return
