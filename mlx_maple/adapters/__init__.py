@@ -4,7 +4,7 @@
 """
 
 from mlx_maple.adapters.adapters import Adapters, Chosen
-from mlx_maple.adapters.lora import Choice, Lora, read_choice
+from mlx_maple.adapters.lora import Choice, Lora, read_choice, read_choices
 from mlx_maple.adapters.textual_inversion import Word
 
-__all__ = ["Adapters", "Choice", "Chosen", "Lora", "Word", "read_choice"]
+__all__ = ["Adapters", "Choice", "Chosen", "Lora", "Word", "read_choice", "read_choices"]

@@ -6,13 +6,12 @@ from typing import Any, NamedTuple
 
 import mlx.nn as nn
 
-from mlx_maple.adapters.lora import Choice, Lora, changed_parts, fold, read_choice
+from mlx_maple.adapters.lora import Choice, Lora, changed_parts, fold, read_choices
 from mlx_maple.adapters.textual_inversion import Word, ids_of, set_words, spelled
 
 Encode = Callable[[str], list[int]]  # a text's ids
 # A name to what opens the word: words of the models' folders are read when they are used.
 Shelf = Mapping[str, Callable[[], Word]]
-LoraLike = Any  # a path or name with a weight in its text, a pair with a number, a Choice
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Adapters:
 
     # LoRAs ----------------------------------------------------------------------------------
 
-    def stand(self, loras: Iterable[LoraLike] | str) -> list[str]:
+    def stand(self, loras: Any) -> list[str]:
         """Have every drawing use these LoRAs unless it says otherwise, and put them in first.
 
         Returns:
@@ -76,13 +75,13 @@ class Adapters:
         """
         self._standing = self._opened(loras)
         self._worn = self._standing
-        return self.choose(None).notes
+        return _notes(self._standing)
 
-    def choose(self, loras: Iterable[LoraLike] | str | None, more: Iterable[Choice] = ()) -> Chosen:
+    def choose(self, loras: Any, more: Iterable[Choice] = ()) -> Chosen:
         """The LoRAs of a drawing, opened.
 
         Args:
-            loras: None are the standing ones.
+            loras: as ``read_choices`` takes them; None are the standing ones.
             more: of the prompt's own.
 
         Raises:
@@ -92,8 +91,8 @@ class Adapters:
         chosen = self._standing if loras is None else self._opened(loras)
         said = "; ".join(str(replace(w.choice, name=w.lora.name)) for w in chosen)
         chosen += self._opened(more)
-        notes = list(dict.fromkeys(note for worn in chosen for note in worn.lora.notes))
-        return Chosen(chosen, said, notes)
+        told = {worn.lora.identity for worn in self._standing}
+        return Chosen(chosen, said, _notes(w for w in chosen if w.lora.identity not in told))
 
     def wear(self, chosen: Chosen) -> set[str]:
         """From now on ``fold`` puts in these.
@@ -105,11 +104,8 @@ class Adapters:
         parts = {part for worn in (*before, *self._worn) for part in changed_parts(worn.lora)}
         return {part for part in parts if _keys(before, part) != _keys(self._worn, part)}
 
-    def _opened(self, loras: Iterable[LoraLike] | str) -> tuple[Worn, ...]:
-        if isinstance(loras, str):
-            loras = [text for text in loras.split(";") if text.strip()]
-        choices = [_choice(given) for given in loras]
-        return tuple(Worn(self._open_lora(choice.name), choice) for choice in choices)
+    def _opened(self, loras: Any) -> tuple[Worn, ...]:
+        return tuple(Worn(self._open_lora(choice.name), choice) for choice in read_choices(loras))
 
     # Words ----------------------------------------------------------------------------------
 
@@ -171,10 +167,5 @@ def _keys(worn: Sequence[Worn], part: str) -> list[object]:
     ]
 
 
-def _choice(given: LoraLike) -> Choice:
-    if isinstance(given, Choice):
-        return given
-    if isinstance(given, tuple):
-        name, weight = given
-        return Choice(str(name), float(weight), float(weight))
-    return read_choice(str(given).strip())
+def _notes(worn: Iterable[Worn]) -> list[str]:
+    return list(dict.fromkeys(note for each in worn for note in each.lora.notes))

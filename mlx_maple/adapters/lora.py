@@ -8,6 +8,7 @@ is kept: without the LoRA the network is read from its file again, and is what i
 """
 
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -90,6 +91,7 @@ def read_choice(text: str) -> Choice:
     Raises:
         ValueError: for a weight out of bounds, or no name.
     """
+    text = text.strip()
     name, colon, end = text.rpartition(":")
     weights = _weights(end) if colon else None
     if weights is None:
@@ -97,6 +99,33 @@ def read_choice(text: str) -> Choice:
     if not name.strip():
         raise ValueError(f"a LoRA needs a name, got {text!r}.")
     return Choice(name, **weights)
+
+
+def read_choices(given: Any) -> list[Choice]:
+    """Read what a caller asks for: any number of LoRAs.
+
+    Args:
+        given: a sequence of texts as ``read_choice`` takes them, of pairs of a name and a weight,
+            of paths or of choices; or one text with ";" between.
+
+    Raises:
+        ValueError: for what is none of these, or a weight out of bounds.
+    """
+    if isinstance(given, str):
+        given = [text for text in given.split(";") if text.strip()]
+    choices = []
+    try:
+        for one in given:
+            if isinstance(one, Choice):
+                choices.append(one)
+            elif isinstance(one, tuple | list):
+                name, weight = one
+                choices.append(Choice(str(name), float(weight), float(weight)))
+            else:
+                choices.append(read_choice(os.fspath(one)))
+    except TypeError:
+        raise ValueError("loras must be names of files, such as 'style.safetensors:0.8'.") from None
+    return choices
 
 
 def _weights(text: str) -> dict[str, float] | None:

@@ -34,11 +34,12 @@ if TYPE_CHECKING:
     from mlx_maple.pipeline import Progress, Result, StableDiffusion
 
 # Options whose names differ from the settings that they set; the others are called the same.
-SETTING_OF = {"negative": "negative_prompt", "guidance": "guidance_scale"}
+SETTING_OF = {"negative": "negative_prompt", "guidance": "guidance_scale", "lora": "loras"}
 OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
-    *("image", "strength", "fit", "mask", "mask_blur"),
+    *("guidance_rescale", "guidance_start", "guidance_end", "tile"),
+    *("image", "strength", "fit", "mask", "mask_blur", "lora"),
 )
 PREVIEW_SECONDS = 0.25  # between two previews
 MOST_PROMPTS = 1 << 24  # characters of a file of prompts
@@ -59,6 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--vae", metavar="MODEL", help="take the autoencoder from here instead")
     add("--taesd", metavar="MODEL", help="a small autoencoder, for --preview taesd")
+    add(
+        "--lora",
+        action="append",
+        metavar="LORA[:WEIGHT]",
+        help="change the model by this file, or one of that name in $MAPLE_MODELS; weights as in "
+        "style:0.8 or style:unet=0.8,te=0.5; again for several",
+    )
+    add(
+        "--embedding",
+        action="append",
+        metavar="FILE",
+        help="a textual inversion: its name then stands for it in prompts; again for several",
+    )
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
     add("--quantize", type=int, choices=(8, 4), help="bits to keep the weights in")
     add(
@@ -76,6 +90,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-H", "--height", type=int, metavar="PIXELS", help="a multiple of 8")
     add("-s", "--steps", type=int, metavar="N", help="number of steps")
     add("-g", "--guidance", type=float, metavar="SCALE", help="how far to follow the prompt")
+    add("--guidance-rescale", type=float, metavar="F", help="soften its colours, 0 to 1")
+    add("--guidance-start", type=float, metavar="F", help="guide from this share of the steps on")
+    add("--guidance-end", type=float, metavar="F", help="and up to this one")
+    add("--tile", choices=("x", "y", "xy"), help="continue the picture at the opposite edge")
     add("--seed", type=int, metavar="N", help="of the first picture; without it a random one")
     add("--count", type=int, metavar="N", help="how many pictures, seeded seed, seed+1, …")
     add("--sampler", metavar="SAMPLER", help="the algorithm, such as dpmpp_2m, euler_a or ddim")
@@ -291,6 +309,7 @@ def _lines(path: str, given: Mapping[str, Any]) -> list[_Request]:
 def _check(request: _Request) -> None:
     """Refuse what no model could draw, before one is loaded."""
     from mlx_maple import metadata
+    from mlx_maple.adapters import read_choices
     from mlx_maple.sampling import SAMPLERS, SCHEDULES, NoiseSchedule, make_plan
     from mlx_maple.sampling.noise import NOISE_SOURCES
 
@@ -306,6 +325,8 @@ def _check(request: _Request) -> None:
         if (sampler := arguments.get("sampler")) is not None:
             usual = NoiseSchedule.from_betas()
             make_plan(usual, sampler, arguments.get("schedule"), eta=arguments.get("eta"))
+        if arguments.get("loras") is not None:
+            read_choices(arguments["loras"])
         if arguments.get("mask") is not None and arguments.get("image") is None:
             raise ValueError("--mask needs --image, the picture to redraw a part of.")
     except (TypeError, ValueError) as error:
@@ -362,6 +383,9 @@ def _load(
     if dtype is None and written is not None and loading.default_dtype() == "float16":
         dtype = written.dtype if written.dtype in loading.DTYPES else None
 
+    loras = args.lora
+    if loras is None and written is not None:
+        loras = written.loras
     bits = args.quantize
     if bits is None and written is not None and written.bits in (4, 8):
         bits = written.bits
@@ -381,6 +405,8 @@ def _load(
             low_memory=args.low_memory,
             vae=args.vae,
             taesd=args.taesd,
+            loras=loras or (),
+            embeddings=args.embedding or (),
             variant=args.variant,
             ema=args.ema,
             cache=not args.no_cache,
