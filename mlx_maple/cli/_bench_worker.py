@@ -206,7 +206,7 @@ class Worker:
 def counted(call: Callable[[], mx.array], network: nn.Module) -> dict[str, Any]:
     """What one call asks of the device, as a row's figures."""
     weights = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
-    steps = getattr(network, "steps", None)
+    steps: Any = getattr(network, "steps", None)
     in_parts = steps is not None and steps.in_parts
     try:
         if in_parts:  # the first would be under way before it is described
