@@ -32,6 +32,9 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "steps": (int, 1, 1000),
     "count": (int, 1, 256),
     "guidance_scale": (float, -100, 100),
+    "guidance_rescale": (float, 0, 1),
+    "guidance_start": (float, 0, 1),
+    "guidance_end": (float, 0, 1),
     "seed": (int, -(2**63), 2**64 - 1),
     "clip_skip": (int, 1, 64),
     "strength": (float, 0, 1),
@@ -59,6 +62,10 @@ class Settings:
         sampler: the algorithm, in our word.
         schedule: the choice of times, in our word.
         guidance_scale: how far the prompt is followed; 1 is unguided.
+        guidance_rescale: how far guidance was brought back to the prediction's own spread.
+        guidance_start: share of the way from which it was guided.
+        guidance_end: and up to which.
+        tile: the axes along which it continues at the opposite edge: x, y or xy.
         seed: of this one picture.
         noise: whose random numbers: torch, nvidia, numpy or mlx.
         clip_skip: text layer that was read, counted from the end; 1 is the last.
@@ -90,6 +97,10 @@ class Settings:
     sampler: str | None = None
     schedule: str | None = None
     guidance_scale: float | None = None
+    guidance_rescale: float | None = None
+    guidance_start: float = 0.0
+    guidance_end: float = 1.0
+    tile: str | None = None
     seed: int | None = None
     noise: str | None = None
     clip_skip: int | None = None
@@ -296,6 +307,9 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Mask blur": "mask_blur",
     "Eta": "eta",
     "Eta DDIM": "eta",
+    "Guidance rescale": "guidance_rescale",
+    "Guidance start": "guidance_start",
+    "Guidance end": "guidance_end",
 }
 _DISCARD, _FIRST_PASS = "Discard penultimate sigma", "First pass size"
 _SYNTAX = "Prompt syntax"
@@ -342,6 +356,10 @@ def to_parameters(settings: Settings) -> str:
         ("Denoising strength", settings.strength),
         ("Mask blur", settings.mask_blur),
         ("Clip skip", settings.clip_skip if settings.clip_skip != 1 else None),
+        ("Guidance rescale", settings.guidance_rescale or None),
+        ("Guidance start", settings.guidance_start or None),
+        ("Guidance end", settings.guidance_end if settings.guidance_end != 1 else None),
+        ("Tiling", {None: None, "xy": "True"}.get(settings.tile, settings.tile)),
         (_SYNTAX, settings.syntax if settings.syntax == "plain" else None),
         ("ENSD", settings.ensd or None),
         ("Eta DDIM" if settings.sampler == "ddim" else "Eta", settings.eta),
@@ -375,6 +393,7 @@ def from_parameters(text: str) -> Recipe:
     notes: list[str] = []
     values: dict[str, Any] = {"version": version, "clip_skip": 1}
     used = {"Version", "Sampler", "Schedule type", "Size", _FIRST_PASS, "RNG", _SYNTAX}
+    used.add("Tiling")
 
     for key, name in _PLAIN.items():
         if key in pairs:
@@ -422,6 +441,8 @@ def from_parameters(text: str) -> Recipe:
     if not is_ours:
         values["prompt"] = _without_networks(prompt, notes)
         values["negative_prompt"] = _without_networks(negative, notes)
+    if (tiling := pairs.get("Tiling", "False")) != "False":
+        values["tile"] = "xy" if tiling == "True" else tiling
     if is_ours and _SYNTAX in pairs:
         values["syntax"] = pairs[_SYNTAX]
     if hires:

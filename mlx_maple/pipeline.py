@@ -37,7 +37,7 @@ from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.guidance import Prompts, encoded, guided_model
 from mlx_maple.metadata import Settings, check_number
-from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet
+from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet, seamless
 from mlx_maple.sampling import SAMPLERS, NoiseSchedule, Plan, Step, guided, make_plan
 from mlx_maple.sampling.denoiser import Model
 from mlx_maple.sampling.noise import (
@@ -61,6 +61,7 @@ DEFAULTS: dict[str, Any] = {
     "height": 512,
     "steps": 20,
     "guidance_scale": 7.5,
+    "guidance_rescale": 0.0,
     "sampler": "dpmpp_2m",
     "schedule": "karras",
 }
@@ -227,7 +228,8 @@ class StableDiffusion:
         configs: of each network by name; looking at them loads nothing.
         tokenizer: text to ids.
         noise_schedule: what the UNet was trained on.
-        defaults: width, height, steps, guidance_scale, sampler and schedule of a plain call.
+        defaults: width, height, steps, guidance_scale, guidance_rescale, sampler and schedule of a
+            plain call.
         latent_rgb_factors: of linear previews: C rows of RGB weights and a row of offsets, or None.
         info: what is known of the model.
     """
@@ -289,6 +291,7 @@ class StableDiffusion:
         present = {part: module for part, module in networks.items() if module is not None}
         components = {part: _component(module) for part, module in present.items()}
         self._compiles = compile
+        self._tile: str | None = None  # the axes along which networks are closed just now
         reload = dict(reload or {})
         held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
         reloads = {
@@ -356,6 +359,9 @@ class StableDiffusion:
         """A network as the device that runs draws fastest with."""
         if network is None:
             return None
+        if self._tile is not None and isinstance(network, UNet | AutoencoderKL):
+            seamless.wrap(network, self._tile)  # the prepared form has edges
+            return network
         low_memory = self._networks.is_low_memory if low_memory is None else low_memory
         return made_ready(
             network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
@@ -387,6 +393,10 @@ class StableDiffusion:
         height: int | None = None,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        tile: str | None = None,
         seed: int | None = None,
         count: int = 1,
         sampler: str | None = None,
@@ -423,6 +433,12 @@ class StableDiffusion:
             height: likewise.
             steps: 1 to 1000.
             guidance_scale: how far to follow the prompt; 1 is unguided and takes half the time.
+            guidance_rescale: 0 to 1, how far guidance is brought back to the spread of the
+                prediction without it, against colours that are too strong; a step takes two
+                networks' calls instead of one of both.
+            guidance_start: share of the steps before which the prompt alone decides.
+            guidance_end: likewise after which; it saves half of those steps' time.
+            tile: the axes along which the picture continues at the opposite edge: "x", "y", "xy".
             seed: of the first picture, the next ones count up; None draws one.
             count: how many pictures.
             sampler: the algorithm, one of ``sampling.SAMPLERS``.
@@ -476,6 +492,15 @@ class StableDiffusion:
             "guidance_scale",
             self.defaults["guidance_scale"] if guidance_scale is None else guidance_scale,
         )
+        rescale = (
+            self.defaults["guidance_rescale"] if guidance_rescale is None else guidance_rescale
+        )
+        start = check_number("guidance_start", guidance_start)
+        end = check_number("guidance_end", guidance_end)
+        if start > end:
+            raise ValueError(f"guidance_start {start:g} lies after guidance_end {end:g}.")
+        if tile is not None:
+            self._check_tile(tile)
         skipped = _whole("clip_skip", 1 if clip_skip is None else clip_skip)
         if skipped > (layers := self.configs["text_encoder"].num_hidden_layers):
             raise ValueError(f"clip_skip must be from 1 to {layers}, got {skipped}.")
@@ -488,6 +513,10 @@ class StableDiffusion:
             sampler=sampler,
             schedule=schedule,
             guidance_scale=guidance,
+            guidance_rescale=check_number("guidance_rescale", rescale),
+            guidance_start=start,
+            guidance_end=end,
+            tile=tile,
             seed=secrets.randbelow(2**32) if seed is None else _whole("seed", seed),
             noise=_one_of("noise", noise, NOISE_SOURCES),
             clip_skip=skipped,
@@ -588,6 +617,26 @@ class StableDiffusion:
             discard_penultimate=settings.discard_penultimate,
         )
 
+    def _check_tile(self, axes: str) -> None:
+        """Whether the networks can be closed along these axes."""
+        _one_of("tile", axes, seamless.AXES)
+        if self.is_low_memory:
+            raise ValueError("tile does not go with low-memory mode: stripes have edges.")
+        by_hand = [part for part in ("unet", "vae") if not self._networks.can_load(part)]
+        if not _on_cpu() and by_hand:
+            raise ValueError(f"tile needs a model that `load` made: put in by hand {by_hand}.")
+
+    def _close(self, axes: str | None) -> None:
+        """Have the networks' pictures continue at the opposite edge, or no longer."""
+        if axes == self._tile:
+            return
+        self._tile = axes
+        for part in ("unet", "vae"):
+            if _on_cpu():
+                seamless.wrap(self._networks[part], axes)
+            else:  # the form that a GPU draws with has edges: read the plain one
+                self._networks.drop(part)
+
     def _read(self, settings: Settings) -> dict[str, Prompt | None]:
         """Both prompts taken apart; the negative one where the drawing needs it."""
         assert settings.sampler is not None and settings.steps is not None
@@ -638,6 +687,7 @@ class StableDiffusion:
             try:
                 yield from self._phases(job)
             finally:
+                self._close(None)
                 self._networks.release(*self.configs)
 
     def _phases(self, job: _Job) -> Generator[Progress, None, None]:
@@ -647,6 +697,7 @@ class StableDiffusion:
 
         yield from clock.away(Progress(index=0, total=total, stage="text"))
         self._put_on(job, notes)
+        self._close(job.settings[0].tile)
         prompts = self._prompts(job, notes)
         self._networks.release("text_encoder")
         clock.mark("text")
@@ -756,7 +807,15 @@ class StableDiffusion:
         def pair(positive: Conditioning, negative: Conditioning | None, scale: float) -> Model:
             return self._pair(job, positive, negative, scale)
 
-        return guided_model(prompts, pair, job.guidance_scale, job.plan.model_calls)
+        settings = job.settings[0]
+        return guided_model(
+            prompts,
+            pair,
+            job.guidance_scale,
+            job.plan.model_calls,
+            guidance_rescale=settings.guidance_rescale or 0.0,
+            interval=(settings.guidance_start, settings.guidance_end),
+        )
 
     def _pair(
         self, job: _Job, positive: Conditioning, negative: Conditioning | None, scale: float

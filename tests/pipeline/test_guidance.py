@@ -153,3 +153,46 @@ def test_the_settings_say_how_it_was_read(sd):
 def test_tokens_of_a_long_prompt(sd):
     assert len(sd.tokenize("leaf " * 80)) == 2
     assert len(sd.tokenize("leaf " * 80, syntax="plain")) == 1
+
+
+def test_guidance_switches_in_a_drawing(sd, leaf):
+    assert np.array_equal(leaf, drawn(sd, "a leaf", guidance_rescale=0, guidance_end=1.0))
+    rescaled = drawn(sd, "a leaf", guidance_rescale=0.7)
+    unguided = drawn(sd, "a leaf", guidance_scale=1)
+    assert not np.allclose(leaf, rescaled, atol=1e-3)
+    assert np.array_equal(drawn(sd, "a leaf", guidance_start=0, guidance_end=0), unguided)
+    partly = drawn(sd, "a leaf", guidance_start=0.3, guidance_end=0.7)
+    assert not np.array_equal(partly, unguided) and not np.array_equal(partly, leaf)
+    with pytest.raises(ValueError, match="lies after guidance_end"):
+        sd("a", guidance_start=0.8, guidance_end=0.5)
+
+
+def test_a_closed_picture_is_the_same_wherever_its_edge_is(sd):
+    """The starting noise rolled, and the picture comes out rolled; with edges it does not."""
+    noise = np.random.default_rng(2).normal(size=(1, 8, 16, 4)).astype(np.float32)
+    arguments = {"seed": 1, "steps": 2, "sampler": "euler", "schedule": "linspace"}
+
+    def pixels(latents, tile):
+        result = sd("a leaf", latents=latents, tile=tile, **arguments)
+        assert result.settings[0].tile == tile
+        return np.asarray(result.images[0], np.float32)
+
+    rolled = np.roll(noise, 4, axis=2)
+    for tile, most in (("x", 1), ("xy", 1)):
+        difference = np.roll(pixels(noise, tile), 32, axis=1) - pixels(rolled, tile)
+        assert np.abs(difference).max() <= most
+    for tile in (None, "y"):
+        difference = np.roll(pixels(noise, tile), 32, axis=1) - pixels(rolled, tile)
+        assert np.abs(difference).max() > 8
+    with pytest.raises(ValueError, match="unknown tile 'z': choose from x, y, xy"):
+        sd("a", tile="z")
+
+
+def test_after_a_closed_picture_the_model_is_what_it_was(sd, leaf):
+    sd("a", tile="xy", **SMALL)
+    assert np.array_equal(leaf, drawn(sd, "a leaf"))
+    stopped = sd.generate("a", tile="xy", **SMALL)
+    next(stopped)
+    next(stopped)
+    stopped.close()
+    assert np.array_equal(leaf, drawn(sd, "a leaf"))
