@@ -39,7 +39,6 @@ OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
     *("guidance_rescale", "guidance_start", "guidance_end", "tile"),
-    *("guidance_rescale", "guidance_start", "guidance_end", "tile"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
 )
 PREVIEW_SECONDS = 0.25  # between two previews
@@ -91,10 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-H", "--height", type=int, metavar="PIXELS", help="a multiple of 8")
     add("-s", "--steps", type=int, metavar="N", help="number of steps")
     add("-g", "--guidance", type=float, metavar="SCALE", help="how far to follow the prompt")
-    add("--guidance-rescale", type=float, metavar="F", help="soften its colours, 0 to 1")
-    add("--guidance-start", type=float, metavar="F", help="guide from this share of the steps on")
-    add("--guidance-end", type=float, metavar="F", help="and up to this one")
-    add("--tile", choices=("x", "y", "xy"), help="continue the picture at the opposite edge")
     add("--guidance-rescale", type=float, metavar="F", help="soften its colours, 0 to 1")
     add("--guidance-start", type=float, metavar="F", help="guide from this share of the steps on")
     add("--guidance-end", type=float, metavar="F", help="and up to this one")
