@@ -67,7 +67,7 @@ def error_response(
     if path.startswith("/sdapi/"):
         body: dict[str, Any] = {
             "error": code,
-            "detail": list(details) or message,
+            "detail": list(details) if status == 422 and details else message,
             "body": "",
             "errors": message,
         }
