@@ -38,6 +38,10 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "seed": (int, -(2**63), 2**64 - 1),
     "clip_skip": (int, 1, 64),
     "strength": (float, 0, 1),
+    "image_guidance_scale": (float, 0, 100),
+    "control_weight": (float, -10, 10),
+    "control_start": (float, 0, 1),
+    "control_end": (float, 0, 1),
     "mask_blur": (float, 0, 64),
     "variation_seed": (int, -(2**63), 2**64 - 1),
     "variation_strength": (float, 0, 1),
@@ -74,6 +78,9 @@ class Settings:
         strength: how far the given image was left, 0 to 1; None where there was none.
         fit: how that image came to its size: stretch or crop.
         mask_blur: of the mask's edge in pixels; None where there was no mask.
+        image_guidance_scale: how far an edit stayed with the picture that it changed; None where
+            nothing was edited.
+        control: the networks that steered, with their weights and shares of the steps.
         sample_posterior: the image's latents were drawn from their distribution, not its mean.
         variation_seed: of the second noise that was mixed in.
         variation_strength: how much of it.
@@ -109,6 +116,8 @@ class Settings:
     strength: float | None = None
     fit: str | None = None
     mask_blur: float | None = None
+    image_guidance_scale: float | None = None
+    control: str = ""
     sample_posterior: bool = False
     variation_seed: int | None = None
     variation_strength: float = 0.0
@@ -125,7 +134,7 @@ class Settings:
 
     def arguments(self) -> dict[str, Any]:
         """What is set, as keyword arguments for ``StableDiffusion.generate``."""
-        about = ("injected", "model", "model_hash", "vae", "dtype", "bits", "version")
+        about = ("control", "injected", "model", "model_hash", "vae", "dtype", "bits", "version")
         return {
             name: value
             for name, value in asdict(self).items()
@@ -219,6 +228,13 @@ def _what_was_given(settings: Settings) -> list[str]:
     if settings.strength is not None:
         given = "a picture" if settings.mask_blur is None else "a picture and a mask"
         notes.append(f"was drawn from {given}: it takes the same again")
+    if settings.image_guidance_scale is not None:
+        notes.append("was drawn from a picture that it changed: it takes the same again")
+    if settings.control:
+        notes.append(
+            f"was steered by {settings.control}: name the same with --controlnet and "
+            "--control-image"
+        )
     return notes
 
 

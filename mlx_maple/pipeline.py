@@ -31,13 +31,33 @@ from PIL import Image
 from mlx_maple import images, metadata
 from mlx_maple.adapters import Adapters, Choice, Chosen
 from mlx_maple.conditioning import Conditioning, TextEncoders
+from mlx_maple.control import (
+    IMAGE_GUIDANCE,
+    NOTHING,
+    Control,
+    Shown,
+    Steering,
+    control_name,
+    describe_controls,
+    image_guided,
+    input_channels,
+    read_controls,
+    use_of_channels,
+)
 from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import guided_steps, made_ready, room
 from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.guidance import Prompts, encoded, guided_model
 from mlx_maple.metadata import Settings, check_number
-from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, UNet, seamless
+from mlx_maple.models import (
+    TAESD,
+    AutoencoderKL,
+    CLIPTextEncoder,
+    ControlNet,
+    UNet,
+    seamless,
+)
 from mlx_maple.sampling import SAMPLERS, NoiseSchedule, Plan, Step, guided, make_plan
 from mlx_maple.sampling.denoiser import Model
 from mlx_maple.sampling.noise import (
@@ -55,6 +75,11 @@ PREVIEWS = ("linear", "taesd")
 LEFT_OUT = 200  # characters of a prompt's end that a note repeats
 # img2img without a size: at most this many times the pixels that the model was made for
 LARGEST_SHARE = 2.25
+# What models with more input channels cannot do without.
+_NEEDS = {
+    "edit": "the picture that it changes by instruction",
+    "depth": "the depth map that it follows",
+}
 # What a model of the family does where its own files do not say.
 DEFAULTS: dict[str, Any] = {
     "width": 512,
@@ -183,6 +208,11 @@ class _Job:
         step_noise: the steps' noise that was given.
         picture: RGB, at the size to draw.
         mask: (H, W) of 0 to 1, blurred.
+        edited: RGB, at the size to draw: what an instruction changes.
+        depth: grey: what the network is to follow.
+        controls: pictures that steer.
+        told: the guidance scale where the network is told it, else None.
+        image_guidance: how far an edit stays with its picture.
         preview: how to preview.
         notes: what is already known to go otherwise than asked.
     """
@@ -200,6 +230,11 @@ class _Job:
     step_noise: StepNoise | None
     picture: Image.Image | None
     mask: FloatArray | None
+    edited: Image.Image | None
+    depth: Image.Image | None
+    controls: list[Control]
+    told: float | None
+    image_guidance: float | None
     preview: str
     notes: list[str]
 
@@ -231,6 +266,7 @@ class StableDiffusion:
         defaults: width, height, steps, guidance_scale, guidance_rescale, sampler and schedule of a
             plain call.
         latent_rgb_factors: of linear previews: C rows of RGB weights and a row of offsets, or None.
+        control_names: of each network that steers, in order: what people call it.
         info: what is known of the model.
     """
 
@@ -243,6 +279,7 @@ class StableDiffusion:
         tokenizer: Tokenizer,
         noise_schedule: NoiseSchedule,
         taesd: TAESD | None = None,
+        controlnets: Mapping[str, ControlNet] | None = None,
         defaults: Mapping[str, Any] | None = None,
         latent_rgb_factors: Sequence[Sequence[float]] | None = None,
         name: str = "",
@@ -265,6 +302,7 @@ class StableDiffusion:
             tokenizer: whose ids the text encoder knows.
             noise_schedule: what the UNet was trained on and what it predicts.
             taesd: for previews.
+            controlnets: what steers, by the name that people know it by.
             defaults: any of the settings in ``DEFAULTS``, as this model likes them.
             latent_rgb_factors: C rows of RGB weights and a row of offsets, for linear previews;
                 None has them fitted to what is drawn, which costs some decodings.
@@ -287,7 +325,16 @@ class StableDiffusion:
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.latent_rgb_factors = latent_rgb_factors
         self._vae_name = vae_name
-        networks = {"text_encoder": text_encoder, "unet": unet, "vae": vae, "taesd": taesd}
+        networks: dict[str, Any] = {
+            "text_encoder": text_encoder,
+            "unet": unet,
+            "vae": vae,
+            "taesd": taesd,
+        }
+        self.control_names: dict[str, str] = {}
+        for number, (known_as, network) in enumerate((controlnets or {}).items()):
+            networks[part := control_name(number)] = network
+            self.control_names[part] = known_as
         present = {part: module for part, module in networks.items() if module is not None}
         components = {part: _component(module) for part, module in present.items()}
         self._compiles = compile
@@ -409,6 +456,13 @@ class StableDiffusion:
         sample_posterior: bool = False,
         mask: Picture | None = None,
         mask_blur: float = images.MASK_BLUR,
+        image_guidance_scale: float | None = None,
+        depth_image: Picture | None = None,
+        control_image: Picture | Sequence[Picture] | None = None,
+        control_weight: float | Sequence[float] = 1.0,
+        control_start: float | Sequence[float] = 0.0,
+        control_end: float | Sequence[float] = 1.0,
+        control_preprocess: str | Sequence[str] = "none",
         clip_skip: int | None = None,
         syntax: str = "a1111",
         loras: Any = None,
@@ -453,6 +507,15 @@ class StableDiffusion:
                 is drawn as diffusers does, before all other, from the same seed.
             mask: draw only where this picture is white; it takes ``image``.
             mask_blur: of its edge, in pixels (a Gaussian's standard deviation).
+            image_guidance_scale: how far an edit stays with ``image``, for models that change a
+                picture by instruction; None is 1.5.
+            depth_image: a depth map, bright is near, for models that follow one.
+            control_image: a picture for the model's ControlNet, or a list of one for each.
+            control_weight: how strongly it steers, one for all or a list; so are the next three.
+            control_start: share of the steps from which it does.
+            control_end: and to which.
+            control_preprocess: what is made of the picture first: "none", "canny" (edges),
+                "scribble" or "invert".
             clip_skip: which text layer to read, from the end; 1 is the last.
             syntax: how prompts are written: "a1111" with weights, changes, AND and BREAK, of any
                 length; or "plain", cut to 75 tokens.
@@ -483,7 +546,20 @@ class StableDiffusion:
         if sample_posterior and (variation_strength or ensd):
             raise ValueError("sample_posterior does not go with variation_strength or ensd.")
         notes: list[str] = []
+        use = use_of_channels(self.configs["unet"])
         picture = None if image is None else images.to_rgb(image)
+        for name, value, wanted in (
+            ("image", image, "edit"),
+            ("depth_image", depth_image, "depth"),
+        ):
+            if use == wanted and value is None:
+                raise ValueError(f"this model needs {name}: {_NEEDS[use]}.")
+        if depth_image is not None and use != "depth":
+            raise ValueError("depth_image is for models that follow a depth map; this does not.")
+        if image_guidance_scale is not None and use != "edit":
+            raise ValueError("image_guidance_scale is for models that edit by instruction.")
+        if use == "edit" and mask is not None:
+            raise ValueError("a model that edits by instruction takes no mask.")
         width, height = size = self._size(picture, width, height, notes)
         factor = self.configs["vae"].downscale
         count = _whole("count", count)
@@ -504,6 +580,29 @@ class StableDiffusion:
         skipped = _whole("clip_skip", 1 if clip_skip is None else clip_skip)
         if skipped > (layers := self.configs["text_encoder"].num_hidden_layers):
             raise ValueError(f"clip_skip must be from 1 to {layers}, got {skipped}.")
+        edited, image_guidance = None, None
+        if use == "edit":
+            assert picture is not None
+            given_scale = IMAGE_GUIDANCE if image_guidance_scale is None else image_guidance_scale
+            image_guidance = check_number("image_guidance_scale", given_scale)
+            edited, picture = images.fitted(picture, width, height, fit), None
+        controls = read_controls(
+            list(self.control_names),
+            control_image,
+            weight=control_weight,
+            start=control_start,
+            end=control_end,
+            preprocess=control_preprocess,
+            size=size,
+            fit=_one_of("fit", fit, images.FITS),
+        )
+        if self.control_names and not controls:
+            notes.append("no control_image: the ControlNet is not used")
+        told = None
+        if self.configs["unet"].time_cond_dim is not None:
+            told, guidance = guidance, 1.0
+            if negative_prompt:
+                notes.append("this model is told its guidance: the negative prompt has no effect")
         settings = Settings(
             prompt=prompt,
             negative_prompt=negative_prompt,
@@ -512,11 +611,13 @@ class StableDiffusion:
             steps=_whole("steps", self.defaults["steps"] if steps is None else steps),
             sampler=sampler,
             schedule=schedule,
-            guidance_scale=guidance,
+            guidance_scale=guidance if told is None else told,
             guidance_rescale=check_number("guidance_rescale", rescale),
             guidance_start=start,
             guidance_end=end,
             tile=tile,
+            image_guidance_scale=image_guidance,
+            control=describe_controls(controls, self.control_names),
             seed=secrets.randbelow(2**32) if seed is None else _whole("seed", seed),
             noise=_one_of("noise", noise, NOISE_SOURCES),
             clip_skip=skipped,
@@ -568,6 +669,11 @@ class StableDiffusion:
             loras=chosen,
             picture=picture,
             mask=None if mask is None else self._mask(mask, size, fit, mask_blur, notes),
+            edited=edited,
+            depth=None if depth_image is None else images.to_grey(depth_image),
+            controls=controls,
+            told=told,
+            image_guidance=image_guidance,
             preview=self._preview_kind(preview),
             notes=notes,
             **given,
@@ -643,7 +749,8 @@ class StableDiffusion:
         calls = settings.steps * SAMPLERS[settings.sampler].calls
         prompt = read_prompt(settings.prompt, calls, syntax=settings.syntax)
         negative = None
-        if settings.guidance_scale != 1 or len(prompt.parts) > 1:
+        is_told = self.configs["unet"].time_cond_dim is not None
+        if (settings.guidance_scale != 1 and not is_told) or len(prompt.parts) > 1:
             negative = read_prompt(
                 settings.negative_prompt, calls, syntax=settings.syntax, is_negative=True
             )
@@ -709,10 +816,11 @@ class StableDiffusion:
             self._networks.release("vae")
             clock.mark("encode")
 
-        model = self._model(job, prompts)  # not before: it loads the UNet
+        shown = self._shown(job, notes)
+        model = self._model(job, prompts, shown)  # not before: it loads the UNet
         noise, clean, draw = _start(job, posterior)
         blend = None
-        if job.mask is not None and clean is not None:
+        if job.mask is not None and clean is not None and not shown.holds_mask:
             inside = images.latent_mask(job.mask, self.configs["vae"].downscale)
             outside = _Outside(job.plan, mx.array(inside) > 0, noise, clean)
             model, blend = outside.watched(model), outside.kept
@@ -735,7 +843,7 @@ class StableDiffusion:
                     )
                 )
         del model, steps
-        self._networks.release("unet")
+        self._networks.release("unet", *self.control_names)
         clock.mark("sample")
 
         final = np.array(latents)
@@ -801,11 +909,55 @@ class StableDiffusion:
         mx.eval(prompts.arrays())
         return prompts
 
-    def _model(self, job: _Job, prompts: Prompts) -> Model:
+    def _shown(self, job: _Job, notes: list[str]) -> Shown:
+        """All that the UNet is shown beside latents, time and words; evaluated."""
+        channels = input_channels(
+            use_of_channels(self.configs["unet"]),
+            self.configs["vae"],
+            job.size,
+            encode=lambda pixels: self._moments(pixels, notes)[0],
+            picture=job.picture if job.edited is None else job.edited,
+            mask=job.mask,
+            depth=job.depth,
+        )
+        self._networks.release("vae")
+        steering = []
+        for each in job.controls:
+            picture = images.fitted(each.picture, *job.size)
+            pixels = (images.to_pixels(picture) + 1) / 2
+            hint = self._networks[each.network].embed_hint(mx.array(pixels)[None])
+            mx.eval(hint)
+            steering.append(
+                Steering(
+                    network=lambda name=each.network: self._networks[name],
+                    hint=hint,
+                    weight=each.weight,
+                    start=each.start,
+                    end=each.end,
+                )
+            )
+        return Shown(
+            channels=channels,
+            guidance=job.told,
+            steering=steering,
+            timesteps=tuple(job.plan.grid.timesteps),
+            image_guidance=job.image_guidance,
+            holds_mask=use_of_channels(self.configs["unet"]) == "inpainting",
+        )
+
+    def _model(self, job: _Job, prompts: Prompts, shown: Shown = NOTHING) -> Model:
         """What the sampler asks: (n, h, w, C) latents and a timestep to guided predictions."""
 
         def pair(positive: Conditioning, negative: Conditioning | None, scale: float) -> Model:
-            return self._pair(job, positive, negative, scale)
+            if shown.image_guidance is None or negative is None:
+                return self._pair(job, shown, positive, negative, scale)
+            return image_guided(
+                self._pair(job, shown, positive, None, 1.0),
+                self._pair(job, shown, negative, None, 1.0),
+                self._pair(job, shown.without_picture(), negative, None, 1.0),
+                scale,
+                shown.image_guidance,
+            )
 
         settings = job.settings[0]
         return guided_model(
@@ -818,7 +970,12 @@ class StableDiffusion:
         )
 
     def _pair(
-        self, job: _Job, positive: Conditioning, negative: Conditioning | None, scale: float
+        self,
+        job: _Job,
+        shown: Shown,
+        positive: Conditioning,
+        negative: Conditioning | None,
+        scale: float,
     ) -> Model:
         """The UNet for a batch, following one prompt and avoiding another.
 
@@ -827,24 +984,31 @@ class StableDiffusion:
         """
         unet = self.unet
         contexts = positive.context, None if negative is None else negative.context
-        if isinstance(unet, PreparedUNet):
+        if isinstance(unet, PreparedUNet) and not shown.is_told:
             wanted, avoided = _repeated(contexts, job.count)
             assert wanted is not None
-            return guided_steps(unet).model(wanted, avoided, scale, job.plan.grid.timesteps)
+            timesteps = job.plan.grid.timesteps
+            return shown.joined(guided_steps(unet).model(wanted, avoided, scale, timesteps))
         del unet
 
         def of(copies: int) -> Model:
             both = _repeated(contexts, copies)
-            assert both[0] is not None
-            return guided(
-                self._predict,
-                both[0],
-                both[1],
-                scale,
-                self._dtype("unet"),
-                # In turn where memory is short; but see above for the CPU.
-                together=_on_cpu() or not self._networks.is_low_memory,
-            )
+            wanted, avoided = both
+            assert wanted is not None
+
+            def asked(latents: mx.array, timestep: float) -> mx.array:
+                model = guided(
+                    shown.call(self._predict, timestep),
+                    wanted,
+                    avoided,
+                    scale,
+                    self._dtype("unet"),
+                    # In turn where memory is short; but see above for the CPU.
+                    together=_on_cpu() or not self._networks.is_low_memory,
+                )
+                return model(latents, timestep)
+
+            return shown.joined(asked)
 
         if not _on_cpu():
             return of(job.count)
@@ -857,8 +1021,10 @@ class StableDiffusion:
 
         return one_by_one
 
-    def _predict(self, latents: mx.array, timesteps: mx.array, context: mx.array) -> mx.array:
-        return self.unet(latents, timesteps, context)
+    def _predict(
+        self, latents: mx.array, timesteps: mx.array, context: mx.array, **told: Any
+    ) -> mx.array:
+        return self.unet(latents, timesteps, context, **told)
 
     def _dtype(self, part: str) -> mx.Dtype:
         """What a network computes in."""
@@ -866,7 +1032,11 @@ class StableDiffusion:
 
     def _encode(self, picture: Image.Image, notes: list[str]) -> tuple[mx.array, mx.array]:
         """Mean and standard deviation of a picture's latents, each (1, h, w, C) float32."""
-        pixels = mx.array(images.to_pixels(picture))[None]
+        return self._moments(images.to_pixels(picture), notes)
+
+    def _moments(self, values: FloatArray, notes: list[str]) -> tuple[mx.array, mx.array]:
+        """The same of pixels (H, W, 3) in [-1, 1]."""
+        pixels = mx.array(values)[None]
 
         def moments() -> tuple[mx.array, mx.array]:
             mean, logvar = self.vae.encode(pixels)
