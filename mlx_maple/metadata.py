@@ -47,6 +47,9 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "variation_strength": (float, 0, 1),
     "ensd": (int, -(2**63), 2**63),
     "eta": (float, 0, 1),
+    "hires_scale": (float, 1, 8),
+    "hires_strength": (float, 0.01, 1),
+    "hires_steps": (int, 1, 1000),
     "bits": (int, 4, 8),
 }
 
@@ -87,6 +90,10 @@ class Settings:
         ensd: A1111's "eta noise seed delta": the steps' noise is seeded apart, by this much.
         eta: share of fresh noise in each step.
         discard_penultimate: the last noise level but one was left out.
+        hires_scale: how many times larger it was drawn again; None where it was not.
+        hires_strength: how far that second drawing left the first, 0 to 1.
+        hires_steps: that it made.
+        hires_upscaler: what enlarged the first: latent, lanczos, or a network's name.
         injected: what was given as an array instead of drawn from the seed: latents, step_noise.
         model: its name.
         model_hash: the first 10 digits of its file's SHA-256, A1111's way.
@@ -124,6 +131,10 @@ class Settings:
     ensd: int = 0
     eta: float | None = None
     discard_penultimate: bool = False
+    hires_scale: float | None = None
+    hires_strength: float | None = None
+    hires_steps: int | None = None
+    hires_upscaler: str | None = None
     injected: str = ""
     model: str = ""
     model_hash: str = ""
@@ -326,6 +337,16 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Guidance rescale": "guidance_rescale",
     "Guidance start": "guidance_start",
     "Guidance end": "guidance_end",
+    "Hires upscale": "hires_scale",
+    "Hires steps": "hires_steps",
+}
+_UPSCALERS = {  # A1111's, and what is nearest here
+    "latent": "latent",
+    "lanczos": "lanczos",
+    **{f"latent ({word})": "latent" for word in ("antialiased", "bicubic", "nearest")},
+    **{f"latent ({word})": "latent" for word in ("bicubic antialiased", "nearest-exact")},
+    "nearest": "lanczos",
+    "none": "lanczos",
 }
 _DISCARD, _FIRST_PASS = "Discard penultimate sigma", "First pass size"
 _SYNTAX = "Prompt syntax"
@@ -369,9 +390,12 @@ def to_parameters(settings: Settings) -> str:
             ("Variation seed strength", settings.variation_strength),
         ]
     pairs += [
-        ("Denoising strength", settings.strength),
+        ("Denoising strength", settings.strength or settings.hires_strength),
         ("Mask blur", settings.mask_blur),
         ("Clip skip", settings.clip_skip if settings.clip_skip != 1 else None),
+        ("Hires upscale", settings.hires_scale),
+        ("Hires steps", settings.hires_steps),
+        ("Hires upscaler", _hires_label(settings.hires_upscaler)),
         ("Guidance rescale", settings.guidance_rescale or None),
         ("Guidance start", settings.guidance_start or None),
         ("Guidance end", settings.guidance_end if settings.guidance_end != 1 else None),
@@ -431,8 +455,7 @@ def from_parameters(text: str) -> Recipe:
     if "Denoising strength" in pairs:
         used.add("Denoising strength")
         strength = _number("Denoising strength", "strength", pairs["Denoising strength"])
-        if not hires:  # there it is the second, larger drawing's
-            values["strength"] = strength
+        values["hires_strength" if hires else "strength"] = strength
     values.update(_sampler(pairs, is_ours, values.get("steps"), notes))
     if _DISCARD in pairs:
         used.add(_DISCARD)
@@ -462,7 +485,7 @@ def from_parameters(text: str) -> Recipe:
     if is_ours and _SYNTAX in pairs:
         values["syntax"] = pairs[_SYNTAX]
     if hires:
-        notes.append("was enlarged by A1111's hires fix: only its first drawing is repeated")
+        _hires(pairs, is_ours, values, notes)
     if pairs.get(_DOWNCAST) == "True" or (version and not is_ours and not _is_since(version, 1, 8)):
         used.add(_DOWNCAST)
         notes.append("A1111 rounded its noise schedule to float16 (before 1.8): details may differ")
@@ -475,6 +498,36 @@ def from_parameters(text: str) -> Recipe:
         notes.append(f"not read, and perhaps part of the picture: {_listed(unread)}")
     settings = Settings(**values)
     return Recipe(settings, [*notes, *_what_was_given(settings)])
+
+
+def _hires(
+    pairs: Mapping[str, str], is_ours: bool, values: dict[str, Any], notes: list[str]
+) -> None:
+    """A second, larger drawing: what is said of it, put into ``values``."""
+    if "hires_scale" not in values or "hires_strength" not in values:
+        for name in ("hires_scale", "hires_strength", "hires_steps"):
+            values.pop(name, None)
+        notes.append("was enlarged by A1111's hires fix in a form that is not read: left out")
+        return
+    label = pairs.get("Hires upscaler", "Latent").strip()
+    ours = _UPSCALERS.get(label.lower(), label)
+    values["hires_upscaler"] = ours
+    values.setdefault("hires_steps", values.get("steps"))
+    if not is_ours and label.lower() not in ("latent", "lanczos"):
+        notes.append(f"was enlarged by {_short(label)}, and here by {_short(ours)}")
+    elif not is_ours and ours != "latent":
+        notes.append("A1111 starts its second drawing from a random sample, we from the mean")
+    for key, what in (("Hires sampler", "sampler"), ("Hires schedule type", "schedule type")):
+        if not is_ours and key in pairs:
+            notes.append(f"its second drawing had a {what} of its own, {_short(pairs[key])}")
+    for key in ("Hires prompt", "Hires negative prompt", "Hires checkpoint"):
+        if key in pairs:
+            notes.append(f"its second drawing had another {key[6:]}, which is not read")
+
+
+def _hires_label(name: str | None) -> str | None:
+    """A1111's word for what enlarges a picture."""
+    return name.capitalize() if name in ("latent", "lanczos") else name
 
 
 def _sampler(

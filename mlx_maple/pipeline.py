@@ -19,6 +19,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -28,7 +29,7 @@ from mlx.utils import tree_flatten, tree_map
 from numpy.typing import NDArray
 from PIL import Image
 
-from mlx_maple import images, metadata
+from mlx_maple import enlarge, images, metadata
 from mlx_maple.adapters import Adapters, Choice, Chosen
 from mlx_maple.conditioning import Conditioning, TextEncoders
 from mlx_maple.control import (
@@ -215,6 +216,8 @@ class _Job:
         image_guidance: how far an edit stays with its picture.
         preview: how to preview.
         notes: what is already known to go otherwise than asked.
+        second: a larger drawing that begins with what this one ends with.
+        is_second: whether it is such a drawing.
     """
 
     settings: list[Settings]
@@ -237,6 +240,8 @@ class _Job:
     image_guidance: float | None
     preview: str
     notes: list[str]
+    second: "_Job | None" = None
+    is_second: bool = False
 
     @property
     def count(self) -> int:
@@ -249,7 +254,20 @@ class _Job:
 
         So also where a masked part is redrawn with strength 1, as in diffusers.
         """
+        if self.is_second:
+            return False
         return self.picture is None or (self.mask is not None and self.settings[0].strength == 1)
+
+    @property
+    def largest(self) -> "_Job":
+        """The drawing whose size the pictures have."""
+        return self if self.second is None else self.second
+
+    @property
+    def prompts(self) -> list[Prompt]:
+        """All that is to be encoded for it."""
+        own = [prompt for prompt in (self.prompt, self.negative) if prompt is not None]
+        return own if self.second is None else own + self.second.prompts
 
 
 class StableDiffusion:
@@ -288,6 +306,7 @@ class StableDiffusion:
         family: str = "sd1",
         layout: str = "",
         notes: Sequence[str] = (),
+        upscalers: Callable[[str], enlarge.Upscaler] | None = None,
         reload: Mapping[str, Reload] | None = None,
         renew: Mapping[str, Reload] | None = None,
         adapters: Adapters | None = None,
@@ -312,6 +331,7 @@ class StableDiffusion:
             family: for ``info``.
             layout: for ``info``.
             notes: for ``info``.
+            upscalers: what enlarges pictures, by its name or place; an OSError where there is none.
             reload: functions that load a network by name. With them the model is in low-memory
                 mode: of those networks only the one in use is held, and what is given here needs
                 no weights that were read.
@@ -325,6 +345,7 @@ class StableDiffusion:
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.latent_rgb_factors = latent_rgb_factors
         self._vae_name = vae_name
+        self._upscalers = upscalers
         networks: dict[str, Any] = {
             "text_encoder": text_encoder,
             "unet": unet,
@@ -470,6 +491,10 @@ class StableDiffusion:
         variation_seed: int | None = None,
         variation_strength: float = 0.0,
         ensd: int = 0,
+        hires_scale: float | None = None,
+        hires_strength: float = 0.5,
+        hires_steps: int | None = None,
+        hires_upscaler: str = "latent",
         latents: Any = None,
         step_noise: Any = None,
         preview: str | None = None,
@@ -526,6 +551,11 @@ class StableDiffusion:
             variation_seed: of a second noise to mix in; it counts up instead of the seed.
             variation_strength: how much of it, 0 to 1.
             ensd: A1111's "eta noise seed delta", added to the seed for the steps' noise.
+            hires_scale: draw again, this many times larger, on top of the first drawing.
+            hires_strength: how far the second leaves the first, 0.01 to 1.
+            hires_steps: that the second makes; None is as many as the first.
+            hires_upscaler: what enlarges the first: "latent", "lanczos", or the name or place of a
+                network that enlarges pictures.
             latents: (count, h, w, C) of unit-variance starting noise, instead of the seed's.
             step_noise: the steps' noise for stochastic samplers, instead of the seed's: a callable
                 (i, shape) -> array, or an array (steps, count, h, w, C).
@@ -545,6 +575,8 @@ class StableDiffusion:
             raise ValueError("a mask needs the image that it covers.")
         if sample_posterior and (variation_strength or ensd):
             raise ValueError("sample_posterior does not go with variation_strength or ensd.")
+        if hires_scale is not None and (image is not None or step_noise is not None):
+            raise ValueError("hires_scale goes with neither an image nor step_noise.")
         notes: list[str] = []
         use = use_of_channels(self.configs["unet"])
         picture = None if image is None else images.to_rgb(image)
@@ -678,6 +710,9 @@ class StableDiffusion:
             notes=notes,
             **given,
         )
+        if hires_scale is not None:
+            second = {"scale": hires_scale, "strength": hires_strength, "steps": hires_steps}
+            job = self._with_second(job, second, hires_upscaler)
         return self._run(job)
 
     # Checking the arguments ------------------------------------------------------------------
@@ -743,18 +778,66 @@ class StableDiffusion:
             else:  # the form that a GPU draws with has edges: read the plain one
                 self._networks.drop(part)
 
-    def _read(self, settings: Settings) -> dict[str, Prompt | None]:
-        """Both prompts taken apart; the negative one where the drawing needs it."""
+    def _read(
+        self, settings: Settings, calls: int | None = None, first_calls: int | None = None
+    ) -> dict[str, Any]:
+        """Both prompts taken apart; the negative one where the drawing needs it.
+
+        Args:
+            settings: complete.
+            calls: of the network, as prompts count them; None is by the settings.
+            first_calls: likewise of a first drawing, where this is the second.
+        """
         assert settings.sampler is not None and settings.steps is not None
-        calls = settings.steps * SAMPLERS[settings.sampler].calls
-        prompt = read_prompt(settings.prompt, calls, syntax=settings.syntax)
-        negative = None
+        calls = settings.steps * SAMPLERS[settings.sampler].calls if calls is None else calls
+        read = partial(read_prompt, steps=calls, first_steps=first_calls, syntax=settings.syntax)
+        prompt, negative = read(settings.prompt), None
         is_told = self.configs["unet"].time_cond_dim is not None
         if (settings.guidance_scale != 1 and not is_told) or len(prompt.parts) > 1:
-            negative = read_prompt(
-                settings.negative_prompt, calls, syntax=settings.syntax, is_negative=True
-            )
+            negative = read(settings.negative_prompt, is_negative=True)
         return {"prompt": prompt, "negative": negative}
+
+    def _with_second(self, job: _Job, asked: Mapping[str, Any], upscaler: str) -> _Job:
+        """The drawing, and on top of it a larger one."""
+        own = job.settings[0]
+        asked = {**asked, "steps": own.steps if asked["steps"] is None else asked["steps"]}
+        said = {f"hires_{name}": check_number(f"hires_{name}", n) for name, n in asked.items()}
+        if not isinstance(upscaler, str):
+            raise ValueError(f"hires_upscaler must be a name, got {upscaler!r}.")
+        if upscaler not in enlarge.BUILT_IN and self._upscalers is None:
+            listed = ", ".join(enlarge.BUILT_IN)
+            raise ValueError(f"unknown hires_upscaler {upscaler!r}: choose from {listed}.")
+        vae = self.configs["vae"]
+        width, height = enlarge.larger(job.size, said["hires_scale"], vae.downscale)
+        for name, value in (("width", width), ("height", height)):
+            check_number(name, value)
+        kept, strength = _whole("hires_steps", said["hires_steps"]), said["hires_strength"]
+        assert own.sampler is not None and own.steps is not None
+        plan = make_plan(
+            self.noise_schedule,
+            own.sampler,
+            own.schedule,
+            min(int(kept / min(strength, 0.999)), self.noise_schedule.train_steps),
+            strength=strength,
+            eta=own.eta,
+            discard_penultimate=own.discard_penultimate,
+            last=kept,
+        )
+        words: dict[str, Any] = {**said, "hires_upscaler": upscaler}
+        settings = [replace(each, **words) for each in job.settings]
+        calls = SAMPLERS[own.sampler].calls
+        counts = kept * calls, own.steps * calls
+        second = replace(
+            job,
+            settings=settings,
+            plan=plan,
+            size=(width, height),
+            shape=(job.count, height // vae.downscale, width // vae.downscale, job.shape[3]),
+            **self._read(own, *counts),
+            latents=None,
+            is_second=True,
+        )
+        return replace(job, settings=settings, second=second)
 
     def _loras(self, loras: Any, prompt: Prompt | None) -> Chosen | None:
         """The drawing's LoRAs, those of its prompt among them."""
@@ -790,7 +873,7 @@ class StableDiffusion:
 
     def _run(self, job: _Job) -> Generator[Progress, None, None]:
         """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
-        with self._networks.drawing(room(job.shape, job.guidance_scale != 1)):
+        with self._networks.drawing(room(job.largest.shape, job.guidance_scale != 1)):
             try:
                 yield from self._phases(job)
             finally:
@@ -799,13 +882,15 @@ class StableDiffusion:
 
     def _phases(self, job: _Job) -> Generator[Progress, None, None]:
         """Text, picture, steps, decoding; in low-memory mode each network goes after its phase."""
-        clock, previews, total = _Clock(), _Previews(self, job), job.plan.total
+        clock, total = _Clock(), job.plan.total
+        total += 0 if job.second is None else job.second.plan.total
         notes = list(job.notes)
 
         yield from clock.away(Progress(index=0, total=total, stage="text"))
         self._put_on(job, notes)
         self._close(job.settings[0].tile)
         prompts = self._prompts(job, notes)
+        later = None if job.second is None else self._prompts(job.second, notes)
         self._networks.release("text_encoder")
         clock.mark("text")
 
@@ -816,6 +901,59 @@ class StableDiffusion:
             self._networks.release("vae")
             clock.mark("encode")
 
+        latents, previews = yield from self._sampled(
+            job, prompts, posterior, notes, clock, 0, total
+        )
+        if job.second is not None and later is not None:
+            clean = yield from self._enlarged(job, latents, clock, notes)
+            done, job = job.plan.total, job.second
+            latents, previews = yield from self._sampled(
+                job, later, clean, notes, clock, done, total
+            )
+
+        final = np.array(latents)
+        pictures = []
+        for i in range(job.count):
+            yield from clock.away(
+                Progress(
+                    index=total,
+                    total=total,
+                    stage="decode",
+                    seconds_per_step=clock.seconds_per_step,
+                    _preview=previews.of(total, latents),
+                )
+            )
+            drawn = images.to_image(self._decode(latents[i : i + 1], notes))
+            if job.mask is not None and job.picture is not None:
+                drawn = images.composited(drawn, job.picture, job.mask)
+            pictures.append(drawn)
+        clock.mark("decode")
+
+        yield Progress(
+            index=total,
+            total=total,
+            stage="done",
+            seconds_per_step=clock.seconds_per_step,
+            result=Result(
+                images=pictures,
+                latents=final,
+                settings=job.settings,
+                timings=clock.timings(),
+                notes=list(dict.fromkeys(notes)),
+            ),
+        )
+
+    def _sampled(
+        self,
+        job: _Job,
+        prompts: Prompts,
+        posterior: tuple[mx.array, mx.array] | None,
+        notes: list[str],
+        clock: "_Clock",
+        done: int,
+        total: int,
+    ) -> Generator[Progress, None, tuple[mx.array, "_Previews"]]:
+        """The steps of one drawing, from ``done`` of ``total`` on: its latents, evaluated."""
         shown = self._shown(job, notes)
         model = self._model(job, prompts, shown)  # not before: it loads the UNet
         noise, clean, draw = _start(job, posterior)
@@ -828,7 +966,7 @@ class StableDiffusion:
         # A GPU works on one step while this side describes the next and the caller looks at the
         # last; a CPU would only get in its own way, and two steps take more memory than one.
         ahead = 0 if _on_cpu() or self._networks.is_low_memory else 1
-        latents, done = x, 0
+        latents, previews = x, _Previews(self, job)
         with closing(_evaluated(job.plan.sample(model, x, draw), blend, ahead)) as steps:
             for step in steps:
                 latents, done = step.latents, done + 1
@@ -845,46 +983,37 @@ class StableDiffusion:
         del model, steps
         self._networks.release("unet", *self.control_names)
         clock.mark("sample")
+        return latents, previews
 
-        final = np.array(latents)
-        pictures = []
+    def _enlarged(
+        self, job: _Job, latents: mx.array, clock: "_Clock", notes: list[str]
+    ) -> Generator[Progress, None, tuple[mx.array, mx.array]]:
+        """A drawing's latents at the size of the second; each with a deviation of nothing."""
+        assert job.second is not None
+        name, (rows, columns) = job.settings[0].hires_upscaler or "", job.second.shape[1:3]
+        total = job.plan.total + job.second.plan.total
+        if name == "latent":
+            found = mx.array(enlarge.bilinear(np.array(latents), rows, columns))
+            clock.mark("enlarge")
+            return found, mx.zeros_like(found)
+        upscale = None if name == "lanczos" or self._upscalers is None else self._upscalers(name)
+        means = []
         for i in range(job.count):
-            yield from clock.away(
-                Progress(
-                    index=done,
-                    total=total,
-                    stage="decode",
-                    seconds_per_step=clock.seconds_per_step,
-                    _preview=previews.of(done, latents),
-                )
-            )
+            yield from clock.away(Progress(index=job.plan.total, total=total, stage="encode"))
             drawn = images.to_image(self._decode(latents[i : i + 1], notes))
-            if job.mask is not None and job.picture is not None:
-                drawn = images.composited(drawn, job.picture, job.mask)
-            pictures.append(drawn)
-        clock.mark("decode")
-
-        yield Progress(
-            index=done,
-            total=total,
-            stage="done",
-            seconds_per_step=clock.seconds_per_step,
-            result=Result(
-                images=pictures,
-                latents=final,
-                settings=job.settings,
-                timings=clock.timings(),
-                notes=list(dict.fromkeys(notes)),
-            ),
-        )
+            drawn = drawn if upscale is None else upscale(drawn)
+            means.append(self._encode(images.fitted(drawn, *job.second.size), notes)[0])
+        self._networks.release("vae")
+        clock.mark("enlarge")
+        found = mx.concatenate(means)
+        return found, mx.zeros_like(found)
 
     def _put_on(self, job: _Job, notes: list[str]) -> None:
         """Have the networks carry the drawing's LoRAs and know the learned words of its texts."""
         if self._adapters is None or job.loras is None:
             return
         self._networks.drop(*self._adapters.wear(job.loras))
-        prompts = [prompt for prompt in (job.prompt, job.negative) if prompt is not None]
-        texts = {ph.text for prompt in prompts for part in prompt.parts for ph in part.phases}
+        texts = {ph.text for prompt in job.prompts for part in prompt.parts for ph in part.phases}
         rows = self.configs["text_encoder"].vocab_size
         words, are_new = self._adapters.words_for(texts, self.tokenizer.encode, rows, notes)
         self.text_encoders.words = words
@@ -1205,7 +1334,7 @@ def _start(
     clean = None
     if posterior is not None:
         mean, std = posterior
-        clean = mx.repeat(mean, job.count, 0)
+        clean = mean if job.is_second else mx.repeat(mean, job.count, 0)
         if job.settings[0].sample_posterior:
             clean = clean + std * mx.array(np.stack([stream.posterior for stream in streams]))
 
@@ -1260,7 +1389,7 @@ class _Clock:
     def mark(self, part: str) -> None:
         """``part`` ends here, and the next one begins."""
         now = self._own()
-        self._parts[part] = now - self._last_mark
+        self._parts[part] = self._parts.get(part, 0.0) + now - self._last_mark
         self._last_mark = self._last_step = now
 
     def step(self) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEAVES = {"models", "text", "sampling", "images", "metadata", "hub", "twins", "known_models"}
-LEAVES |= {"model_folders", "preprocess"}
+LEAVES |= {"model_folders", "preprocess", "enlarge"}
 WITH_PATHS = LEAVES | {
     "adapters",
     "adapter_files",
@@ -40,6 +40,7 @@ ALLOWED: dict[str, set[str]] = {
         "conditioning",
         "guidance",
         "control",
+        "enlarge",
     },
     "loading": {*WITH_PATHS, "maple_convert"},
     "cli": {*WITH_PATHS, "loading", "serve", "maple_convert", "_openblas"},

@@ -39,6 +39,7 @@ OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
     *("guidance_rescale", "guidance_start", "guidance_end", "tile"),
+    *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
 )
 PREVIEW_SECONDS = 0.25  # between two previews
@@ -108,6 +109,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--variation-seed", type=int, metavar="N", help="mix in the noise of this seed")
     add("--variation-strength", type=float, metavar="F", help="how much of it, 0 to 1")
+
+    add = parser.add_argument_group("a second, larger drawing").add_argument
+    add("--hires-scale", type=float, metavar="F", help="draw again, this many times larger")
+    add("--hires-strength", type=float, metavar="F", help="how far to leave the first, to 1")
+    add("--hires-steps", type=int, metavar="N", help="steps of the second; as many if not said")
+    add(
+        "--hires-upscaler",
+        metavar="WHAT",
+        help="what enlarges the first: latent, lanczos, or an ESRGAN's file or name",
+    )
 
     add = parser.add_argument_group("from a picture").add_argument
     add("--image", metavar="IMAGE", help="start from this picture")

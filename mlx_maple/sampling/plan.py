@@ -147,6 +147,7 @@ def make_plan(
     strength: float | None = None,
     eta: float | None = None,
     discard_penultimate: bool = False,
+    last: int | None = None,
 ) -> Plan:
     """Decide a run.
 
@@ -162,6 +163,7 @@ def make_plan(
             samplers, 0 for ddim, 0.3 for tcd.
         discard_penultimate: leave out the last level above 0 of one step more, as A1111 does for
             its "DPM2", "DPM2 a" and "DPM++ 3M SDE".
+        last: make this many steps, the last ones, instead of the references' counts.
 
     Raises:
         ValueError: on an unknown name or unsupported combination (the message lists what there
@@ -202,7 +204,7 @@ def make_plan(
             kept = max(1, int(n * strength))
         else:
             kept = int(min(strength, 0.999) * n) + 1
-        skipped = max(0, n - kept)
+        skipped = max(0, n - (kept if last is None else last))
         grid = grid.tail(skipped)
     return Plan(sampler, schedule, grid, entry.eta if eta is None else eta, skipped > 0)
 

@@ -275,8 +275,7 @@ def test_hires_fix_keeps_its_strength_to_itself():
             "Hires upscale: 2, Hires steps: 10, Hires upscaler: Latent"
         )
     )
-    assert recipe.settings.strength is None
-    assert [note for note in recipe.notes if "hires fix" in note]
+    assert recipe.settings.strength is None and recipe.settings.hires_strength == 0.5
     assert not [note for note in recipe.notes if "not read" in note]
 
 
