@@ -70,6 +70,7 @@ def open_lora(path: Path | str, configs: Mapping[str, Mapping[str, Any]]) -> Lor
         grouped, dialect = _grouped(checkpoint, names)
         if not grouped:
             raise UnsupportedCheckpoint(path, _what_else(checkpoint))
+        _check_family(checkpoint, grouped, configs)
         found = LoraFile(path, dialect)
         settings = _settings(checkpoint)
         for name, (module, roles) in grouped.items():
@@ -77,7 +78,9 @@ def open_lora(path: Path | str, configs: Mapping[str, Mapping[str, Any]]) -> Lor
             if reason:
                 found.unmatched[name] = reason
         if not found.modules:
-            raise UnsupportedCheckpoint(path, _for_whom(checkpoint, grouped, found, configs))
+            raise UnsupportedCheckpoint(
+                path, _why_nothing_fits(checkpoint, grouped, found, configs)
+            )
         found.vectors = _vectors(checkpoint)
         return found
 
@@ -285,51 +288,54 @@ def _what_else(checkpoint: Checkpoint) -> str:
     return f"is no LoRA: no tensor of it has a LoRA's name, the first are {shown}"
 
 
-def _for_whom(
+def _check_family(
+    checkpoint: Checkpoint, grouped: _Grouped, configs: Mapping[str, Mapping[str, Any]]
+) -> None:
+    """Refuse a file for another family, of which the layers that see no text could still fit."""
+    mine = configs["unet"]["cross_attention_dim"]
+    for name, (_, roles) in grouped.items():
+        plain = name.replace(".", "_").replace("_processor", "")
+        if plain.endswith(("attn2_to_k", "attn2_to_v")):
+            width = _inputs({role: checkpoint.tensors[key].shape for role, key in roles.items()})
+            if width not in (None, mine):
+                raise UnsupportedCheckpoint(checkpoint.path, _is_for(width, mine))
+            if width is not None:
+                return
+
+
+def _is_for(width: int, mine: int) -> str:
+    return f"is for {_family(width)}; this model is {_family(mine)}"
+
+
+def _family(width: int) -> str:
+    family = FAMILIES.get(width)
+    return f"{family} (its text {width} wide)" if family else f"a model of a text {width} wide"
+
+
+def _why_nothing_fits(
     checkpoint: Checkpoint,
     grouped: _Grouped,
     found: LoraFile,
     configs: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """Which model a file is for of which nothing fits this one."""
     for key in checkpoint.tensors:
         for piece, family in STRANGERS.items():
             if piece in key:
                 return f"is for {family}, not for Stable Diffusion"
-    mine = configs["unet"]["cross_attention_dim"]
-    width = _context_width(checkpoint, grouped, configs)
-    if width is not None and width != mine:
-        return f"is for {_family(width)}; this model is {_family(mine)}"
+    mine: int = configs["unet"]["cross_attention_dim"]
+    own = {width * n for width in configs["unet"]["block_out_channels"] for n in (1, 4)}
+    for name, (_, roles) in grouped.items():
+        # Without names: whatever is as wide as a family's text and no layer of this UNet. With
+        # names: what a text encoder's layers take in, if they are the first one's.
+        is_nameless = name.isdecimal() or name.startswith(("unet:", "text_encoder:"))
+        is_text = "self_attn" in name and "te2" not in name and "encoder_2" not in name
+        width = _inputs({role: checkpoint.tensors[key].shape for role, key in roles.items()})
+        if width is None or width not in FAMILIES or width in own | {mine}:
+            continue
+        if is_nameless or is_text:
+            return _is_for(width, mine)
     name, reason = next(iter(found.unmatched.items()))
     return f"fits no layer of this model: {one_line(name, 100)}, for one: {reason}"
-
-
-def _family(width: int) -> str:
-    family = FAMILIES.get(width)
-    wide = f"its text {width} wide"
-    return f"{family} ({wide})" if family else f"a model of {wide.replace('its', 'a')}"
-
-
-def _context_width(
-    checkpoint: Checkpoint, grouped: _Grouped, configs: Mapping[str, Mapping[str, Any]]
-) -> int | None:
-    """How wide the text is that the file's layers take; None where none says it."""
-    texts: set[int] = set()
-    for name, (_, roles) in grouped.items():
-        shapes = {role: checkpoint.tensors[key].shape for role, key in roles.items()}
-        inputs = _inputs(shapes)
-        if inputs is None:
-            continue
-        plain = name.replace(".", "_").replace("_processor", "")
-        if plain.endswith(("attn2_to_k", "attn2_to_v")):
-            return inputs
-        if name.startswith(("unet:", "text_encoder:")) or name.isdecimal():
-            texts.add(inputs)  # without names: whatever no layer of the UNet is as wide as
-        elif plain.endswith(("self_attn_k_proj", "self_attn_to_k")) and "te2" not in name:
-            texts.add(inputs)
-    own = {width * n for width in configs["unet"]["block_out_channels"] for n in (1, 4)}
-    foreign = sorted(width for width in texts if width in FAMILIES and width not in own)
-    return foreign[0] if foreign else None
 
 
 def _inputs(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
