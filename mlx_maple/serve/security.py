@@ -143,7 +143,9 @@ class Security:
         query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=50)
         if token is not None and _same(query.get("token", [""])[0], token):
             if scope["method"] == "GET" and not path.startswith(("/api/", "/sdapi/", "/v1/")):
-                response = Response(status_code=303, headers={"location": quote(path)})
+                # One slash: "//name" would lead elsewhere.
+                place = "/" + quote(path.lstrip("/"))
+                response = Response(status_code=303, headers={"location": place})
                 response.set_cookie(
                     COOKIE,
                     session_of(token),

@@ -8,7 +8,7 @@ import zipfile
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Path, Query, Request, Response
+from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
 from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
@@ -215,34 +215,37 @@ async def jobs(request: Request, client: Client = None) -> schemas.Jobs:
     return schemas.Jobs(jobs=[shown(studio, job, me) for job in await studio.jobs()])
 
 
-async def _job(request: Request, job_id: str) -> insides.Job:
+async def _job(request: Request, job_id: JobId) -> insides.Job:
+    """The job that the address names; looked up before a stream of events begins."""
     job = await studio_of(request).job(job_id)
     if job is None:
         raise ApiError(404, f"there is no job {job_id}")
     return job
 
 
+FoundJob = Annotated[insides.Job, Depends(_job)]
+
+
 @router.get("/jobs/{job_id}", tags=["jobs"])
-async def job(request: Request, job_id: JobId, client: Client = None) -> schemas.Job:
+async def job(request: Request, found: FoundJob, client: Client = None) -> schemas.Job:
     """One job."""
-    found = await _job(request, job_id)
     studio = studio_of(request)
     studio.watch(found)
     return shown(studio, found, client_of(request, "v1"))
 
 
 @router.post("/jobs/{job_id}/cancel", tags=["jobs"])
-async def cancel(request: Request, job_id: JobId, client: Client = None) -> schemas.Job:
+async def cancel(request: Request, found: FoundJob, client: Client = None) -> schemas.Job:
     """End a job: at once where it waits, between two steps where it is drawn."""
-    studio, found = studio_of(request), await _job(request, job_id)
+    studio = studio_of(request)
     await studio.cancel(found)
     return shown(studio, found, client_of(request, "v1"))
 
 
 @router.post("/jobs/{job_id}/resume", tags=["jobs"])
-async def resume(request: Request, job_id: JobId, client: Client = None) -> schemas.Job:
+async def resume(request: Request, found: FoundJob, client: Client = None) -> schemas.Job:
     """Queue a job again that was waiting or being drawn when the server was killed."""
-    studio, found = studio_of(request), await _job(request, job_id)
+    studio = studio_of(request)
     await studio.resume(found)
     return shown(studio, found, client_of(request, "v1"))
 
@@ -253,9 +256,9 @@ async def resume(request: Request, job_id: JobId, client: Client = None) -> sche
     response_class=Response,
     responses={200: {"content": {"image/jpeg": {}}}},
 )
-async def preview(request: Request, job_id: JobId) -> Response:
+async def preview(request: Request, found: FoundJob) -> Response:
     """The latest preview of a job that is being drawn."""
-    studio, found = studio_of(request), await _job(request, job_id)
+    studio = studio_of(request)
     studio.watch(found)
     if found.preview is None:
         raise ApiError(404, "there is no preview of this job now")
@@ -266,12 +269,11 @@ async def preview(request: Request, job_id: JobId) -> Response:
 
 @router.get("/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse)
 async def job_events(
-    request: Request, job_id: JobId, client: Client = None
+    request: Request, found: FoundJob, client: Client = None
 ) -> AsyncIterator[ServerSentEvent]:
     """One job as it goes: events `job` (a Job) and `preview`; ends with the job."""
     studio, me = studio_of(request), client_of(request, "v1")
-    async with studio.listening(job_id) as feed:
-        found = await _job(request, job_id)
+    async with studio.listening(found.id) as feed:
         yield _event(studio, "job", found, me)
         while found.state not in ENDED:
             studio.watch(found)

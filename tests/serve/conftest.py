@@ -1,0 +1,54 @@
+"""A server in this process, with a worker of its own that draws with the tiny model."""
+
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from mlx_maple.serve.app import make_app
+from mlx_maple.serve.config import Config, Limits
+
+TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-model"
+BASE = "http://127.0.0.1:7860"
+# Two steps of a small picture: enough to be drawn, watched and told of.
+QUICK = {"prompt": "a red maple leaf", "seed": 7, "steps": 2, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory):
+    """A client of a running server, and the server's insides."""
+    folder = tmp_path_factory.mktemp("serve")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("MAPLE_CACHE", str(folder / "cache"))
+    patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
+    patch.delenv("MAPLE_MODEL", raising=False)
+    patch.delenv("MAPLE_MODELS", raising=False)
+    limits = Limits(queued=6, queued_each=4)
+    app = make_app(Config(model=str(TINY), data=folder / "data", limits=limits))
+    with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
+        yield client, app.state.studio
+    patch.undo()
+
+
+@pytest.fixture
+def client(served):
+    return served[0]
+
+
+@pytest.fixture
+def studio(served):
+    return served[1]
+
+
+@pytest.fixture
+def finished(client):
+    """Waits for a job's end by its events, and returns it."""
+
+    def wait(job: dict) -> dict:
+        with client.stream("GET", f"/api/v1/jobs/{job['id']}/events") as stream:
+            assert stream.status_code == 200
+            for _ in stream.iter_lines():
+                pass
+        return client.get(f"/api/v1/jobs/{job['id']}").json()
+
+    return wait

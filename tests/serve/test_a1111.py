@@ -1,0 +1,167 @@
+"""/sdapi/v1, as A1111's clients call it."""
+
+import base64
+import io
+import json
+import threading
+
+import pytest
+from conftest import QUICK
+from PIL import Image
+from test_api_v1 import wait_until
+
+ASKED = {k: v for k, v in QUICK.items()}
+
+
+def decoded(text):
+    return Image.open(io.BytesIO(base64.b64decode(text)))
+
+
+def drawn(client, **values):
+    answer = client.post("/sdapi/v1/txt2img", json={**ASKED, **values})
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    return [decoded(image) for image in body["images"]], json.loads(body["info"]), body
+
+
+def test_text_to_image(client):
+    pictures, info, body = drawn(client, sampler_name="Euler a", cfg_scale=3, batch_size=2)
+    assert [picture.size for picture in pictures] == [(64, 64)] * 2
+    assert info["all_seeds"] == [7, 8] and info["sampler_name"] == "Euler a"
+    assert info["infotexts"][0].startswith("a red maple leaf\nSteps: 2, Sampler: Euler a")
+    assert pictures[0].info["parameters"] == info["infotexts"][0]
+    assert body["parameters"]["cfg_scale"] == 3
+
+
+@pytest.mark.parametrize(
+    ("sampler", "scheduler", "ours"),
+    [
+        ("DPM++ 2M", None, ("dpmpp_2m", "karras")),
+        ("DPM++ 2M Karras", "automatic", ("dpmpp_2m", "karras")),
+        ("k_euler_a", "Exponential", ("euler_a", "exponential")),
+        ("DDIM", "Karras", ("ddim", "leading")),  # A1111's DDIM has its own times
+    ],
+)
+def test_samplers_by_their_names(client, sampler, scheduler, ours):
+    drawn(client, steps=3, sampler_name=sampler, scheduler=scheduler)
+    settings = client.get("/api/v1/pictures?limit=1").json()["pictures"][0]["settings"]
+    assert (settings["sampler"], settings["schedule"]) == ours
+    assert settings["noise"] == "nvidia"
+
+
+def test_options_decide(client):
+    assert client.post("/sdapi/v1/options", json={"randn_source": "CPU", "x": 1}).json() == {}
+    assert client.get("/sdapi/v1/options").json()["randn_source"] == "CPU"
+    drawn(client, override_settings={"eta_noise_seed_delta": 31337})
+    settings = client.get("/api/v1/pictures?limit=1").json()["pictures"][0]["settings"]
+    assert settings["noise"] == "torch" and settings["ensd"] == 31337
+    client.post("/sdapi/v1/options", json={"randn_source": "NV"})
+    for wrong in ({"randn_source": "dice"}, {"CLIP_stop_at_last_layers": "x"}):
+        assert client.post("/sdapi/v1/options", json=wrong).status_code == 422
+    assert "secret" not in client.get("/sdapi/v1/options").json()
+
+
+def test_image_to_image_and_an_inverted_mask(client):
+    source = drawn(client)[0][0]
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    after = {}
+    for invert in (0, 1):
+        values = {
+            **ASKED,
+            "prompt": "a frog",
+            "init_images": [encoded(source)],
+            "mask": "data:image/png;base64," + encoded(mask),
+            "mask_blur": 0,
+            "inpainting_mask_invert": invert,
+        }
+        answer = client.post("/sdapi/v1/img2img", json=values)
+        assert answer.status_code == 200, answer.text
+        after[invert] = decoded(answer.json()["images"][0])
+        assert answer.json()["parameters"].get("init_images") is None
+    inside, outside = (32, 32), (2, 2)
+    assert after[0].getpixel(outside) == source.getpixel(outside)
+    assert after[1].getpixel(inside) == source.getpixel(inside)
+    assert after[0].getpixel(inside) != source.getpixel(inside)
+
+
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_progress_and_interruption(client):
+    answers = []
+
+    def draw():
+        answers.append(client.post("/sdapi/v1/txt2img", json={**ASKED, "steps": 200}))
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    far = wait_until(
+        lambda: (p := client.get("/sdapi/v1/progress").json())["state"]["sampling_step"] and p
+    )
+    assert 0 < far["progress"] < 1 and far["state"]["sampling_steps"] == 200
+    # Asking is what makes previews come.
+    wait_until(lambda: client.get("/sdapi/v1/progress").json()["current_image"])
+    assert client.post("/sdapi/v1/interrupt").json() == {}
+    thread.join()
+    assert answers[0].status_code == 200
+    assert decoded(answers[0].json()["images"][0]).size == (64, 64)  # what was seen so far
+    wait_until(lambda: client.get("/sdapi/v1/progress").json()["progress"] == 0)
+
+
+@pytest.mark.parametrize(
+    ("path", "values", "status", "words"),
+    [
+        ("txt2img", {"sampler_name": "Foo"}, 404, "Sampler not found"),
+        ("txt2img", {"scheduler": "Foo", "sampler_name": "Euler"}, 404, "Scheduler not found"),
+        ("txt2img", {"restore_faces": True}, 422, "face restoration"),
+        ("txt2img", {"script_name": "x/y/z plot"}, 422, "scripts"),
+        ("txt2img", {"alwayson_scripts": {"reactor": {"args": [1]}}}, 422, "reactor"),
+        ("txt2img", {"batch_size": 16, "n_iter": 16}, 422, "count"),
+        ("txt2img", {"steps": 10**6}, 422, "steps"),
+        ("txt2img", {"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, 404, "no model"),
+        ("img2img", {}, 404, "Init image"),
+        ("img2img", {"init_images": ["http://127.0.0.1:1/x.png"]}, 422, "base64"),
+        ("interrogate", {"image": ""}, 404, "Model not found"),
+        ("extra-single-image", {"image": "aGVsbG8=", "upscaler_1": "Lanczos"}, 422, "picture"),
+    ],
+)
+def test_errors_in_its_form(client, path, values, status, words):
+    answer = client.post(f"/sdapi/v1/{path}", json={**ASKED, **values})
+    body = answer.json()
+    assert answer.status_code == status, body
+    assert {"error", "detail", "body", "errors"} <= body.keys() and words in body["errors"]
+
+
+def test_styles_are_presets(client):
+    client.put("/api/v1/presets/teal", json={"prompt": "{prompt} on a teal background"})
+    client.put("/api/v1/presets/plain", json={"prompt": "", "negative_prompt": "blur"})
+    _, info, _ = drawn(client, styles=["teal", "plain", "unknown"], negative_prompt="red")
+    assert info["prompt"] == "a red maple leaf on a teal background"
+    assert info["negative_prompt"] == "red, blur"
+    names = [style["name"] for style in client.get("/sdapi/v1/prompt-styles").json()]
+    assert {"teal", "plain"} <= set(names)
+    for name in ("teal", "plain"):
+        client.delete(f"/api/v1/presets/{name}")
+
+
+def test_settings_and_sizes_of_pictures(client):
+    source = drawn(client)[0][0]
+    buffer = io.BytesIO()
+    text = source.info["parameters"]
+    from PIL import PngImagePlugin
+
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", text)
+    source.save(buffer, "PNG", pnginfo=chunks)
+    image = base64.b64encode(buffer.getvalue()).decode()
+    info = client.post("/sdapi/v1/png-info", json={"image": image}).json()
+    assert info["info"] == text and info["parameters"]["Seed"] == "7"
+    larger = client.post(
+        "/sdapi/v1/extra-single-image",
+        json={"image": image, "upscaler_1": "Nearest", "upscaling_resize": 3},
+    ).json()
+    assert decoded(larger["image"]).size == (192, 192)

@@ -1,0 +1,137 @@
+"""What outlives the process, and what a killed one leaves."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_maple import images
+from mlx_maple.metadata import Settings
+from mlx_maple.serve.store import InUse, JobRecord, Picture, Store, new_id
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = Store(tmp_path / "data")
+    yield opened
+    opened.close()
+
+
+def record(state="queued", **draw):
+    return JobRecord(
+        id=new_id(),
+        client="someone",
+        state=state,
+        created=1.0,
+        started=None,
+        finished=None,
+        draw={"prompt": "a leaf", **draw},
+        outcome={},
+    )
+
+
+def drawn(store, job, index=0, prompt="a leaf"):
+    """A picture's file, as the worker writes it."""
+    pixels = np.full((64, 64, 3), 40 * index, np.uint8)
+    path = store.pictures / f"{job}-{index}.png"
+    images.save_image(Image.fromarray(pixels), path, Settings(prompt=prompt, seed=index))
+    return Picture(
+        id=path.stem,
+        job=job,
+        index=index,
+        created=2.0,
+        width=64,
+        height=64,
+        settings={"prompt": prompt, "seed": index},
+    )
+
+
+def again(store, folder):
+    """The folder after a kill: nothing was closed in order, but the lock is free."""
+    store.close()
+    return Store(folder)
+
+
+def test_jobs_that_were_not_drawn_are_offered_again(store):
+    waiting, begun, done = record(), record("running"), record()
+    for job in (waiting, begun, done):
+        store.add_job(job)
+    store.finish(done.id, "done", {}, [drawn(store, done.id)])
+    store = again(store, store.folder)
+    assert {job.id for job in store.recover()} == {waiting.id, begun.id}
+    assert store.job(done.id).state == "done"
+    store.close()
+
+
+def test_a_picture_whose_server_was_killed_before_it_knew_is_in_the_history(store):
+    job = record("running", count=2)
+    store.add_job(job)
+    drawn(store, job.id, 0)
+    drawn(store, job.id, 1)
+    store = again(store, store.folder)
+    assert store.recover() == []
+    assert store.job(job.id).state == "done"
+    assert [picture.id for picture in store.pictures_of(job.id)] == [f"{job.id}-0", f"{job.id}-1"]
+    assert store.history(10, None, "")[0].settings["seed"] == 1
+    store.close()
+
+
+def test_a_job_half_of_whose_pictures_are_there_is_offered(store):
+    job = record("running", count=2)
+    store.add_job(job)
+    drawn(store, job.id, 0)
+    store = again(store, store.folder)
+    assert [left.id for left in store.recover()] == [job.id]
+    assert len(store.pictures_of(job.id)) == 1
+    store.close()
+
+
+def test_what_is_torn_is_taken_away_and_what_is_foreign_is_left_alone(store):
+    torn = store.pictures / ".0123456789abcdef.tmp"
+    torn.write_bytes(b"\x89PNG half")
+    foreign = store.pictures / "holiday.png"
+    foreign.write_bytes(b"not ours")
+    broken = store.pictures / f"{new_id()}-0.png"
+    broken.write_bytes(b"\x89PNG half")
+    store.recover()
+    assert not torn.exists() and foreign.exists() and broken.exists()
+    assert store.history(10, None, "") == []
+
+
+def test_inputs_live_as_long_as_their_job(store):
+    job, other = record(), record()
+    for each in (job, other):
+        store.add_job(each)
+        store.keep_input(each.id, "image", b"picture")
+    store.finish(job.id, "cancelled", {}, [])
+    assert not store.input_path(job.id, "image").exists()
+    assert store.input_path(other.id, "image").read_bytes() == b"picture"
+    store.recover()
+    assert store.input_path(other.id, "image").exists()
+
+
+def test_one_server_at_a_time(store):
+    with pytest.raises(InUse) as refused:
+        Store(store.folder)
+    assert "--data" in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_search_takes_its_words_as_they_are(store):
+    for prompt in ("100% leaf", "1000 leaves"):
+        job = record()
+        store.add_job(job)
+        store.finish(job.id, "done", {}, [drawn(store, job.id, prompt=prompt)])
+    assert [p.settings["prompt"] for p in store.history(10, None, "100%")] == ["100% leaf"]
+    first, second = store.history(10, None, "lea")
+    assert store.history(10, first.number, "lea") == [second]
+
+
+def test_a_removed_picture_leaves_nothing(store):
+    job = record()
+    store.add_job(job)
+    picture = drawn(store, job.id)
+    store.finish(job.id, "done", {}, [picture])
+    small = store.thumbnail(picture)
+    assert small.exists()
+    store.remove_picture(picture)
+    assert not small.exists() and not store.picture_path(picture).exists()
+    assert store.picture(picture.id) is None

@@ -1,0 +1,104 @@
+"""The worker's end of the line: what goes wrong in a drawing is told, and ends only that job."""
+
+import json
+import threading
+from multiprocessing import Pipe
+
+import pytest
+from conftest import QUICK, TINY
+
+from mlx_maple.serve.worker import Worker
+
+HOW = {"source": str(TINY), "dtype": None, "quantize": None, "low_memory": False}
+
+
+@pytest.fixture(scope="module")
+def model():
+    import mlx_maple as maple
+
+    return maple.load(TINY)
+
+
+@pytest.fixture
+def line(model):
+    """A worker with a model in memory, and the other end of its line."""
+    ours, theirs = Pipe()
+    worker = Worker(theirs)
+    worker._models[json.dumps(HOW, sort_keys=True)] = model
+    yield worker, ours
+    for end in (ours, theirs):
+        end.close()
+
+
+def order(tmp_path, **values):
+    job = {"job": "0" * 24, "model": HOW, "inputs": {}, "folder": str(tmp_path), "previews": False}
+    return {**job, "arguments": dict(QUICK), **values}
+
+
+def told(ours):
+    found = []
+    while ours.poll():
+        found.append(json.loads(ours.recv_bytes()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (MemoryError(), "no_memory"),
+        (RuntimeError("[malloc] Unable to allocate 9 bytes."), "no_memory"),
+        (RuntimeError("[read] Unable to read 8 bytes from file."), "failed"),
+        (ZeroDivisionError("x"), "failed"),
+        (OSError(28, "No space left on device"), "failed"),
+    ],
+)
+def test_a_fault_is_told_in_one_line(line, tmp_path, monkeypatch, fault, code):
+    worker, ours = line
+
+    def broken(*args, **values):
+        raise fault
+
+    from mlx_maple.pipeline import StableDiffusion
+
+    monkeypatch.setattr(StableDiffusion, "_phases", broken)
+    worker._on_draw(**order(tmp_path))
+    message = told(ours)[-1]
+    assert message["kind"] == "failed" and message["error"]["code"] == code
+    assert "\n" not in message["error"]["message"]
+    # After running out of memory nothing is held that could be let go.
+    assert bool(worker._models) == (code != "no_memory")
+
+
+def test_a_drawing_writes_its_picture_whole(line, tmp_path):
+    worker, ours = line
+    worker._on_draw(**order(tmp_path))
+    done = told(ours)[-1]
+    assert done["kind"] == "done" and done["pictures"][0]["settings"]["seed"] == 7
+    assert [path.name for path in tmp_path.iterdir()] == [f"{'0' * 24}-0.png"]
+
+
+def test_a_word_to_cancel_counts_for_its_own_job_only(line, tmp_path):
+    worker, ours = line
+    for job, kind in (("1" * 24, "done"), ("0" * 24, "cancelled")):
+        ours.send_bytes(json.dumps({"kind": "cancel", "job": job}).encode())
+        worker._on_draw(**order(tmp_path))
+        assert told(ours)[-1]["kind"] == kind
+
+
+def test_it_ends_when_the_server_is_gone(model):
+    ours, theirs = Pipe()
+    worker = Worker(theirs)
+    ours.close()
+    ended = []
+
+    def run():
+        try:
+            worker.run()
+        except (EOFError, BrokenPipeError):
+            ended.append(True)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(10)
+    theirs.close()
+    assert ended == [True]
