@@ -217,6 +217,7 @@ class _Job:
         preview: how to preview.
         notes: what is already known to go otherwise than asked.
         second: a larger drawing that begins with what this one ends with.
+        upscale: what enlarges this one's pictures for it; None takes latents or Lanczos.
         is_second: whether it is such a drawing.
     """
 
@@ -241,6 +242,7 @@ class _Job:
     preview: str
     notes: list[str]
     second: "_Job | None" = None
+    upscale: enlarge.Upscaler | None = None
     is_second: bool = False
 
     @property
@@ -804,9 +806,12 @@ class StableDiffusion:
         said = {f"hires_{name}": check_number(f"hires_{name}", n) for name, n in asked.items()}
         if not isinstance(upscaler, str):
             raise ValueError(f"hires_upscaler must be a name, got {upscaler!r}.")
-        if upscaler not in enlarge.BUILT_IN and self._upscalers is None:
-            listed = ", ".join(enlarge.BUILT_IN)
-            raise ValueError(f"unknown hires_upscaler {upscaler!r}: choose from {listed}.")
+        upscale = None
+        if upscaler not in enlarge.BUILT_IN:
+            if self._upscalers is None:
+                listed = ", ".join(enlarge.BUILT_IN)
+                raise ValueError(f"unknown hires_upscaler {upscaler!r}: choose from {listed}.")
+            upscale = self._upscalers(upscaler)
         vae = self.configs["vae"]
         width, height = enlarge.larger(job.size, said["hires_scale"], vae.downscale)
         for name, value in (("width", width), ("height", height)):
@@ -837,7 +842,7 @@ class StableDiffusion:
             latents=None,
             is_second=True,
         )
-        return replace(job, settings=settings, second=second)
+        return replace(job, settings=settings, second=second, upscale=upscale)
 
     def _loras(self, loras: Any, prompt: Prompt | None) -> Chosen | None:
         """The drawing's LoRAs, those of its prompt among them."""
@@ -996,12 +1001,11 @@ class StableDiffusion:
             found = mx.array(enlarge.bilinear(np.array(latents), rows, columns))
             clock.mark("enlarge")
             return found, mx.zeros_like(found)
-        upscale = None if name == "lanczos" or self._upscalers is None else self._upscalers(name)
         means = []
         for i in range(job.count):
             yield from clock.away(Progress(index=job.plan.total, total=total, stage="encode"))
             drawn = images.to_image(self._decode(latents[i : i + 1], notes))
-            drawn = drawn if upscale is None else upscale(drawn)
+            drawn = drawn if job.upscale is None else job.upscale(drawn)
             means.append(self._encode(images.fitted(drawn, *job.second.size), notes)[0])
         self._networks.release("vae")
         clock.mark("enlarge")

@@ -109,10 +109,14 @@ def _demand(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> Demand:
 
 
 def _size(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> tuple[int, int]:
-    """The size to draw at, as far as the command says it; else the model's own."""
+    """The largest size that is drawn, as far as the command says it; else the model's own."""
+    from mlx_maple.enlarge import larger
+
     width, height = arguments.get("width"), arguments.get("height")
     own = sd.defaults["width"], sd.defaults["height"]
-    return own[0] if width is None else width, own[1] if height is None else height
+    size = own[0] if width is None else width, own[1] if height is None else height
+    scale = arguments.get("hires_scale")
+    return size if scale is None else larger(size, scale, sd.configs["vae"].downscale)
 
 
 def refused(sd: "StableDiffusion", arguments: Mapping[str, Any], error: RuntimeError) -> Failure:

@@ -84,16 +84,19 @@ def request_of(
 
     from mlx_maple.engine.attention import running_backend
     from mlx_maple.engine.memory import Request
+    from mlx_maple.enlarge import larger
 
     def value(name: str) -> Any:
         said = arguments.get(name)
         return sd.defaults[name] if said is None else said
 
+    size, scale = (value("width"), value("height")), arguments.get("hires_scale")
+    width, height = size if scale is None else larger(size, scale, sd.configs["vae"].downscale)
     unet = sd.info.components["unet"]
     return Request(
         configs=sd.configs,
-        width=value("width"),
-        height=value("height"),
+        width=width,
+        height=height,
         count=1 if arguments.get("count") is None else arguments["count"],
         guided=value("guidance_scale") != 1,
         from_picture=bool(arguments.get("image") is not None),
