@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from maple_convert import maple_folder, quantized
+from maple_convert.detect import TEXT_ENCODERS
 from maple_convert.errors import (
     ConvertError,
     InvalidCheckpoint,
@@ -27,14 +28,15 @@ from maple_convert.errors import (
     one_line,
 )
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config, files
-from maple_convert.layouts.parts import Weights
+from maple_convert.layouts.diffusers_config import UNKNOWN
+from maple_convert.layouts.parts import LINEAR, TRANSPOSED, Row
 from maple_convert.model import WrongUse, open_model
 from maple_convert.open_folder import KINDS, check_vocabulary
 from maple_convert.quantized import Quantizer
 from maple_convert.readers import read_json
 from maple_convert.source import Component, Slot, SourceModel
 from maple_convert.stream import Task
-from maple_convert.tensors import TensorInfo
+from maple_convert.tensors import STORAGE, TensorInfo
 from maple_convert.write import Entry, copy_small, whole_or_nothing, write_json, write_safetensors
 
 LAYOUT_NAMES = ("maple", "compvis", "diffusers")
@@ -261,7 +263,7 @@ def _why(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-_COMPONENTS = ("text_encoder", "unet", "vae", "taesd", "controlnet")
+_COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae", "taesd", "controlnet")
 
 
 def _is_maple_folder(path: Path) -> bool:
@@ -284,14 +286,18 @@ def _never(_: Path) -> bool:
 def _entries(component: Component, spelling: str, prefix: str, dtype: str | None) -> list[Entry]:
     """One component's tensors in one spelling, in the order in which the source holds them."""
     rows = {row.native: row for row in LAYOUTS[component.name].rows(component.config, spelling)}
-    entries: list[Entry] = []
+    sharing: dict[str, list[tuple[Row, Slot]]] = {}
     for slot in component.slots:
         row = rows[slot.row.native]
-        target = _target(slot.info.dtype, dtype)
-        info = TensorInfo(target, row.published_shape)
-        entries.append(
-            Entry(prefix + row.published, info, partial(_tasks, slot, row.weights, target))
-        )
+        sharing.setdefault(row.published, []).append((row, slot))
+    entries: list[Entry] = []
+    for name, parts in sharing.items():
+        parts.sort(key=lambda part: part[0].share)
+        # Layers that share a tensor share a type: the widest that any of them is stored in.
+        stored = max((slot.info.dtype for _, slot in parts), key=lambda d: STORAGE[d].itemsize)
+        target = _target(stored, dtype)
+        info = TensorInfo(target, parts[0][0].published_shape)
+        entries.append(Entry(prefix + name, info, partial(_tasks, parts, target)))
     return entries
 
 
@@ -300,10 +306,15 @@ def _target(stored: str, dtype: str | None) -> str:
     return dtype if dtype is not None else "float32" if stored == "float64" else stored
 
 
-def _tasks(slot: Slot, weights: Weights, dtype: str) -> Iterator[Task]:
+def _tasks(parts: list[tuple[Row, Slot]], dtype: str) -> Iterator[Task]:
     # Views both ways: where source and target are laid out alike nothing is moved.
-    for task in slot.tasks(dtype):
-        yield lambda task=task: weights.to_published(task())
+    for row, slot in parts:
+        to_published = row.weights.to_published
+        if row.weights is TRANSPOSED:
+            yield lambda slot=slot, to=to_published: to(slot.read(dtype).array)
+            continue
+        for task in slot.tasks(dtype):
+            yield lambda task=task, to=to_published: to(task())
 
 
 def _dtype_of(model: SourceModel, dtype: str | None) -> str:
@@ -405,12 +416,31 @@ _COMPVIS = {
     "taesd": ("upstream", ""),
     "controlnet": ("compvis", "control_model."),
 }
+# Where a family's files hold its text encoders, where that is not where SD 1.x's do.
+_COMPVIS_TEXT = {
+    "sd2": {"text_encoder": ("openclip", "cond_stage_model.model.")},
+    "sdxl": {
+        "text_encoder": ("transformers", "conditioner.embedders.0.transformer."),
+        "text_encoder_2": ("openclip", "conditioner.embedders.1.model."),
+    },
+    "sdxl-refiner": {"text_encoder_2": ("openclip", "conditioner.embedders.0.model.")},
+}
+
+
+def _compvis_place(model: SourceModel, name: str) -> tuple[str, str]:
+    """The spelling and the prefix of one component in a CompVis file of a model's family."""
+    family = model.family
+    of_family = _COMPVIS_TEXT.get(family, _COMPVIS_TEXT.get(family.partition("-")[0], {}))
+    spelling, prefix = of_family.get(name) or _COMPVIS[name]
+    if model.components[name].has_linear_doors:
+        spelling += LINEAR
+    return spelling, prefix
 
 
 def _plan_compvis(model: SourceModel, dtype: str | None, notes: list[str]) -> list[_File]:
     entries: list[Entry] = []
     for name, part in model.components.items():
-        spelling, prefix = _COMPVIS[name]
+        spelling, prefix = _compvis_place(model, name)
         entries += _entries(part, spelling, prefix, dtype)
     if model.alphas_cumprod is not None:
         entries.append(_constant(files.ALPHAS, model.alphas_cumprod.astype(np.float32)))
@@ -439,6 +469,7 @@ _DIFFUSERS = {
     "unet": ("diffusers", "UNet2DConditionModel"),
     "vae": ("diffusers", "AutoencoderKL"),
     "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "taesd": ("diffusers", "AutoencoderTiny"),
     "controlnet": ("diffusers", "ControlNetModel"),
 }
@@ -448,6 +479,8 @@ def _plan_diffusers(model: SourceModel, dtype: str | None, notes: list[str]) -> 
     plan: list[_File] = []
     for name, part in model.components.items():
         spelling, kind = _DIFFUSERS[name]
+        if part.has_linear_doors:
+            spelling += LINEAR
         folder = "" if len(model.components) == 1 else f"{name}/"
         path = f"{folder}{KINDS[kind].stem}.safetensors"
         plan.append(_File(path, {"format": "pt"}, _entries(part, spelling, "", dtype)))
@@ -459,14 +492,27 @@ def _finish_diffusers(
 ) -> None:
     size = max(model.defaults["width"], model.defaults["height"])
     alone = len(model.components) == 1
+    second = model.components.get("text_encoder_2")
     for name, part in model.components.items():
-        target = folder if alone else folder / name
-        write_json(target / "config.json", diffusers_config.write(name, part.config, size))
+        written = diffusers_config.write(
+            name,
+            part.config,
+            size,
+            family=model.family,
+            is_linear=part.has_linear_doors,
+            pooled=None if second is None else second.config["projection_dim"],
+        )
+        write_json((folder if alone else folder / name) / "config.json", written)
     if alone:
         return
     betas = None
     if model.alphas_cumprod is not None:
         betas = _betas_unless_usual(model)
+    if model.prediction == UNKNOWN:
+        notes.append(
+            "The file does not say what the UNet predicts: the folder says epsilon. "
+            "If that is wrong, convert with --prediction v_prediction."
+        )
     scheduler = diffusers_config.write_scheduler(model.scheduler, model.prediction)
     if betas is not None:
         scheduler["trained_betas"] = betas
@@ -476,9 +522,13 @@ def _finish_diffusers(
         notes.append("CLIP's vocabulary has more tokens than the text encoder: it was left out.")
         vocabulary = None
     if vocabulary:
-        copy_small(vocabulary["vocab"], folder / "tokenizer" / "vocab.json")
-        copy_small(vocabulary["merges"], folder / "tokenizer" / "merges.txt")
-        write_json(folder / "tokenizer" / "tokenizer_config.json", _TOKENIZER_CONFIG)
+        for name in TEXT_ENCODERS:
+            if name in model.components:
+                target = folder / name.replace("text_encoder", "tokenizer")
+                copy_small(vocabulary["vocab"], target / "vocab.json")
+                copy_small(vocabulary["merges"], target / "merges.txt")
+                settings = _tokenizer_config(model, name, vocabulary["vocab"])
+                write_json(target / "tokenizer_config.json", settings)
     else:
         notes.append("No tokenizer was written: the source has no vocab.json and merges.txt.")
     write_json(folder / "model_index.json", _model_index(model, bool(vocabulary)))
@@ -502,19 +552,40 @@ _TOKENIZER_CONFIG = {
 }
 
 
+def _tokenizer_config(model: SourceModel, encoder: str, vocabulary: Path) -> dict[str, Any]:
+    pad = model.components[encoder].config.get("pad_token_id")
+    if pad is None:
+        return _TOKENIZER_CONFIG
+    word = next((word for word, number in read_json(vocabulary).items() if number == pad), "!")
+    return {**_TOKENIZER_CONFIG, "pad_token": word}
+
+
 def _model_index(model: SourceModel, tokenizer: bool) -> dict[str, Any]:
-    libraries = {"text_encoder": "transformers"}
+    is_xl, is_refiner = model.family.startswith("sdxl"), model.family == "sdxl-refiner"
+    kind = "StableDiffusionPipeline"
+    if is_xl:
+        kind = "StableDiffusionXLImg2ImgPipeline" if is_refiner else "StableDiffusionXLPipeline"
     index: dict[str, Any] = {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": kind,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
-        "requires_safety_checker": False,
-        "safety_checker": [None, None],
         "scheduler": ["diffusers", "DDIMScheduler"],
-        "tokenizer": ["transformers", "CLIPTokenizer"] if tokenizer else [None, None],
     }
+    if is_xl:
+        index["force_zeros_for_empty_prompt"] = not is_refiner
+    else:
+        index |= {"requires_safety_checker": False, "safety_checker": [None, None]}
+    if is_refiner:
+        index["requires_aesthetics_score"] = True
+    for name in TEXT_ENCODERS if is_xl else TEXT_ENCODERS[:1]:
+        words = name.replace("text_encoder", "tokenizer")
+        is_there = name in model.components
+        has_words = tokenizer and (is_there or not is_xl)
+        index[words] = ["transformers", "CLIPTokenizer"] if has_words else [None, None]
+        index[name] = [None, None]
     for name in model.components:
-        index[name] = [libraries.get(name, "diffusers"), _DIFFUSERS[name][1]]
+        library = "transformers" if name in TEXT_ENCODERS else "diffusers"
+        index[name] = [library, _DIFFUSERS[name][1]]
     return index
 
 

@@ -15,7 +15,10 @@ from pathlib import Path
 
 from maple_convert.errors import UnsupportedCheckpoint, one_line
 from maple_convert.layouts import LAYOUTS, View, files, unet
+from maple_convert.layouts.parts import LINEAR
 from maple_convert.tensors import TensorInfo
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 
 # ---------------------------------------------------------------------------------------------
 # Facts
@@ -54,6 +57,7 @@ class Facts:
         components: the components found.
         unet: facts of the UNet, where there is one.
         text: the kinds of text encoder found: "CLIP", "OpenCLIP", "BERT", "XLM-RoBERTa".
+        has_second: whether one of them stands where SDXL has its second.
         others: parts of a folder that no family known here has.
     """
 
@@ -62,6 +66,7 @@ class Facts:
     components: list[str] = field(default_factory=list[str])
     unet: UNetFacts | None = None
     text: set[str] = field(default_factory=set[str])
+    has_second: bool = False
     others: list[str] = field(default_factory=list[str])
 
     def describe(self) -> str:
@@ -73,8 +78,11 @@ class Facts:
                 f"{u.context}, {u.projections} projections, label embedding: {u.label}, "
                 f"{'with' if u.middle_attends else 'without'} middle attention"
             )
+        if self.has_second:
+            parts.append("a text encoder in the place of SDXL's second")
         parts += [f"a text encoder of kind {kind}" for kind in sorted(self.text)]
-        parts += [name for name in self.components if name not in ("unet", "text_encoder")]
+        known = ("unet", *TEXT_ENCODERS)
+        parts += [name for name in self.components if name not in known]
         return "; ".join(parts + self.others)
 
 
@@ -134,8 +142,8 @@ _CONTEXTS = {
     2048: "SDXL's context",
 }
 
-# Text encoders other than the tables', and everything else that people keep in such files. Each is
-# there when a tensor lies below one of its places, or its name ends or begins as given.
+# Text encoders, whole or not, and everything else that people keep in such files. Each is there
+# when a tensor lies below one of its places, or its name ends or begins as given.
 _TEXT_PLACES = {
     "OpenCLIP": (
         "cond_stage_model.model",
@@ -243,6 +251,7 @@ class Family:
         levels: number of resolutions, where that tells families apart.
         first_attends: whether the finest level has transformers, where that tells.
         middle_attends: whether the middle block attends.
+        is_xl: whether its files may hold a text encoder in the place of SDXL's second.
         refusal: why this version cannot use it; empty where it can.
     """
 
@@ -255,6 +264,7 @@ class Family:
     levels: int | None = None
     first_attends: bool | None = None
     middle_attends: bool = True
+    is_xl: bool = False
     refusal: str = ""
 
     def fits(self, facts: Facts) -> bool:
@@ -269,6 +279,7 @@ class Family:
             and self.levels in (None, u.levels)
             and self.first_attends in (None, u.first_attends)
             and facts.text <= self.text
+            and (self.is_xl or not facts.has_second)
         )
 
 
@@ -301,9 +312,16 @@ FAMILIES = (
         "convolution",
         text=_CLIP,
         middle_attends=False,
-        refusal=_NOT_YET,
     ),
-    Family("sd2", "Stable Diffusion 2.x", 4, "linear", text=_OPEN, refusal=_NOT_YET),
+    Family("sd2", "Stable Diffusion 2.x", 4, "linear", text=_OPEN),
+    Family(
+        "sd2-distilled",
+        "a distilled SD 2.x without middle block (BK-SDM)",
+        4,
+        "linear",
+        text=_OPEN,
+        middle_attends=False,
+    ),
     Family(
         "sd2-inpainting",
         "Stable Diffusion 2.x inpainting",
@@ -341,7 +359,7 @@ FAMILIES = (
         label="vector",
         text=_OPEN,
         levels=3,
-        refusal=_NOT_YET,
+        is_xl=True,
     ),
     Family(
         "sdxl-refiner",
@@ -352,7 +370,7 @@ FAMILIES = (
         text=_OPEN,
         levels=4,
         first_attends=False,
-        refusal=_NOT_YET,
+        is_xl=True,
     ),
     Family(
         "sdxl-inpainting",
@@ -362,6 +380,7 @@ FAMILIES = (
         label="vector",
         text=_OPEN,
         levels=3,
+        is_xl=True,
         refusal=_NOT_YET,
     ),
     Family(
@@ -372,6 +391,7 @@ FAMILIES = (
         label="vector",
         text=_OPEN,
         levels=3,
+        is_xl=True,
         refusal=_NOT_YET,
     ),
     Family(
@@ -383,7 +403,7 @@ FAMILIES = (
         text=_OPEN,
         levels=3,
         middle_attends=False,
-        refusal=_NOT_YET,
+        is_xl=True,
     ),
 )
 
@@ -402,13 +422,13 @@ def identify(facts: Facts) -> tuple[str, str]:
     if facts.others and not any(family.refusal for family in fitting):
         raise UnsupportedCheckpoint(path, f"a pipeline with {' and '.join(facts.others)}")
     if facts.unet is None:
-        if facts.text - _CLIP:
+        if facts.text - _OPEN:
             kinds = " and ".join(sorted(facts.text))
             raise UnsupportedCheckpoint(path, f"a text encoder of kind {kinds}: {_NOT_YET}")
         if len(facts.components) == 1:
             (name,) = facts.components
             return name, f"{LAYOUTS[name].title} alone"
-        if set(facts.components) == {"text_encoder", "vae"}:
+        if set(facts.components) == {"text_encoder", "vae"} and facts.text <= _CLIP:
             return "sd1", "Stable Diffusion 1.x without its UNet"
         raise UnsupportedCheckpoint(path, f"no UNet, but {facts.describe()}")
     if not fitting:
@@ -458,7 +478,10 @@ def find_sections(path: Path, tensors: Mapping[str, TensorInfo], folder: str = "
                 f"{_spelt(where.spelling, prefix)}",
             )
         view = View(path, tensors, prefix, where.under) if where.under else views[prefix]
-        sections[where.component] = Section(where.component, where.spelling, view)
+        spelling = where.spelling
+        if where.component in ("unet", "controlnet") and unet.has_linear_doors(view, spelling):
+            spelling += LINEAR
+        sections[where.component] = Section(where.component, spelling, view)
     return list(sections.values())
 
 
@@ -488,14 +511,18 @@ def gather(
         where = (view.folder + view.prefix).rstrip("./") or "the file"
         facts.components.append(section.component)
         if section.component == "unet":
-            facts.lines.append(f"{where} holds the UNet in {section.spelling} names")
+            names = section.spelling.removesuffix(LINEAR)
+            facts.lines.append(f"{where} holds the UNet in {names} names")
             read_unet(facts, view, section.spelling)
-        elif section.component == "text_encoder":
+        elif section.component in TEXT_ENCODERS:
             width = LAYOUTS["text_encoder"].infer(view, section.spelling)["hidden_size"]
-            kind = _OPEN_CLIP_WIDTHS.get(width, "CLIP")
+            is_open = section.spelling == "openclip"
+            kind = "OpenCLIP" if is_open else _OPEN_CLIP_WIDTHS.get(width, "CLIP")
             facts.text.add(kind)
+            facts.has_second |= section.component == "text_encoder_2"
+            names = "OpenCLIP's" if is_open else "Hugging Face's CLIP"
             facts.lines.append(
-                f"{where} holds a text encoder in Hugging Face's CLIP names, {width} wide: {kind}"
+                f"{where} holds a text encoder in {names} names, {width} wide: {kind}"
             )
         else:
             title = LAYOUTS[section.component.split()[0]].title

@@ -5,7 +5,7 @@ edited, cut short or made to hurt.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
 from maple_convert.layouts import LAYOUTS
-from maple_convert.layouts.diffusers_config import PREDICTIONS
+from maple_convert.layouts.diffusers_config import PREDICTIONS, UNKNOWN
 from maple_convert.quantized import BITS, COMPONENTS
 
 FORMAT = "mlx-maple"
@@ -24,22 +24,23 @@ CONFIG_NAME = "config.json"
 TOKENIZER_FILES = {"vocab": "tokenizer/vocab.json", "merges": "tokenizer/merges.txt"}
 DTYPES = ("float16", "bfloat16", "float32")
 MIXED = "mixed"  # instead of one of them
+_LEVELS = 8
 
 
 @dataclass(frozen=True)
 class Count:
-    """An integer setting and its bounds; ``many`` for a list of them, one per level."""
+    """An integer setting and its bounds; ``many`` for a list of up to ``most``, one per level."""
 
     low: int = 1
     high: int = 1 << 16
     many: bool = False
     optional: bool = False
+    most: int = _LEVELS
 
 
 # Every setting of every component. The bounds are far above any published model and low enough
 # that a lying file cannot make the tables run for long.
-_LEVELS = 8
-SETTINGS: dict[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
+SETTINGS: dict[str, Mapping[str, Count | tuple[object, ...] | type[float]]] = {
     "text_encoder": {
         "vocab_size": Count(high=1 << 22),
         "hidden_size": Count(),
@@ -50,6 +51,7 @@ SETTINGS: dict[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
         "hidden_act": ("quick_gelu", "gelu"),
         "projection_dim": Count(optional=True),
         "eos_token_id": Count(0, 1 << 22),
+        "pad_token_id": Count(0, 1 << 22),
     },
     "unet": {
         "in_channels": Count(high=64),
@@ -59,9 +61,11 @@ SETTINGS: dict[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
         "transformer_layers": Count(0, 16, many=True),
         "num_attention_heads": Count(high=1024, many=True),
         "cross_attention_dim": Count(),
-        "mid_transformer_layers": Count(high=16),
+        "mid_transformer_layers": Count(0, 16, optional=True),
         "norm_num_groups": Count(),
         "time_cond_dim": Count(4, optional=True),
+        "up_transformer_layers": Count(0, 16, many=True, most=_LEVELS * 9),
+        "vector_channels": Count(optional=True),
     },
     "vae": {
         "in_channels": Count(high=64),
@@ -71,14 +75,27 @@ SETTINGS: dict[str, Mapping[str, Count | tuple[str, ...] | type[float]]] = {
         "layers_per_block": Count(high=8),
         "norm_num_groups": Count(),
         "scaling_factor": float,
+        "force_upcast": (True, False),
     },
     "taesd": {"latent_channels": Count(high=64), "width": Count()},
 }
 # Settings that came with later versions: a folder without them is of a model that has no such part.
-LATER: Mapping[str, tuple[str, ...]] = {"unet": ("time_cond_dim",)}
+_LATER_UNET = ("time_cond_dim", "up_transformer_layers", "vector_channels")
+LATER: Mapping[str, tuple[str, ...]] = {
+    "text_encoder": ("pad_token_id",),
+    "text_encoder_2": ("pad_token_id",),
+    "unet": _LATER_UNET,
+    "vae": ("force_upcast",),
+    "controlnet": ("vector_channels",),
+}
+SETTINGS["text_encoder_2"] = SETTINGS["text_encoder"]
 # A ControlNet is a UNet's way down, and something more.
 SETTINGS["controlnet"] = {
-    **{k: v for k, v in SETTINGS["unet"].items() if k not in ("out_channels", "time_cond_dim")},
+    **{
+        k: v
+        for k, v in SETTINGS["unet"].items()
+        if k not in ("out_channels", "time_cond_dim", "up_transformer_layers")
+    },
     "hint_channels": Count(high=64),
     "hint_widths": Count(many=True),
 }
@@ -146,7 +163,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
         raise InvalidCheckpoint(path, f"lacks {', '.join(missing)}")
     if unknown := sorted(set(config) - _KEYS):
         raise InvalidCheckpoint(path, f"unknown key {one_line(unknown[0], 60)!r}")
-    if config["prediction"] not in PREDICTIONS:
+    if config["prediction"] not in (*PREDICTIONS, UNKNOWN):
         raise InvalidCheckpoint(path, f"prediction is {_shown(config['prediction'])}")
     if not _text(config["family"]):
         raise InvalidCheckpoint(path, f"family is {_shown(config['family'])}")
@@ -208,13 +225,26 @@ def check_component(path: Path, name: str, settings: Mapping[str, Any]) -> None:
     if name in ("unet", "controlnet"):
         widths = settings["block_out_channels"]
         heads = list(zip(widths, settings["num_attention_heads"], strict=True))
-    if name == "text_encoder":
+    if name == "unet" and (ups := settings.get("up_transformer_layers")) is not None:
+        _check_ups(path, settings, ups)
+    if name in ("text_encoder", "text_encoder_2"):
         heads = [(settings["hidden_size"], settings["num_attention_heads"])]
-        if settings["eos_token_id"] >= settings["vocab_size"]:
-            raise InvalidCheckpoint(path, "text_encoder: eos_token_id lies outside the vocabulary")
+        for key in ("eos_token_id", "pad_token_id"):
+            if settings.get(key, 0) >= settings["vocab_size"]:
+                raise InvalidCheckpoint(path, f"{name}: {key} lies outside the vocabulary")
     for width, n in heads:
         if width % n:
             raise InvalidCheckpoint(path, f"{name}: width {width} does not divide into {n} heads")
+
+
+def _check_ups(path: Path, settings: Mapping[str, Any], ups: Sequence[int]) -> None:
+    """Check the depths on the way up: one a residual block, and a level has all or none."""
+    layers: int = settings["layers_per_block"] + 1
+    levels = [ups[start : start + layers] for start in range(0, len(ups), layers)]
+    if len(ups) != layers * len(settings["block_out_channels"]) or any(
+        min(level) == 0 < max(level) for level in levels
+    ):
+        raise InvalidCheckpoint(path, f"unet: up_transformer_layers is {_shown(list(ups))}")
 
 
 def known_settings(table: str) -> list[str]:
@@ -282,7 +312,7 @@ def _allowed(value: object, rule: object) -> bool:
         if rule.many:
             items = cast("list[object]", value) if isinstance(value, list | tuple) else []
             one = Count(rule.low, rule.high)
-            return 1 <= len(items) <= _LEVELS and all(_allowed(item, one) for item in items)
+            return 1 <= len(items) <= rule.most and all(_allowed(item, one) for item in items)
         if value is None:
             return rule.optional
         whole = isinstance(value, int) and not isinstance(value, bool)

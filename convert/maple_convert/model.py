@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from maple_convert import maple_folder
+from maple_convert.detect import TEXT_ENCODERS
 from maple_convert.errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint
 from maple_convert.layouts import LAYOUTS
-from maple_convert.layouts.diffusers_config import PREDICTIONS
+from maple_convert.layouts.diffusers_config import PREDICTIONS, size_numbers
 from maple_convert.open_file import open_file
 from maple_convert.open_folder import open_folder
 from maple_convert.source import Component, SourceModel
@@ -31,6 +32,8 @@ SD1_LATENT_RGB = [
 SD1_UNET_WIDTH = 320  # of the published UNet's finest level
 SD1_VAE_WIDTHS = [128, 256, 512, 512]
 SD1_SIZE = 512
+SIZES = {"sd1": SD1_SIZE, "sd2": SD1_SIZE, "sdxl": 1024}  # by how a family's name begins
+V_PREDICTION_SIZE = 768  # of SD 2.x, which predicts v at this size only
 NARROW_SIZE = 128  # of a model too narrow for SD's own size; a file cannot say it
 
 
@@ -85,27 +88,32 @@ def _set_defaults(model: SourceModel) -> None:
     unet, vae = model.components.get("unet"), model.components.get("vae")
     if model.layout == "maple":
         return
+    family = model.family.partition("-")[0]
     if "width" not in model.defaults:
-        size = SD1_SIZE
+        size = next((n for name, n in SIZES.items() if family == name), SD1_SIZE)
+        if family == "sd2" and model.prediction == "v_prediction":
+            size = V_PREDICTION_SIZE
         if unet is not None and unet.config["block_out_channels"][0] < SD1_UNET_WIDTH:
             size = NARROW_SIZE
             model.notes.append(f"A narrow UNet: drawn at {size}x{size} unless told otherwise.")
         model.defaults |= {"width": size, "height": size}
     model.defaults |= {
         "steps": 20,
-        "guidance_scale": 7.5,
+        "guidance_scale": 7.0 if family == "sdxl" else 7.5,
         "sampler": "dpmpp_2m",
         "schedule": "karras",
     }
-    if vae is not None and list(vae.config["block_out_channels"]) == SD1_VAE_WIDTHS:
+    is_sd1s = family != "sdxl"  # SD 2.x shares the autoencoder; SDXL's has other latents
+    if vae is not None and is_sd1s and list(vae.config["block_out_channels"]) == SD1_VAE_WIDTHS:
         model.latent_rgb_factors = SD1_LATENT_RGB
 
 
 # What a caller may say of each component: facts that are in no tensor.
 _OVERRIDES = {
     "unet": ("num_attention_heads",),
-    "vae": ("scaling_factor",),
-    "text_encoder": ("num_attention_heads", "hidden_act", "eos_token_id"),
+    "vae": ("scaling_factor", "force_upcast"),
+    "text_encoder": ("num_attention_heads", "hidden_act", "eos_token_id", "pad_token_id"),
+    "text_encoder_2": ("num_attention_heads", "hidden_act", "eos_token_id", "pad_token_id"),
 }
 
 
@@ -116,7 +124,8 @@ def apply_overrides(model: SourceModel, config: Mapping[str, Any]) -> None:
         model: changed in place.
         config: any of ``prediction``; ``scheduler`` and ``defaults`` (some of their settings);
             ``latent_rgb_factors``; and per component, ``unet`` {num_attention_heads}, ``vae``
-            {scaling_factor}, ``text_encoder`` {num_attention_heads, hidden_act, eos_token_id}.
+            {scaling_factor, force_upcast}, ``text_encoder`` and ``text_encoder_2``
+            {num_attention_heads, hidden_act, eos_token_id, pad_token_id}.
 
     Raises:
         WrongUse: a setting that does not exist or that the tensors decide.
@@ -154,16 +163,26 @@ def _check_together(model: SourceModel) -> None:
     for name, component in model.components.items():
         maple_folder.check_component(model.path, name, component.config)
     maple_folder.check_use(model.path, model.scheduler, model.defaults, model.latent_rgb_factors)
-    text, unet, vae = (model.components.get(n) for n in ("text_encoder", "unet", "vae"))
+    unet, vae = (model.components.get(n) for n in ("unet", "vae"))
     if unet is None:
         return
     context = unet.config["cross_attention_dim"]
-    if text is not None and text.config["hidden_size"] != context:
+    texts = [part.config for name in TEXT_ENCODERS if (part := model.components.get(name))]
+    if texts and (width := sum(text["hidden_size"] for text in texts)) != context:
+        encoders = "encoder is" if len(texts) == 1 else "encoders are together"
         raise InvalidCheckpoint(
             model.path,
-            f"two models in one: the text encoder is {text.config['hidden_size']} wide and the "
-            f"UNet takes {context}",
+            f"two models in one: the text {encoders} {width} wide and the UNet takes {context}",
         )
+    if texts and (vector := unet.config.get("vector_channels")) is not None:
+        pooled, numbers = texts[-1]["projection_dim"], size_numbers(model.family)
+        rest = vector - (pooled or 0)
+        if pooled is None or rest < 2 * numbers or rest % (2 * numbers):
+            raise InvalidCheckpoint(
+                model.path,
+                f"the UNet takes a vector of {vector}, which the text's state of {pooled or 0} and "
+                f"{numbers} numbers do not make",
+            )
     latent = unet.config["out_channels"]
     if vae is not None and vae.config["latent_channels"] != latent:
         raise InvalidCheckpoint(

@@ -14,11 +14,14 @@ from maple_convert import detect, maple_folder
 from maple_convert.detect import Section
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
 from maple_convert.layouts import LAYOUTS, View, diffusers_config, files
+from maple_convert.layouts.diffusers_config import UNKNOWN
+from maple_convert.layouts.parts import LINEAR
 from maple_convert.readers import open_checkpoint
 from maple_convert.source import Component, Slot, SourceModel, files_of, in_file_order, match
 from maple_convert.tensors import Checkpoint, Tensor
 
 SD1_HEADS = 8  # at every level of every SD 1.x UNet
+OPEN_CLIP_H_LAYERS = 24  # of the text model that SD 2.x reads, all of them
 
 
 def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
@@ -35,13 +38,15 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
         return _open_taesd_pair(checkpoint, halves[0], stack)
     family, title = detect.identify(facts)
     configs: dict[str, dict[str, Any]] = {}
+    whole: dict[str, dict[str, Any]] = {}
     for section in sections:
-        found = LAYOUTS[section.component].infer(section.view, section.spelling)
-        configs[section.component] = complete(section.component, found)
+        name, spelling = section.component, section.spelling
+        whole[name] = LAYOUTS[name].infer(section.view, spelling)
+        configs[name] = complete(name, _used(section, whole[name]), spelling, family)
     has_ema = files.holds_ema(tensors)
     if ema and not (has_ema and "unet" in configs):
         raise UnsupportedCheckpoint(path, "holds no EMA copy of the UNet (model_ema.*)")
-    components, dropped = _plan(checkpoint, sections, configs, ema)
+    components, dropped = _plan(checkpoint, sections, configs, whole, ema)
     model = SourceModel(
         path=path,
         container=checkpoint.container,
@@ -61,29 +66,68 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
     return model
 
 
-def complete(component: str, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Complete an architecture by the rules of SD 1.x, where no config lies beside the tensors."""
+def complete(
+    component: str, found: Mapping[str, Any], spelling: str = "", family: str = "sd1"
+) -> dict[str, Any]:
+    """Complete an architecture by its family's rules, where no config lies beside the tensors.
+
+    Args:
+        component: its name.
+        found: what the tensors say of it.
+        spelling: of its names in the file.
+        family: of the whole model.
+    """
     rules: dict[str, Any] = {}
     if component in ("unet", "controlnet"):
-        heads = [SD1_HEADS] * len(found["block_out_channels"])
+        widths: Sequence[int] = found["block_out_channels"]
+        heads = [SD1_HEADS] * len(widths)
+        if spelling.endswith(LINEAR):  # every family but SD 1.x
+            heads = [max(width // diffusers_config.HEAD_WIDTH, 1) for width in widths]
         rules = {"num_attention_heads": heads, "norm_num_groups": 32}
     elif component == "vae":
         factor = diffusers_config.SD1_SCALING_FACTOR
         rules = {"norm_num_groups": 32, "scaling_factor": factor}
-    elif component == "text_encoder":
+        if family.startswith("sdxl"):
+            rules["scaling_factor"] = diffusers_config.SDXL_SCALING_FACTOR
+            rules["force_upcast"] = True
+    elif component in detect.TEXT_ENCODERS:
+        is_open = spelling == "openclip"
         rules = {
             "num_attention_heads": max(found["hidden_size"] // diffusers_config.HEAD_WIDTH, 1),
-            "hidden_act": "quick_gelu",
+            "hidden_act": "gelu" if is_open else "quick_gelu",
             "eos_token_id": diffusers_config.eos_token(Path(), None, found["vocab_size"]),
         }
+        if is_open:
+            rules["pad_token_id"] = diffusers_config.OPEN_CLIP_PAD
     return {**found, **rules}
+
+
+def _used(section: Section, found: dict[str, Any]) -> dict[str, Any]:
+    """What of a component is used: SD 2.x's files hold the whole of OpenCLIP's text model.
+
+    The UNet was trained on the states before the last layer, so that this layer and the projection
+    behind it are never computed. Folders of diffusers, and what is made from them, lack both.
+    """
+    if section.component != "text_encoder" or section.spelling != "openclip":
+        return found
+    layers: int = found["num_hidden_layers"]
+    is_whole = found["projection_dim"] is not None or layers == OPEN_CLIP_H_LAYERS
+    return {
+        **found,
+        "num_hidden_layers": max(layers - is_whole, 1),
+        "projection_dim": None,
+    }
+
+
+_COMPVIS_SPELLINGS = ("compvis", "openclip", "upstream", "upstream_from_0")
+_COMPVIS_PREFIXES = ("model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
 
 def _layout(sections: Sequence[Section]) -> str:
     """CompVis where any name is; a text encoder is spelt alike in both."""
     compvis = any(
-        section.spelling in ("compvis", "upstream", "upstream_from_0")
-        or section.view.prefix.startswith(("model.", "first_stage_model.", "cond_stage_model."))
+        section.spelling.removesuffix(LINEAR) in _COMPVIS_SPELLINGS
+        or section.view.prefix.startswith(_COMPVIS_PREFIXES)
         for section in sections
     )
     return "compvis" if compvis else "diffusers"
@@ -93,6 +137,7 @@ def _plan(
     checkpoint: Checkpoint,
     sections: Sequence[Section],
     configs: Mapping[str, dict[str, Any]],
+    whole: Mapping[str, dict[str, Any]],
     ema: bool,
 ) -> tuple[dict[str, Component], dict[str, str]]:
     """Match the rows of all sections against all keys of the file, both ways."""
@@ -110,13 +155,19 @@ def _plan(
                 replaced[key] = "replaced by its EMA copy"
                 key = files.ema_name(row)
             plans[name].append(Slot(row, checkpoint, key))
+        if name in detect.TEXT_ENCODERS:
+            used = {slot.key for slot in plans[name]}
+            for row in LAYOUTS[name].rows(whole[name], section.spelling):
+                if (key := section.view.key(row.published)) not in used:
+                    replaced[key] = "behind the layer whose states the UNet takes"
     dropped = match(path, tensors, [slot for slots in plans.values() for slot in slots], replaced)
     components: dict[str, Component] = {}
     for section in sections:
         name, prefix = section.component, section.view.prefix
         mine = {key: why for key, why in dropped.items() if prefix and key.startswith(prefix)}
         slots = in_file_order(plans[name], tensors)
-        components[name] = Component(name, configs[name], slots, mine)
+        is_linear = section.spelling.endswith(LINEAR)
+        components[name] = Component(name, configs[name], slots, mine, has_linear_doors=is_linear)
     return components, dropped
 
 
@@ -129,6 +180,9 @@ def _read_schedule(model: SourceModel, checkpoint: Checkpoint) -> None:
     tensors = checkpoint.tensors
     if "unet" not in model.components:
         return
+    if model.family.startswith("sd2"):
+        # SD 2.x comes in both kinds with the same tensors; see docs/porting.md.
+        model.prediction = UNKNOWN
     if files.V_PREDICTION_MARK in tensors:
         model.prediction = "v_prediction"
         model.evidence.append(f"{files.V_PREDICTION_MARK}: the UNet predicts v")

@@ -7,6 +7,7 @@ maple       config.json with ``"format": "mlx-maple"``, see maple_folder.py and 
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,8 @@ from maple_convert import detect, maple_folder, quantized
 from maple_convert.detect import Section
 from maple_convert.errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint, one_line
 from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config
+from maple_convert.layouts.diffusers_config import UNKNOWN
+from maple_convert.layouts.parts import LINEAR
 from maple_convert.readers import open_checkpoint, read_json
 from maple_convert.source import Component, Slot, SourceModel, files_of, in_file_order, match
 from maple_convert.tensors import Checkpoint
@@ -47,9 +50,20 @@ KINDS = {
 }
 # Parts of a pipeline that hold no weights used here.
 _WITHOUT_WEIGHTS = frozenset(
-    {"safety_checker", "feature_extractor", "image_encoder", "tokenizer", "scheduler"}
+    {
+        "safety_checker",
+        "feature_extractor",
+        "image_encoder",
+        "tokenizer",
+        "tokenizer_2",
+        "scheduler",
+    }
 )
-_PLAIN_PIPELINE = "StableDiffusionPipeline"
+_PLAIN_PIPELINES = (
+    "StableDiffusionPipeline",
+    "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline",  # of SDXL's refiner
+)
 _TOKENIZER = {"vocab": "vocab.json", "merges": "merges.txt"}
 
 
@@ -97,25 +111,29 @@ def _open_diffusers(path: Path, stack: ExitStack, variant: str | None) -> Source
     unknown: list[str] = []
     for name, kind in named.items():
         folder = path / name
-        if kind not in KINDS or KINDS[kind].component != name:
+        if kind not in KINDS or KINDS[kind].component != name.removesuffix("_2"):
             unknown.append(f"{name} ({one_line(kind, 40)})")
             continue
         if not folder.is_dir():
             raise InvalidCheckpoint(path, f"model_index.json names {name}, which has no folder")
-        sections.append(_open_part(model, folder, kind, stack, variant))
+        part = _open_part(model, folder, kind, stack, variant)
+        sections.append((replace(part[0], component=name), *part[1:]))
     _require_variant(model, variant)
     facts = detect.gather(path, [part[0] for part in sections])
     facts.lines.insert(0, f"model_index.json names {one_line(repr(pipeline), 60)}")
     facts.others += unknown
     model.family, model.title = detect.identify(facts)
     model.evidence = facts.lines
-    if pipeline != _PLAIN_PIPELINE:
+    if pipeline not in _PLAIN_PIPELINES:
         model.notes.append(
             f"The folder is of {one_line(repr(pipeline), 60)}; it is used as a plain model."
         )
     _plan_parts(model, sections)
     _read_scheduler(model, path / "scheduler" / "scheduler_config.json")
     _find_tokenizer(model, path / "tokenizer")
+    for name in detect.TEXT_ENCODERS:
+        if name in model.components:
+            _read_padding(model, name, path / name.replace("text_encoder", "tokenizer"))
     return model
 
 
@@ -169,8 +187,13 @@ def _plan_parts(model: SourceModel, parts: list[tuple[Section, Checkpoint, Confi
     for section, checkpoint, settings, folder in parts:
         name = section.component
         found = LAYOUTS[name].infer(section.view, section.spelling)
-        kind = next(kind for kind in KINDS.values() if kind.component == name)
+        kind = next(k for k in KINDS.values() if k.component == name.removesuffix("_2"))
         config = kind.complete(folder / "config.json", settings, found)
+        if name in ("unet", "controlnet"):
+            diffusers_config.check_doors(folder / "config.json", settings, section.spelling)
+        # SD 1.x's and 2.x's do not overflow in half precision, whatever their configs say.
+        if name == "vae" and model.family.startswith("sdxl") and settings.get("force_upcast", True):
+            config["force_upcast"] = True
         maple_folder.check_component(folder / "config.json", name, config)
         slots = [
             Slot(row, checkpoint, section.view.key(row.published))
@@ -178,7 +201,8 @@ def _plan_parts(model: SourceModel, parts: list[tuple[Section, Checkpoint, Confi
         ]
         dropped = match(checkpoint.path, checkpoint.tensors, slots)
         slots = in_file_order(slots, checkpoint.tensors)
-        model.components[name] = Component(name, config, slots, dropped)
+        is_linear = section.spelling.endswith(LINEAR)
+        model.components[name] = Component(name, config, slots, dropped, has_linear_doors=is_linear)
         model.dropped |= {f"{name}/{key}": why for key, why in dropped.items()}
         if name == "unet":
             _native_size(model, settings.get("sample_size"))
@@ -250,7 +274,11 @@ def _require_variant(model: SourceModel, variant: str | None) -> None:
 
 def _read_scheduler(model: SourceModel, path: Path) -> None:
     if not path.is_file():
-        model.notes.append("No scheduler_config.json: SD 1.x's betas and epsilon are assumed.")
+        if model.family.startswith("sd2"):
+            model.prediction = UNKNOWN
+            model.notes.append("No scheduler_config.json: SD 1.x's betas are assumed.")
+        else:
+            model.notes.append("No scheduler_config.json: SD 1.x's betas and epsilon are assumed.")
         return
     config = _read_object(path)
     model.scheduler, model.prediction = diffusers_config.scheduler(path, config)
@@ -272,11 +300,36 @@ def _find_tokenizer(model: SourceModel, folder: Path) -> None:
     model.tokenizer_files = files
 
 
+_PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+
+
+def _read_padding(model: SourceModel, encoder: str, folder: Path) -> None:
+    """Take the token that a tokenizer's folder fills up with, where its id is known."""
+    if not (folder / _TOKENIZER["vocab"]).is_file():
+        return
+    for path in (folder / name for name in _PADDING_FILES):
+        said = _read_object(path).get("pad_token") if path.is_file() else None
+        token = cast("dict[str, object]", said).get("content") if isinstance(said, dict) else said
+        if not isinstance(token, str):
+            continue
+        number = _read_object(folder / _TOKENIZER["vocab"]).get(token)
+        config = model.components[encoder].config
+        if isinstance(number, int) and 0 <= number < config["vocab_size"]:
+            config.pop("pad_token_id", None)
+            if number != config["eos_token_id"]:
+                config["pad_token_id"] = number
+            return
+
+
 def check_vocabulary(model: SourceModel, path: Path) -> None:
     """Refuse a vocabulary with ids for which the embedding table has no row."""
-    text = model.components.get("text_encoder")
+    sizes = [
+        part.config["vocab_size"]
+        for name, part in model.components.items()
+        if name in detect.TEXT_ENCODERS
+    ]
     vocabulary = _read_object(path)
-    rows = None if text is None else text.config["vocab_size"]
+    rows = min(sizes, default=None)
     for word, number in vocabulary.items():
         if not isinstance(number, int) or number < 0 or (rows is not None and number >= rows):
             raise InvalidCheckpoint(
@@ -325,7 +378,10 @@ def _open_maple(path: Path, stack: ExitStack, config: Config) -> SourceModel:
             if info.dtype not in maple_folder.DTYPES and key not in packed:
                 raise InvalidCheckpoint(weights, f"{key} is {info.dtype}: not allowed here")
         slots = in_file_order(slots, checkpoint.tensors)
-        model.components[name] = Component(name, dict(settings), slots, bits=bits)
+        is_linear = name == "unet" and not model.family.startswith("sd1")
+        model.components[name] = Component(
+            name, dict(settings), slots, bits=bits, has_linear_doors=is_linear
+        )
         model.files.append(weights)
     if config["tokenizer"] is not None:
         files = {name: path / file for name, file in maple_folder.TOKENIZER_FILES.items()}

@@ -22,7 +22,7 @@ from maple_convert.write import Entry
 
 BITS = (8, 4)
 GROUP_SIZES = (64, 32)
-COMPONENTS = ("text_encoder", "unet")
+COMPONENTS = ("text_encoder", "text_encoder_2", "unet")
 KEPT = ("conv_in.weight", "conv_out.weight")
 PACKED = "uint32"
 

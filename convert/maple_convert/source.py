@@ -17,6 +17,7 @@ import numpy.typing as npt
 from maple_convert.errors import InvalidCheckpoint, LayoutMismatch
 from maple_convert.layouts import LAYOUTS, NATIVE, Row, files
 from maple_convert.layouts.diffusers_config import SD1_SCHEDULER
+from maple_convert.layouts.parts import TRANSPOSED
 from maple_convert.quantized import PACKED
 from maple_convert.readers import read_json
 from maple_convert.stream import Block, Task, stream_rows
@@ -43,7 +44,11 @@ class Slot:
         ``InvalidCheckpoint`` if a value is not finite, in the file or in ``dtype``.
         """
         to_native = self.row.weights.to_native
-        for task in stream_rows(self.checkpoint, self.key, dtype):
+        tasks = stream_rows(self.checkpoint, self.key, dtype, self.row.share)
+        if self.row.weights is TRANSPOSED:  # its rows are the file's columns
+            yield lambda: to_native(np.concatenate([task() for task in tasks]))
+            return
+        for task in tasks:
             yield lambda task=task: to_native(task())
 
     def blocks(self, dtype: str | None = None) -> Iterator[Block]:
@@ -66,11 +71,13 @@ class Component:
     """One network of a model.
 
     Attributes:
-        name: text_encoder, unet, vae or taesd.
+        name: text_encoder, text_encoder_2, unet, vae, taesd or controlnet.
         config: keyword arguments of the network's config class.
         slots: every parameter, in the order in which the file holds them.
         dropped: keys of the file below this component's prefix that are left out, and why.
         bits: that its weights are quantised to, 8 or 4, or None.
+        has_linear_doors: whether published files of its family keep the layers before and after a
+            transformer's blocks as linear ones.
     """
 
     name: str
@@ -78,6 +85,7 @@ class Component:
     slots: list[Slot]
     dropped: dict[str, str] = field(default_factory=dict[str, str])
     bits: int | None = None
+    has_linear_doors: bool = False
 
     @property
     def keys(self) -> dict[str, TensorInfo]:
@@ -132,10 +140,10 @@ class SourceModel:
     Attributes:
         path: what was opened.
         container: what it is ("torch zip", "safetensors", "diffusers folder", "maple folder", …).
-        family: "sd1", or the component's name where one component alone cannot say.
+        family: "sd1", "sd2", "sdxl", …, or the component's name where it alone cannot say.
         title: the family in words.
         layout: "compvis", "diffusers" or "maple".
-        prediction: "epsilon" or "v_prediction".
+        prediction: "epsilon", "v_prediction", or "unknown" where the tensors fit both.
         evidence: what was seen that makes it this family, one sentence each.
         notes: what had to be decided, one sentence each.
         has_ema: whether the file carries EMA copies of the UNet's weights.

@@ -1,6 +1,6 @@
 """The values of a tensor as a stream of rows: read, cast and checked while they are in the cache.
 
-Every layout keeps the first axis of a weight where it is, so a block of rows can be cast,
+Nearly every layout keeps the first axis of a weight where it is, so a block of rows can be cast,
 rearranged and written on its own. No tensor is ever whole in memory on the way from file to file;
 touching fresh memory for each would cost more than reading the file.
 """
@@ -34,14 +34,23 @@ _EXPONENT = {
 }
 
 
-def stream_rows(checkpoint: Checkpoint, key: str, dtype: str | None) -> Iterator[Task]:
+def stream_rows(
+    checkpoint: Checkpoint, key: str, dtype: str | None, share: tuple[int, int] = (0, 1)
+) -> Iterator[Task]:
     """One tensor in ``dtype`` (None: as stored): functions, in order, that each make some rows.
 
     They may be called in any order and from any thread; what they give owns its memory. Called,
     each raises ``InvalidCheckpoint`` if a value is not finite, in the file or in ``dtype``.
+
+    Args:
+        checkpoint: where it lies.
+        key: its name there.
+        dtype: what is wanted.
+        share: (which, of how many) equal parts of the rows to read.
     """
     kind = checkpoint.tensors[key].dtype if dtype is None else dtype
-    for read in _stored_rows(checkpoint, key, fresh=kind == checkpoint.tensors[key].dtype):
+    fresh = kind == checkpoint.tensors[key].dtype
+    for read in _stored_rows(checkpoint, key, share, fresh=fresh):
         yield partial(_cast, checkpoint, key, kind, read)
 
 
@@ -65,18 +74,22 @@ def _cast(checkpoint: Checkpoint, key: str, kind: str, read: Task) -> Block:
     return result
 
 
-def _stored_rows(checkpoint: Checkpoint, key: str, *, fresh: bool) -> Iterator[Task]:
+def _stored_rows(
+    checkpoint: Checkpoint, key: str, share: tuple[int, int], *, fresh: bool
+) -> Iterator[Task]:
     """One tensor as stored: functions that each read some rows.
 
     Args:
         checkpoint: where it lies.
         key: its name there.
+        share: (which, of how many) parts of the rows.
         fresh: give each block memory of its own; otherwise it is valid until its thread's next.
     """
     info = checkpoint.tensors[key]
     count = info.shape[0] if info.shape else 1
     row = info.nbytes // max(count, 1)
     rows = max(BLOCK_BYTES // max(row, 1), 1)
+    first, end = (count // share[1] * n for n in (share[0], share[0] + 1))
     if isinstance(checkpoint, ShardedCheckpoint):
         checkpoint = next(shard for shard in checkpoint.shards if key in shard.tensors)
     place = checkpoint.places[key] if isinstance(checkpoint, FileCheckpoint) else None
@@ -84,12 +97,12 @@ def _stored_rows(checkpoint: Checkpoint, key: str, *, fresh: bool) -> Iterator[T
         whole = checkpoint.read(key).array
         if not info.shape:
             yield lambda: whole
-        for start in range(0, count if info.shape else 0, rows):
-            yield partial(whole.__getitem__, slice(start, start + rows))
+        for start in range(first, end if info.shape else first, rows):
+            yield partial(whole.__getitem__, slice(start, min(start + rows, end)))
         return
     assert isinstance(checkpoint, FileCheckpoint)
-    for start in range(0, count, rows):
-        shape = (min(rows, count - start), *info.shape[1:])
+    for start in range(first, end, rows):
+        shape = (min(rows, end - start), *info.shape[1:])
         offset = place.offset + start * row
         empty = np.empty if fresh else _scratch.empty
         yield partial(_read_rows, checkpoint, offset, partial(empty, shape, STORAGE[info.dtype]))

@@ -50,6 +50,8 @@ class CLIPTextConfig:
         projection_dim: width of the pooled state where the file has a projection, else None.
         eos_token_id: the token whose state is the pooled one. (Published configs often say 2,
             which is wrong and kept for old behaviour.)
+        pad_token_id: the token that fills a row up; None is the end of text. OpenCLIP's models were
+            trained with 0, and look at it.
     """
 
     vocab_size: int = 49_408
@@ -61,6 +63,7 @@ class CLIPTextConfig:
     hidden_act: str = "quick_gelu"
     projection_dim: int | None = None
     eos_token_id: int = 49_407
+    pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
         def check(name: str, low: int, high: int) -> None:
@@ -73,6 +76,8 @@ class CLIPTextConfig:
         check("num_attention_heads", 1, checks.MAX_WIDTH)
         check("max_position_embeddings", 1, MAX_TOKENS)
         check("eos_token_id", 0, self.vocab_size - 1)
+        if self.pad_token_id is not None:
+            check("pad_token_id", 0, self.vocab_size - 1)
         if self.projection_dim is not None:
             check("projection_dim", 1, checks.MAX_WIDTH)
         checks.multiples(

@@ -39,6 +39,7 @@ class VAEConfig:
         layers_per_block: residual blocks a level in the encoder; one more in the decoder.
         norm_num_groups: groups of every GroupNorm.
         scaling_factor: scaled latent = scaling_factor * raw latent, about unit variance.
+        force_upcast: whether float16 overflows in it, as in SDXL's, which then draws black.
     """
 
     in_channels: int = 3
@@ -48,6 +49,7 @@ class VAEConfig:
     layers_per_block: int = 2
     norm_num_groups: int = 32
     scaling_factor: float = 0.18215
+    force_upcast: bool = False
 
     def __post_init__(self) -> None:
         owner = "VAEConfig"
@@ -62,6 +64,9 @@ class VAEConfig:
             owner, "block_out_channels", widths, self.norm_num_groups, "norm_num_groups"
         )
         checks.number(owner, "scaling_factor", self.scaling_factor, 1e-6, 1e6)
+        if not isinstance(self.force_upcast, bool):
+            found = repr(self.force_upcast)[:60]
+            raise ValueError(f"[VAEConfig] force_upcast must be true or false, got {found}.")
 
     @property
     def downscale(self) -> int:

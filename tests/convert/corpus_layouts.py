@@ -183,12 +183,12 @@ def names_that_play_with_the_terminal(folder):
 # Families
 
 
-@hostile("Stable Diffusion 2.x", stage="layout")
-def sd2_named_sd1(folder):
-    """SD 2's linear projections under SD 1's names and width."""
+@hostile("keys do not fit", "proj_in.weight", stage="layout")
+def half_an_sd2(folder):
+    """SD 2's linear projections in the first transformer and SD 1's convolutions in the others."""
     state = tiny.compvis(np.float16)
     for key, value in state.items():
-        if key.endswith(("proj_in.weight", "proj_out.weight")) and value.ndim == 4 and UNET in key:
+        if key.startswith(f"{UNET}input_blocks.1.1.proj_in.weight"):
             state[key] = value[:, :, 0, 0]
     return tiny.save_safetensors(folder / "model.safetensors", state)
 

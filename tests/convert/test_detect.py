@@ -132,10 +132,11 @@ def test_a_narrow_linear_unet_is_not_sd1(save):
     """A context of 64 is told from SD 2 by the projections alone; the same keys, one axis fewer."""
     state = tiny.compvis()
     for key in list(state):
-        if ".proj_in.weight" in key or ".proj_out.weight" in key:
-            state[key] = state[key][:, :, 0, 0] if state[key].ndim == 4 else state[key]
-    with pytest.raises(UnsupportedCheckpoint, match=r"Stable Diffusion 2\.x"):
-        open_model(save(state))
+        if key.startswith(tiny.UNET) and key.endswith(("proj_in.weight", "proj_out.weight")):
+            state[key] = state[key].reshape(state[key].shape[:2])
+    with open_model(save(state)) as model:
+        assert (model.family, model.prediction) == ("sd2", "unknown")
+        assert model.components["unet"].config["num_attention_heads"] == [1, 1, 1]
 
 
 def test_sd1_unet_beside_openclip_is_no_family(save):
@@ -156,14 +157,16 @@ def test_sdxl_conditioner_alone_is_named(save):
 
 @pytest.mark.parametrize("width", [1024, 1280])
 def test_openclip_in_hugging_face_names_is_told_by_its_width(width, save):
+    """No UNet of SD 1.x reads it."""
     state = tiny.published(
         "text_encoder",
         config := {**tiny.CONFIGS["text_encoder"], "hidden_size": width, "vocab_size": 3},
         tiny.arrays("text_encoder", config, np.float16),
         "transformers",
     )
-    with pytest.raises(UnsupportedCheckpoint, match="OpenCLIP"):
-        open_model(save(state))
+    whole = {**tiny.compvis(), **{tiny.TEXT + key: value for key, value in state.items()}}
+    with pytest.raises(UnsupportedCheckpoint, match=r"no known family fits.*OpenCLIP"):
+        open_model(save(whole))
 
 
 def test_text_encoder_and_unet_of_two_models(save):
@@ -647,10 +650,12 @@ LIES = [
     ("unet", {"attention_head_dim": [8, 8]}, "does not divide"),
     ("unet", {"act_fn": "gelu"}, "only 'silu' is built here"),
     ("unet", {"norm_eps": 1e-6}, "only 1e-05 is built here"),
-    ("unet", {"use_linear_projection": True}, "only False is built here"),
+    ("unet", {"use_linear_projection": True}, "but the tensors make it False"),
     ("unet", {"class_embed_type": "timestep"}, "only None is built here"),
     ("unet", {"only_cross_attention": [True, True, False]}, "only False is built here"),
-    ("unet", {"mid_block_type": "UNetMidBlock2D"}, "is built here"),
+    ("unet", {"mid_block_type": "UNetMidBlock2D"}, "but the tensors make it"),
+    ("unet", {"mid_block_type": None}, "but the tensors make it"),
+    ("unet", {"addition_embed_type": "text_time"}, "but the tensors make it None"),
     ("unet", {"freq_shift": 1}, "only 0 is built here"),
     ("unet", {"a_new_setting": "on"}, "unknown setting 'a_new_setting'"),
     ("unet", {"down_block_types": ["DownBlock2D"] * 3}, "but the tensors make it"),
@@ -708,30 +713,26 @@ def test_index_names_a_component_that_is_not_there(folder):
 
 
 def test_index_names_what_is_no_part_of_sd1(folder):
-    tiny.edit_json(
-        folder / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]
-    )
-    with pytest.raises(UnsupportedCheckpoint, match="a pipeline with text_encoder_2"):
+    tiny.edit_json(folder / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"])
+    with pytest.raises(UnsupportedCheckpoint, match="a pipeline with text_encoder_3"):
         open_model(folder)
 
 
 def test_a_folder_of_another_family_is_named_after_it(tmp_path):
-    """SDXL's second text encoder is strange here, but its UNet says what the whole is."""
+    """A third text encoder is strange here, but the UNet says what the whole is."""
     path = tiny.save_diffusers(tmp_path / "f")
     state = {
-        "conv_in.weight": zeros(32, 4, 3, 3),
+        "conv_in.weight": zeros(32, 7, 3, 3),
         "down_blocks.0.resnets.0.norm1.weight": zeros(32),
         "down_blocks.1.attentions.0.proj_in.weight": zeros(32, 32),
         "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight": zeros(32, 48),
         "down_blocks.2.resnets.0.norm1.weight": zeros(32),
         "mid_block.attentions.0.transformer_blocks.0.norm1.weight": zeros(32),
-        "add_embedding.linear_1.weight": zeros(8, 8),
+        "class_embedding.linear_1.weight": zeros(8, 8),
     }
     tiny.save_safetensors(path / "unet" / "diffusion_pytorch_model.safetensors", state)
-    tiny.edit_json(
-        path / "model_index.json", text_encoder_2=["transformers", "CLIPTextModelWithProjection"]
-    )
-    with pytest.raises(UnsupportedCheckpoint, match="Stable Diffusion XL"):
+    tiny.edit_json(path / "model_index.json", text_encoder_3=["transformers", "T5EncoderModel"])
+    with pytest.raises(UnsupportedCheckpoint, match="Stable Diffusion x4 upscaler"):
         open_model(path)
 
 

@@ -97,10 +97,13 @@ def published(
     component: str, config: Mapping[str, Any], native: Arrays, spelling: str, prefix: str = ""
 ) -> Arrays:
     """One component in a published spelling, weights as torch lays them out."""
-    return {
-        prefix + row.published: np.ascontiguousarray(row.weights.to_published(native[row.native]))
-        for row in LAYOUTS[component].rows(config, spelling)
-    }
+    state: Arrays = {}
+    for row in LAYOUTS[component].rows(config, spelling):  # those that share a tensor in order
+        name, values = prefix + row.published, row.weights.to_published(native[row.native])
+        if name in state:
+            values = np.concatenate([state[name], values])
+        state[name] = np.ascontiguousarray(values)
+    return state
 
 
 def compvis(dtype: Any = np.float32, **changes: Mapping[str, Any]) -> Arrays:

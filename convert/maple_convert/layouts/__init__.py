@@ -19,7 +19,9 @@ class Layout:
 
     Attributes:
         title: what the component is called in prose.
-        spellings: every published way of naming it, the current one of diffusers among them.
+        spellings: every published way of naming it, the current one of diffusers among them. A
+            UNet's and a ControlNet's are each followed by ``parts.LINEAR`` where the file keeps the
+            transformers' doors as linear layers.
         places: config to the network's blocks.
         infer: what names and shapes say of the config.
         tables: the parts, for the documentation.
@@ -46,6 +48,14 @@ LAYOUTS: Mapping[str, Layout] = {
         clip.infer,
         clip.TABLES,
         clip.PUBLISHED_CONFIG,
+    ),
+    "text_encoder_2": Layout(
+        "second text encoder",
+        clip.SPELLINGS,
+        clip.places,
+        clip.infer,
+        clip.TABLES,
+        clip.PUBLISHED_CONFIG_2,
     ),
     "unet": Layout(
         "UNet", unet.SPELLINGS, unet.places, unet.infer, unet.TABLES, unet.PUBLISHED_CONFIG

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, one_line
+from maple_convert.layouts.parts import LINEAR
 
 Config = Mapping[str, Any]
 
@@ -24,7 +25,6 @@ Config = Mapping[str, Any]
 
 _UNET_CONSTANTS: Mapping[str, tuple[object, ...]] = {
     "act_fn": ("silu",),
-    "addition_embed_type": (None,),
     "attention_type": ("default",),
     "center_input_sample": (False,),
     "class_embed_type": (None,),
@@ -39,25 +39,20 @@ _UNET_CONSTANTS: Mapping[str, tuple[object, ...]] = {
     "freq_shift": (0,),
     "mid_block_only_cross_attention": (None, False),
     "mid_block_scale_factor": (1,),
-    "mid_block_type": ("UNetMidBlock2DCrossAttn",),
     "norm_eps": (1e-5,),
     "num_class_embeds": (None,),
     "only_cross_attention": (False,),
-    "projection_class_embeddings_input_dim": (None,),
     "resnet_out_scale_factor": (1.0,),
     "resnet_skip_time_act": (False,),
     "resnet_time_scale_shift": ("default",),
-    "reverse_transformer_layers_per_block": (None,),
     "time_embedding_act_fn": (None,),
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "use_linear_projection": (False,),
 }
 _UNET_WITHOUT_EFFECT = frozenset(
     {
         "addition_embed_type_num_heads",  # of an embedding that is not there
-        "addition_time_embed_dim",
         "class_embeddings_concat",
         "dropout",  # training only
         "sample_size",  # the size that the model was trained at: read as the default size
@@ -70,14 +65,20 @@ def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
     """Complete the UNet's architecture ``found`` in the tensors by its config.json."""
     depths: Sequence[int] = found["transformer_layers"]
     widths: Sequence[int] = found["block_out_channels"]
+    layers: int = found["layers_per_block"]
+    ups = _up_levels(found)
     down = ["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths]
-    up = ["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)]
+    up = ["CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in ups]
     handled = {
+        "addition_time_embed_dim",  # six of them and the text's state make the vector
         "attention_head_dim",
         "norm_num_groups",
         "num_attention_heads",
+        "reverse_transformer_layers_per_block",
         "transformer_layers_per_block",
+        "use_linear_projection",  # see check_doors
     }
+    vector: int | None = found.get("vector_channels")
     agreeing = {
         **{key: found[key] for key in ("in_channels", "out_channels", "cross_attention_dim")},
         "block_out_channels": list(widths),
@@ -85,17 +86,30 @@ def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
         "down_block_types": down,
         "up_block_types": up,
         "time_cond_proj_dim": found.get("time_cond_dim"),
+        "addition_embed_type": None if vector is None else "text_time",
+        "projection_class_embeddings_input_dim": vector,
+        "mid_block_type": _middle(found),
     }
     _check(path, config, _UNET_CONSTANTS, _UNET_WITHOUT_EFFECT | handled, agreeing)
 
     per_block = config.get("transformer_layers_per_block", 1)
     stated = _per_level(per_block, len(depths))
     # The middle block is as deep as the last level says, which may itself have no transformers.
-    actual = [*depths[:-1], depths[-1] or found["mid_transformer_layers"]]
+    actual = [*depths[:-1], depths[-1] or found["mid_transformer_layers"] or 0]
     if len(stated) != len(depths) or any(
-        depth and not _same(says, depth) for says, depth in zip(stated, actual, strict=True)
+        depth and not _every(says, [depth] * layers)
+        for says, depth in zip(stated, actual, strict=True)
     ):
         _disagree(path, "transformer_layers_per_block", per_block, actual)
+    reverse = config.get("reverse_transformer_layers_per_block")
+    if reverse is None and "up_transformer_layers" in found:
+        _disagree(path, "reverse_transformer_layers_per_block", reverse, ups)
+    if reverse is not None:
+        stated = _per_level(reverse, len(ups))
+        if len(stated) != len(ups) or any(
+            any(level) and not _every(says, level) for says, level in zip(stated, ups, strict=True)
+        ):
+            _disagree(path, "reverse_transformer_layers_per_block", reverse, ups)
 
     # ``attention_head_dim`` has always meant the number of heads, and cannot be renamed any more.
     key = "num_attention_heads" if config.get("num_attention_heads") else "attention_head_dim"
@@ -110,27 +124,89 @@ def unet(path: Path, config: Config, found: Config) -> dict[str, Any]:
     return {**found, "num_attention_heads": heads, "norm_num_groups": groups}
 
 
-def write_unet(config: Config, size: int) -> dict[str, Any]:
-    """The config.json of a UNet for diffusers; ``size`` is the native size in latents."""
+def check_doors(path: Path, config: Config, spelling: str) -> None:
+    """Raise unless a config says of the transformers' doors what the tensors are.
+
+    Args:
+        path: the config.json.
+        config: its content.
+        spelling: that the tensors were found in.
+
+    Raises:
+        InvalidCheckpoint: if it does not.
+    """
+    says = config.get("use_linear_projection", False)
+    if not _same(says, spelling.endswith(LINEAR)):
+        _disagree(path, "use_linear_projection", says, spelling.endswith(LINEAR))
+
+
+def _middle(config: Config) -> str | None:
+    depth: int | None = config["mid_transformer_layers"]
+    if depth is None:
+        return None
+    return "UNetMidBlock2DCrossAttn" if depth else "UNetMidBlock2D"
+
+
+def _up_levels(config: Config) -> list[list[int]]:
+    """The depths on the way up, level by level from the coarsest, one for each residual block."""
+    layers: int = config["layers_per_block"] + 1
+    flat: Sequence[int] | None = config.get("up_transformer_layers")
+    if flat is None:
+        return [[depth] * layers for depth in reversed(config["transformer_layers"])]
+    return [list(flat[start : start + layers]) for start in range(0, len(flat), layers)]
+
+
+def _every(says: object, depths: list[int]) -> bool:
+    """Whether a level's setting, one for all of its blocks or a list, is what they are."""
+    listed = _list(says)
+    return _same(listed if listed is not None else [says] * len(depths), list(depths))
+
+
+def write_unet(
+    config: Config, size: int, *, is_linear: bool = False, size_width: int | None = None
+) -> dict[str, Any]:
+    """The config.json of a UNet for diffusers.
+
+    Args:
+        config: ours.
+        size: native, in latents.
+        is_linear: whether its transformers' doors are written as linear layers.
+        size_width: of each embedded number in the vector, of a network that takes one.
+    """
     depths: Sequence[int] = config["transformer_layers"]
     heads: Sequence[int] = config["num_attention_heads"]
+    vector: int | None = config.get("vector_channels")
     # A level without transformers says nothing; the last one speaks for the middle block.
-    layers = [n or 1 for n in depths[:-1]] + [depths[-1] or config["mid_transformer_layers"]]
+    layers = [n or 1 for n in depths[:-1]] + [depths[-1] or config["mid_transformer_layers"] or 1]
+    reverse = None
+    if "up_transformer_layers" in config:
+        reverse = [level if any(level) else 1 for level in _up_levels(config)]
+        layers = [[n] * config["layers_per_block"] for n in layers]
     return {
         "_class_name": "UNet2DConditionModel",
         **{key: values[0] for key, values in _UNET_CONSTANTS.items()},
+        "addition_embed_type": None if vector is None else "text_time",
+        "addition_time_embed_dim": size_width,
         "attention_head_dim": heads[0] if len(set(heads)) == 1 else list(heads),
         "block_out_channels": list(config["block_out_channels"]),
         "cross_attention_dim": config["cross_attention_dim"],
         "down_block_types": ["CrossAttnDownBlock2D" if n else "DownBlock2D" for n in depths],
         "in_channels": config["in_channels"],
         "layers_per_block": config["layers_per_block"],
+        "mid_block_type": _middle(config),
         "norm_num_groups": config["norm_num_groups"],
         "out_channels": config["out_channels"],
+        "projection_class_embeddings_input_dim": vector,
+        "reverse_transformer_layers_per_block": reverse,
         "sample_size": size,
         "time_cond_proj_dim": config.get("time_cond_dim"),
-        "transformer_layers_per_block": layers[0] if len(set(layers)) == 1 else layers,
-        "up_block_types": ["CrossAttnUpBlock2D" if n else "UpBlock2D" for n in reversed(depths)],
+        "transformer_layers_per_block": layers[0]
+        if layers.count(layers[0]) == len(layers)
+        else layers,
+        "up_block_types": [
+            "CrossAttnUpBlock2D" if any(level) else "UpBlock2D" for level in _up_levels(config)
+        ],
+        "use_linear_projection": is_linear,
     }
 
 
@@ -156,9 +232,12 @@ def controlnet(path: Path, config: Config, found: Config) -> dict[str, Any]:
     return {key: value for key, value in completed.items() if key != "out_channels"}
 
 
-def write_controlnet(config: Config) -> dict[str, Any]:
-    """The config.json of a ControlNetModel for diffusers."""
-    shared = write_unet({**config, "out_channels": config["in_channels"]}, 0)
+def write_controlnet(
+    config: Config, *, is_linear: bool = False, size_width: int | None = None
+) -> dict[str, Any]:
+    """The config.json of a ControlNetModel for diffusers; see ``write_unet``."""
+    as_unet = {**config, "out_channels": config["in_channels"]}
+    shared = write_unet(as_unet, 0, is_linear=is_linear, size_width=size_width)
     theirs = ("sample_size", "up_block_types", "out_channels", *_NOT_A_CONTROLNETS)
     return {
         **{key: value for key, value in shared.items() if key not in theirs},
@@ -183,6 +262,7 @@ _NOT_A_CONTROLNETS = (
 # Autoencoders
 
 SD1_SCALING_FACTOR = 0.18215  # configs from before 2023 do not state it
+SDXL_SCALING_FACTOR = 0.13025
 
 _VAE_CONSTANTS: Mapping[str, tuple[object, ...]] = {
     "act_fn": ("silu",),
@@ -226,6 +306,7 @@ def write_vae(config: Config, size: int) -> dict[str, Any]:
         "layers_per_block": config["layers_per_block"],
         "norm_num_groups": config["norm_num_groups"],
         "out_channels": config["out_channels"],
+        "force_upcast": config.get("force_upcast", False),
         "sample_size": size,
         "scaling_factor": config["scaling_factor"],
         "up_block_types": ["UpDecoderBlock2D"] * levels,
@@ -277,6 +358,7 @@ def write_taesd(config: Config) -> dict[str, Any]:
 
 HEAD_WIDTH = 64  # of every published CLIP text encoder: a bare file's heads are width / 64
 FULL_VOCABULARY = 49408
+OPEN_CLIP_PAD = 0  # OpenCLIP fills up with its first token, which is "!"; CLIP with the end of text
 
 _TEXT_CONSTANTS: Mapping[str, tuple[object, ...]] = {
     "layer_norm_eps": (1e-5,),
@@ -337,6 +419,7 @@ def text_encoder(path: Path, config: Config, found: Config) -> dict[str, Any]:
         "num_attention_heads": heads,
         "hidden_act": act,
         "eos_token_id": eos_token(path, config.get("eos_token_id"), found["vocab_size"]),
+        **({"pad_token_id": OPEN_CLIP_PAD} if act == "gelu" else {}),
     }
 
 
@@ -371,7 +454,7 @@ def write_text_encoder(config: Config) -> dict[str, Any]:
         "max_position_embeddings": config["max_position_embeddings"],
         "num_attention_heads": config["num_attention_heads"],
         "num_hidden_layers": config["num_hidden_layers"],
-        "pad_token_id": eos,
+        "pad_token_id": config.get("pad_token_id", eos),
         "projection_dim": config["hidden_size"] if projection is None else projection,
         "vocab_size": config["vocab_size"],
     }
@@ -394,6 +477,7 @@ _BETA_SCHEDULES = {
 }
 _HINTS = ("timestep_spacing", "steps_offset", "set_alpha_to_one", "clip_sample")
 PREDICTIONS = ("epsilon", "v_prediction")
+UNKNOWN = "unknown"  # of a file whose tensors are the same for both: its values must be looked at
 _MOST_TIMESTEPS = 100_000
 
 
@@ -470,7 +554,7 @@ def write_scheduler(scheduler: Config, prediction: str) -> dict[str, Any]:
         "beta_start": scheduler["beta_start"],
         "clip_sample": scheduler.get("clip_sample", False),
         "num_train_timesteps": scheduler["num_train_timesteps"],
-        "prediction_type": prediction,
+        "prediction_type": "epsilon" if prediction == UNKNOWN else prediction,
         "rescale_betas_zero_snr": scheduler["rescale_zero_terminal_snr"],
         "set_alpha_to_one": scheduler.get("set_alpha_to_one", False),
         "steps_offset": scheduler.get("steps_offset", 1),
@@ -479,14 +563,44 @@ def write_scheduler(scheduler: Config, prediction: str) -> dict[str, Any]:
     }
 
 
-def write(component: str, config: Config, size: int) -> dict[str, Any]:
-    """The config.json of one component for diffusers; ``size`` is the native size in pixels."""
-    if component == "unet":
-        return write_unet(config, size // 8)
+def size_numbers(family: str) -> int:
+    """How many numbers stand in SDXL's vector behind the text's state.
+
+    Two each for the original size, the corner and the target size; the refiner is told a score
+    instead of the last two.
+    """
+    return 5 if family == "sdxl-refiner" else 6
+
+
+def write(
+    component: str,
+    config: Config,
+    size: int,
+    *,
+    family: str = "sd1",
+    is_linear: bool = False,
+    pooled: int | None = None,
+) -> dict[str, Any]:
+    """The config.json of one component for diffusers.
+
+    Args:
+        component: its name.
+        config: ours.
+        size: native size in pixels.
+        family: of the model.
+        is_linear: whether the transformers' doors are written as linear layers.
+        pooled: width of the text's share of the vector, of a model that takes one.
+    """
+    if component in ("unet", "controlnet"):
+        width = None
+        if (vector := config.get("vector_channels")) is not None:
+            numbers = size_numbers(family)
+            width = 256 if pooled is None else (vector - pooled) // numbers
+        if component == "unet":
+            return write_unet(config, size // 8, is_linear=is_linear, size_width=width)
+        return write_controlnet(config, is_linear=is_linear, size_width=width)
     if component == "vae":
         return write_vae(config, size)
-    if component == "controlnet":
-        return write_controlnet(config)
     return write_taesd(config) if component == "taesd" else write_text_encoder(config)
 
 

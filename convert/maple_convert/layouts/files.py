@@ -43,7 +43,10 @@ _CONTROL_DIFFUSERS = ("controlnet_cond_embedding", "controlnet_down_blocks")
 _CONTROLNET = ("control_model.", "")
 _UNET = ("model.diffusion_model.", "")
 _VAE = ("first_stage_model.", "vae.", "")
-_CLIP = ("cond_stage_model.transformer.", "")
+_CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "")
+# SDXL's refiner has the second of SDXL's encoders, and no other.
+_OPEN_CLIP = ("cond_stage_model.model.",)
+_OPEN_CLIP_2 = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")
 
 WHERE = (
     Where("unet", "compvis", _UNET, ("input_blocks", "output_blocks"), _CONTROL_COMPVIS),
@@ -60,6 +63,8 @@ WHERE = (
         _CLIP,
         ("encoder.layers.0.self_attn", "embeddings.token_embedding"),
     ),
+    Where("text_encoder", "openclip", _OPEN_CLIP, ("token_embedding",)),
+    Where("text_encoder_2", "openclip", _OPEN_CLIP_2, ("token_embedding",)),
     Where("taesd", "diffusers", ("",), ("decoder.layers",)),
     Where("taesd", "upstream", ("",), ("encoder.1.conv", "decoder.3.conv"), ("decoder.2",)),
     Where("taesd", "upstream_from_0", ("",), ("decoder.2.conv",)),
@@ -94,6 +99,9 @@ EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 POSITION_IDS = tuple(
     f"{prefix}{inner}embeddings.position_ids" for prefix in _CLIP for inner in ("", "text_model.")
 )
+LOGIT_SCALES = tuple(
+    f"{prefix}logit_scale" for prefix in ("cond_stage_model.", *_CLIP, *_OPEN_CLIP, *_OPEN_CLIP_2)
+)
 V_PREDICTION_MARK = "v_pred"
 ZERO_SNR_MARK = "ztsnr"
 ALPHAS = "alphas_cumprod"
@@ -107,9 +115,7 @@ DROPPED: Mapping[str, str] = {
     V_PREDICTION_MARK: "mark, read as v-prediction",
     ZERO_SNR_MARK: "mark, read as zero terminal SNR",
     "scale_factor": "training buffer",
-    "cond_stage_model.logit_scale": "logit_scale, used in CLIP's training only",
-    "cond_stage_model.transformer.logit_scale": "logit_scale, used in CLIP's training only",
-    "logit_scale": "logit_scale, used in CLIP's training only",
+    **dict.fromkeys(LOGIT_SCALES, "logit_scale, used in CLIP's training only"),
 }
 DROPPED_BELOW: Mapping[str, str] = {
     EMA_PREFIX: "EMA copy of the weights (a UNet's is used with --ema)",

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 
 from maple_convert.layouts import LAYOUTS, Layout, files
-from maple_convert.layouts.parts import SAME, AsLinear, Part, Parts, Place
+from maple_convert.layouts.parts import SAME, AsLinear, Bare, Packed, Part, Parts, Place
 
 MADE = "<!-- Written by `python -m maple_convert.layouts docs/layouts`; do not edit. -->\n"
 COLUMNS = {
@@ -13,6 +13,7 @@ COLUMNS = {
     "diffusers_2022": "diffusers before 2023",
     "transformers": "transformers, CompVis",
     "transformers_flat": "transformers from 5.6",
+    "openclip": "OpenCLIP",
     "upstream": "upstream",
     "upstream_from_0": "upstream, from 0",
 }
@@ -26,8 +27,8 @@ FILES = {
 
 
 def pages() -> dict[str, str]:
-    """Every page by its file name."""
-    made = {FILES[name]: to_markdown(layout) for name, layout in LAYOUTS.items()}
+    """Every page by its file name; the second text encoder is on the first one's."""
+    made = {file: to_markdown(LAYOUTS[name]) for name, file in FILES.items()}
     return made | {"files.md": _files_page()}
 
 
@@ -59,15 +60,22 @@ def _part(part: Part) -> list[str]:
     names = [part.native if name == SAME else name for name in part.published]
     cells = [f"`{part.native}`" if part.native else "(the place itself)"]
     for name in names:
-        plain = name.name if isinstance(name, AsLinear) else name
+        plain = name if isinstance(name, str) else name.name
         shown = f"`{plain}`" if plain else "(the place itself)"
-        cells.append(f"{shown} (linear)" if isinstance(name, AsLinear) else shown)
+        if isinstance(name, AsLinear):
+            shown += " (linear)"
+        elif isinstance(name, Packed):
+            shown = f"`{plain}_weight`, `{plain}_bias`, part {name.index + 1} of {name.count}"
+        elif isinstance(name, Bare):
+            shown += " (no `.weight`)" + (", transposed" if name.transposed else "")
+        cells.append(shown)
     shape = f"{part.leaf.kind} ({', '.join(map(str, part.leaf.shape))})"
     bias = "" if part.leaf.bias else ", no bias"
     only = ""
     if part.only_if_differ is not None:
         only = f", only where {' and '.join(part.only_if_differ)} differ"
-    return [*cells, shape + bias + only, part.leaf.weights.name]
+    ways = part.leaf.weights.name + (" (or linear)" if part.may_be_linear else "")
+    return [*cells, shape + bias + only, ways]
 
 
 def _places(layout: Layout) -> list[str]:

@@ -27,6 +27,9 @@ Shape = tuple[int, ...]
 
 NATIVE = "native"
 SAME = "="  # in a table: spelled as the native name
+# Behind a spelling's name: the same names, but 1x1 convolutions that some families keep as such are
+# linear layers in the file.
+LINEAR = "_linear"
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ POINTWISE_TO_LINEAR = Weights(
     lambda s: (s[0], s[1], 1, 1),
     lambda a: np.reshape(a, a.shape[:2]),
     lambda a: np.reshape(a, (*a.shape, 1, 1)),
+)
+
+
+TRANSPOSED = Weights(
+    "transposed", lambda s: s[::-1], lambda a: np.transpose(a), lambda a: np.transpose(a)
 )
 
 
@@ -107,6 +115,29 @@ class AsLinear:
 
 
 @dataclass(frozen=True)
+class Packed:
+    """The name in a spelling that keeps several layers' rows in one tensor, one under the other.
+
+    Attributes:
+        name: of the tensors, without the ``_weight`` and ``_bias`` that end them.
+        index: which of them this layer is.
+        count: how many there are, all of one shape.
+    """
+
+    name: str
+    index: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Bare:
+    """The name in a spelling that keeps a weight as a tensor by itself, with nothing behind it."""
+
+    name: str
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Part:
     """One layer of a block: its native name, its published names, its parameters.
 
@@ -115,12 +146,14 @@ class Part:
         published: name below the block's place, one per spelling of the table.
         leaf: the layer's parameters.
         only_if_differ: two widths; the layer exists only where they differ (a skip's projection).
+        may_be_linear: whether ``LINEAR`` spellings keep it as a linear layer.
     """
 
     native: str
-    published: tuple[str | AsLinear, ...]
+    published: tuple[str | AsLinear | Packed | Bare, ...]
     leaf: Leaf
     only_if_differ: tuple[str, str] | None = None
+    may_be_linear: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,7 +168,7 @@ class Parts:
         """The published name of one part below its place."""
         for part in self.parts:
             if part.native == native:
-                return _published(part, self.spellings.index(spelling))[0]
+                return _name(part, self.spellings.index(spelling.removesuffix(LINEAR)))
         raise KeyError(native)
 
 
@@ -154,6 +187,7 @@ class Row:
     """One parameter: its native name and shape, its published name and shape, the way between.
 
     ``packed`` says that it holds the words of quantised numbers (quantized.py) and no floats.
+    ``share`` is its place among those that lie in one tensor of the file, and how many they are.
     """
 
     native: str
@@ -161,17 +195,20 @@ class Row:
     weights: Weights
     native_shape: Shape
     packed: bool = False
+    share: tuple[int, int] = (0, 1)
 
     @property
     def published_shape(self) -> Shape:
-        """The shape that the file must hold."""
-        return self.weights.published_shape(self.native_shape)
+        """The shape of the file's tensor."""
+        rows, *others = self.weights.published_shape(self.native_shape)
+        return (rows * self.share[1], *others)
 
 
 def rows(places: Sequence[Place], spelling: str) -> list[Row]:
     """Multiply places by parts: every parameter of a network in one spelling, each exactly once."""
     made = [row for place in places for row in _rows_of(place, spelling)]
-    assert len({row.native for row in made}) == len(made) == len({row.published for row in made})
+    places_in_file = {(row.published, row.share) for row in made}
+    assert len({row.native for row in made}) == len(made) == len(places_in_file)
     return made
 
 
@@ -183,22 +220,27 @@ def _rows_of(place: Place, spelling: str) -> Iterator[Row]:
                 continue
         shape = tuple(n if isinstance(n, int) else place.widths[n] for n in part.leaf.shape)
         native = _join(place.native, part.native)
-        if spelling == NATIVE:
-            published, weights = native, AS_IS
-        else:
-            column = place.parts.spellings.index(spelling)
-            name, weights = _published(part, column)
-            published = _join(place.published[column], name)
-        yield Row(f"{native}.weight", f"{published}.weight", weights, shape)
+        published, weights, ends, share = native, AS_IS, (".weight", ".bias"), (0, 1)
+        if spelling != NATIVE:
+            column = place.parts.spellings.index(spelling.removesuffix(LINEAR))
+            how = part.published[column]
+            published = _join(place.published[column], _name(part, column))
+            is_linear = part.may_be_linear and spelling.endswith(LINEAR)
+            if not is_linear and not isinstance(how, AsLinear):
+                weights = part.leaf.weights
+            if isinstance(how, Packed):
+                ends, share = ("_weight", "_bias"), (how.index, how.count)
+            if isinstance(how, Bare):
+                ends, weights = ("", ""), TRANSPOSED if how.transposed else weights
+        yield Row(f"{native}.weight", published + ends[0], weights, shape, share=share)
         if part.leaf.bias:
-            yield Row(f"{native}.bias", f"{published}.bias", AS_IS, shape[:1])
+            yield Row(f"{native}.bias", published + ends[1], AS_IS, shape[:1], share=share)
 
 
-def _published(part: Part, column: int) -> tuple[str, Weights]:
-    name = part.published[column]
-    if isinstance(name, AsLinear):
-        return name.name, AS_IS
-    return (part.native if name == SAME else name), part.leaf.weights
+def _name(part: Part, column: int) -> str:
+    how = part.published[column]
+    name = how if isinstance(how, str) else how.name
+    return part.native if name == SAME else name
 
 
 def _join(place: str, name: str) -> str:

@@ -1,10 +1,12 @@
-"""UNet of Stable Diffusion 1.x: native, CompVis and diffusers names.
+"""UNet of Stable Diffusion 1.x, 2.x and XL: native, CompVis and diffusers names.
 
 Source   CompVis/stable-diffusion @21f890f ldm/modules/diffusionmodules/openaimodel.py and
          ldm/modules/attention.py; diffusers 0.42 models/unets/unet_2d_condition.py.
 Numbers  CompVis counts input_blocks 0 (the first convolution), then every ResNet block (with the
          transformer that follows it) and every downsampler as one; an upsampler sits in the last
          output block of its level, at index 1 where the level has no transformers, else at 2.
+Layouts  The layers before and after a transformer's blocks are 1x1 convolutions in SD 1.x's files
+         and linear layers in all later ones: spellings that end in ``_linear``.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from maple_convert.layouts.parts import (
+    LINEAR,
     SAME,
     Part,
     Parts,
@@ -37,6 +40,14 @@ ROOT = Parts(
         Part("conv_out", ("out.2", SAME), conv("base", "out")),
     ),
 )
+VECTOR = Parts(
+    "vector's embedding",
+    SPELLINGS,
+    (
+        Part("add_embedding.linear_1", ("label_emb.0.0", SAME), linear("vector", "time")),
+        Part("add_embedding.linear_2", ("label_emb.0.2", SAME), linear("time", "time")),
+    ),
+)
 RESNET = Parts(
     "ResNet block",
     SPELLINGS,
@@ -60,8 +71,8 @@ TRANSFORMER = Parts(
     SPELLINGS,
     (
         Part("norm", (SAME, SAME), norm("c")),
-        Part("proj_in", (SAME, SAME), pointwise("c", "c")),
-        Part("proj_out", (SAME, SAME), pointwise("c", "c")),
+        Part("proj_in", (SAME, SAME), pointwise("c", "c"), may_be_linear=True),
+        Part("proj_out", (SAME, SAME), pointwise("c", "c"), may_be_linear=True),
     ),
 )
 TRANSFORMER_BLOCK = Parts(
@@ -87,7 +98,16 @@ TRANSFORMER_BLOCK = Parts(
 DOWNSAMPLER = Parts("downsampler", SPELLINGS, (Part("conv", ("op", SAME), conv("c", "c")),))
 UPSAMPLER = Parts("upsampler", SPELLINGS, (Part("conv", (SAME, SAME), conv("c", "c")),))
 
-TABLES = (ROOT, GUIDANCE, RESNET, TRANSFORMER, TRANSFORMER_BLOCK, DOWNSAMPLER, UPSAMPLER)
+TABLES = (
+    ROOT,
+    GUIDANCE,
+    VECTOR,
+    RESNET,
+    TRANSFORMER,
+    TRANSFORMER_BLOCK,
+    DOWNSAMPLER,
+    UPSAMPLER,
+)
 PUBLISHED_CONFIG = {
     "in_channels": 4,
     "out_channels": 4,
@@ -121,6 +141,8 @@ def places(config: Mapping[str, Any]) -> list[Place]:
 
     if (waves := config.get("time_cond_dim")) is not None:
         found.append(Place("", ("", ""), GUIDANCE, {"waves": waves, "base": widths[0]}))
+    if (vector := config.get("vector_channels")) is not None:
+        found.append(Place("", ("", ""), VECTOR, {"vector": vector, "time": time}))
 
     def resnet(native: str, compvis: str, inputs: int, outputs: int) -> None:
         dims = {"in": inputs, "out": outputs, "time": time}
@@ -152,13 +174,17 @@ def places(config: Mapping[str, Any]) -> list[Place]:
             skips.append(width)
             index += 1
 
-    resnet("mid_block.resnets.0", "middle_block.0", width, width)
-    transformer("mid_block.attentions.0", "middle_block.1", width, config["mid_transformer_layers"])
-    resnet("mid_block.resnets.1", "middle_block.2", width, width)
+    middle: int | None = config["mid_transformer_layers"]
+    if middle is not None:
+        resnet("mid_block.resnets.0", "middle_block.0", width, width)
+    if middle:
+        transformer("mid_block.attentions.0", "middle_block.1", width, middle)
+        resnet("mid_block.resnets.1", "middle_block.2", width, width)
 
-    index = 0
-    for i, (out, depth) in enumerate(zip(reversed(widths), reversed(depths), strict=True)):
+    index, ups = 0, up_depths(config)
+    for i, out in enumerate(reversed(widths)):
         for j in range(layers + 1):
+            depth = ups[index]
             native, compvis = f"up_blocks.{i}", f"output_blocks.{index}"
             resnet(f"{native}.resnets.{j}", f"{compvis}.0", width + skips.pop(), out)
             if depth:
@@ -168,6 +194,15 @@ def places(config: Mapping[str, Any]) -> list[Place]:
                 found.append(Place(names[1], names, UPSAMPLER, {"c": out}))
             width, index = out, index + 1
     return found
+
+
+def up_depths(config: Mapping[str, Any]) -> Sequence[int]:
+    """The depth behind each residual block on the way up, from the coarsest level on."""
+    given: Sequence[int] | None = config.get("up_transformer_layers")
+    if given is not None:
+        return given
+    layers: int = config["layers_per_block"]
+    return [depth for depth in reversed(config["transformer_layers"]) for _ in range(layers + 1)]
 
 
 @dataclass(frozen=True)
@@ -184,7 +219,11 @@ class Level:
 
 def walk(view: View, spelling: str) -> list[Level]:
     """The levels of the downward path, coarse facts only, in the order of the file's numbers."""
-    return {"compvis": _walk_compvis, "diffusers": _walk_diffusers}[spelling](view)
+    return {"compvis": _walk_compvis, "diffusers": _walk_diffusers}[_base(spelling)](view)
+
+
+def _base(spelling: str) -> str:
+    return spelling.removesuffix(LINEAR)
 
 
 def _walk_compvis(view: View) -> list[Level]:
@@ -213,17 +252,45 @@ def _walk_diffusers(view: View) -> list[Level]:
 
 def middle(spelling: str) -> str:
     """The name of the middle transformer."""
-    return {"compvis": "middle_block.1", "diffusers": "mid_block.attentions.0"}[spelling]
+    return {"compvis": "middle_block.1", "diffusers": "mid_block.attentions.0"}[_base(spelling)]
+
+
+def has_linear_doors(view: View, spelling: str) -> bool:
+    """Whether the layers before and after the transformers' blocks are linear ones in the file."""
+    doors = [name for level in walk(view, spelling) for name in level.transformers]
+    for door in (*doors, middle(spelling)):
+        info = view.tensors.get(f"{door}.{TRANSFORMER.name('proj_in', spelling)}.weight")
+        if info is not None:
+            return len(info.shape) == 2
+    return False
 
 
 def infer(view: View, spelling: str) -> dict[str, Any]:
     """Read the architecture from names and shapes; the number of heads is not in them."""
     conv_out = ROOT.name("conv_out", spelling)
-    found = {**infer_down(view, spelling), "out_channels": view.axis(f"{conv_out}.weight", 0, 4)}
+    found = infer_down(view, spelling)
+    found["out_channels"] = view.axis(f"{conv_out}.weight", 0, 4)
     guidance = GUIDANCE.name("time_embedding.cond_proj", spelling) + ".weight"
     if guidance in view.tensors:
         found["time_cond_dim"] = view.axis(guidance, 1, 2)
+    vector = VECTOR.name("add_embedding.linear_1", spelling) + ".weight"
+    if vector in view.tensors:
+        found["vector_channels"] = view.axis(vector, 1, 2)
+    # Only where blocks were left out already: in a whole network a missing block is a fault.
+    if not found["mid_transformer_layers"]:
+        ups = _walk_up(view, spelling, len(found["block_out_channels"]), found["layers_per_block"])
+        if ups != up_depths(found):
+            found["up_transformer_layers"] = ups
     return found
+
+
+def _walk_up(view: View, spelling: str, levels: int, layers: int) -> list[int]:
+    """The depth behind each residual block on the way up, as the names have it."""
+    if _base(spelling) == "compvis":
+        names = [f"output_blocks.{n}.1" for n in range(levels * (layers + 1))]
+    else:
+        names = [f"up_blocks.{i}.attentions.{j}" for i in range(levels) for j in range(layers + 1)]
+    return [view.count(f"{name}.transformer_blocks") for name in names]
 
 
 def infer_down(view: View, spelling: str) -> dict[str, Any]:
@@ -233,6 +300,10 @@ def infer_down(view: View, spelling: str) -> dict[str, Any]:
     to_k = TRANSFORMER_BLOCK.name("attn2.to_k", spelling) + ".weight"
     conv_in = ROOT.name("conv_in", spelling)
     first = next((t for level in levels for t in level.transformers), middle(spelling))
+    mid_block = {"compvis": "middle_block", "diffusers": "mid_block"}[_base(spelling)]
+    deep = None
+    if view.holds(mid_block):
+        deep = _depth(view, middle(spelling)) if view.holds(middle(spelling)) else 0
     return {
         "in_channels": view.axis(f"{conv_in}.weight", 1, 4),
         "block_out_channels": [view.axis(f"{level.first}.{bias}", 0, 1) for level in levels],
@@ -240,7 +311,7 @@ def infer_down(view: View, spelling: str) -> dict[str, Any]:
         "transformer_layers": [
             max((_depth(view, name) for name in level.transformers), default=0) for level in levels
         ],
-        "mid_transformer_layers": _depth(view, middle(spelling)),
+        "mid_transformer_layers": deep,
         "cross_attention_dim": view.axis(f"{first}.transformer_blocks.0.{to_k}", 1, 2),
     }
 
