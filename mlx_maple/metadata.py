@@ -35,6 +35,8 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "guidance_rescale": (float, 0, 1),
     "guidance_start": (float, 0, 1),
     "guidance_end": (float, 0, 1),
+    "window": (int, 64, 4096),
+    "window_overlap": (float, 0, 0.9),
     "seed": (int, -(2**63), 2**64 - 1),
     "clip_skip": (int, 1, 64),
     "strength": (float, 0, 1),
@@ -51,6 +53,9 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "hires_strength": (float, 0.01, 1),
     "hires_steps": (int, 1, 1000),
     "bits": (int, 4, 8),
+    "refiner_start": (float, 0, 1),
+    "aesthetic_score": (float, 0, 100),
+    "negative_aesthetic_score": (float, 0, 100),
 }
 
 
@@ -73,6 +78,8 @@ class Settings:
         guidance_start: share of the way from which it was guided.
         guidance_end: and up to which.
         tile: the axes along which it continues at the opposite edge: x, y or xy.
+        window: pixels a side of the windows that the network saw; None where it saw all at once.
+        window_overlap: share of a window that its neighbours saw too.
         seed: of this one picture.
         noise: whose random numbers: torch, nvidia, numpy or mlx.
         clip_skip: text layer that was read, counted from the end; 1 is the last.
@@ -115,6 +122,8 @@ class Settings:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     tile: str | None = None
+    window: int | None = None
+    window_overlap: float = 0.5
     seed: int | None = None
     noise: str | None = None
     clip_skip: int | None = None
@@ -337,6 +346,8 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Guidance rescale": "guidance_rescale",
     "Guidance start": "guidance_start",
     "Guidance end": "guidance_end",
+    "Window": "window",
+    "Window overlap": "window_overlap",
     "Hires upscale": "hires_scale",
     "Hires steps": "hires_steps",
 }
@@ -399,6 +410,8 @@ def to_parameters(settings: Settings) -> str:
         ("Guidance rescale", settings.guidance_rescale or None),
         ("Guidance start", settings.guidance_start or None),
         ("Guidance end", settings.guidance_end if settings.guidance_end != 1 else None),
+        ("Window", settings.window),
+        ("Window overlap", settings.window_overlap if settings.window else None),
         ("Tiling", {None: None, "xy": "True"}.get(settings.tile, settings.tile)),
         (_SYNTAX, settings.syntax if settings.syntax == "plain" else None),
         ("ENSD", settings.ensd or None),

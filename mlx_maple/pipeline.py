@@ -68,6 +68,7 @@ from mlx_maple.sampling.noise import (
     step_noise_generator,
 )
 from mlx_maple.sampling.schedule import SigmaGrid
+from mlx_maple.sampling.windows import windowed
 from mlx_maple.text.language import SYNTAXES, Prompt, read_prompt
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
@@ -467,6 +468,8 @@ class StableDiffusion:
         guidance_start: float = 0.0,
         guidance_end: float = 1.0,
         tile: str | None = None,
+        window: int | None = None,
+        window_overlap: float = 0.5,
         seed: int | None = None,
         count: int = 1,
         sampler: str | None = None,
@@ -520,6 +523,9 @@ class StableDiffusion:
             guidance_start: share of the steps before which the prompt alone decides.
             guidance_end: likewise after which; it saves half of those steps' time.
             tile: the axes along which the picture continues at the opposite edge: "x", "y", "xy".
+            window: pixels a side of overlapping windows that the network is shown one after the
+                other, for pictures larger than it draws well (MultiDiffusion); None shows it all.
+            window_overlap: the least share of one that its neighbours see too, 0 to 0.9.
             seed: of the first picture, the next ones count up; None draws one.
             count: how many pictures.
             sampler: the algorithm, one of ``sampling.SAMPLERS``.
@@ -650,6 +656,7 @@ class StableDiffusion:
             guidance_start=start,
             guidance_end=end,
             tile=tile,
+            **self._windows(window, window_overlap, tile),
             image_guidance_scale=image_guidance,
             control=describe_controls(controls, self.control_names),
             seed=secrets.randbelow(2**32) if seed is None else _whole("seed", seed),
@@ -759,6 +766,20 @@ class StableDiffusion:
             eta=settings.eta,
             discard_penultimate=settings.discard_penultimate,
         )
+
+    def _windows(self, window: Any, overlap: Any, tile: str | None) -> dict[str, Any]:
+        """The settings of windows, checked."""
+        overlap = check_number("window_overlap", overlap)
+        if window is None:
+            return {"window": None, "window_overlap": overlap}
+        if self.configs["unet"].in_channels != self.configs["unet"].out_channels:
+            raise ValueError("window: this model is shown a whole picture in every step.")
+        if self.control_names or tile is not None:
+            raise ValueError("window goes with neither a ControlNet nor tile.")
+        multiple = self.configs["vae"].downscale
+        if (window := _whole("window", window)) % multiple:
+            raise ValueError(f"window must be a multiple of {multiple}, got {window}.")
+        return {"window": window, "window_overlap": overlap}
 
     def _check_tile(self, axes: str) -> None:
         """Whether the networks can be closed along these axes."""
@@ -1093,9 +1114,16 @@ class StableDiffusion:
             )
 
         settings = job.settings[0]
+
+        def in_windows(*asked: Any) -> Model:
+            if settings.window is None:
+                return pair(*asked)
+            cells = settings.window // self.configs["vae"].downscale
+            return windowed(pair(*asked), cells, settings.window_overlap)
+
         return guided_model(
             prompts,
-            pair,
+            in_windows,
             job.guidance_scale,
             job.plan.model_calls,
             guidance_rescale=settings.guidance_rescale or 0.0,

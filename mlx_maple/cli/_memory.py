@@ -37,16 +37,19 @@ class Demand:
         channels: of the decoder's finest block, on its way in.
         itemsize: bytes of an activation.
         batch: pictures in one UNet call, twice their number when guided.
+        window: pixels a side that the UNet is shown at once; None is all.
     """
 
     heads: int
     channels: int
     itemsize: int
     batch: int
+    window: int | None = None
 
     def bytes(self, width: int, height: int) -> float:
         """Peak beside the weights, for one size in pixels."""
-        tokens = (width // 8) * (height // 8)
+        seen = [side if self.window is None else min(side, self.window) for side in (width, height)]
+        tokens = (seen[0] // 8) * (seen[1] // 8)
         scores = SCORES * self.batch * self.heads * tokens**2 * self.itemsize
         return max(scores, UNFOLDED * self.channels * width * height * self.itemsize)
 
@@ -105,6 +108,7 @@ def _demand(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> Demand:
         channels=vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)],
         itemsize=4 if sd.info.components["unet"].dtype == "float32" else 2,
         batch=1 if guidance == 1 else 2,
+        window=arguments.get("window"),
     )
 
 

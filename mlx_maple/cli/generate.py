@@ -38,7 +38,7 @@ SETTING_OF = {"negative": "negative_prompt", "guidance": "guidance_scale", "lora
 OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
-    *("guidance_rescale", "guidance_start", "guidance_end", "tile"),
+    *("guidance_rescale", "guidance_start", "guidance_end", "tile", "window", "window_overlap"),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
 )
@@ -109,6 +109,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--variation-seed", type=int, metavar="N", help="mix in the noise of this seed")
     add("--variation-strength", type=float, metavar="F", help="how much of it, 0 to 1")
+
+    add = parser.add_argument_group("large pictures").add_argument
+    add("--window", type=int, metavar="PIXELS", help="show the network windows of this size")
+    add("--window-overlap", type=float, metavar="F", help="share that neighbours see too, to 0.9")
 
     add = parser.add_argument_group("a second, larger drawing").add_argument
     add("--hires-scale", type=float, metavar="F", help="draw again, this many times larger")

@@ -196,3 +196,18 @@ def test_after_a_closed_picture_the_model_is_what_it_was(sd, leaf):
     next(stopped)
     stopped.close()
     assert np.array_equal(leaf, drawn(sd, "a leaf"))
+
+
+def test_windows_in_a_drawing(sd):
+    """Small enough it is one window, and the picture the same; larger it is several."""
+    arguments = {"seed": 1, "steps": 2, "width": 128, "height": 64}
+    whole = sd("a leaf", **arguments).latents
+    assert np.array_equal(whole, sd("a leaf", window=128, **arguments).latents)
+    result = sd("a leaf AND snow", window=64, window_overlap=0.25, **arguments)
+    assert result.latents.shape == whole.shape and not np.array_equal(whole, result.latents)
+    assert (result.settings[0].window, result.settings[0].window_overlap) == (64, 0.25)
+    for wrong, words in (({"window": 65}, "multiple of 8"), ({"window_overlap": 1}, "overlap")):
+        with pytest.raises(ValueError, match=words):
+            sd("a", **{"window": 64, **wrong})
+    with pytest.raises(ValueError, match="neither a ControlNet nor tile"):
+        sd("a", window=64, tile="x")
