@@ -38,7 +38,11 @@ SLABS = 264  # parts of a map whose sums are taken apart, for large maps
 BLOCKS = 528  # that a large map is normalised by, four for each multiprocessor of a large chip
 WARP = 32
 LARGEST = (1 << 31) - 1  # numbers of a map: kernels count them in 32 bits
-FEW_KEYS = 1024  # so many and fewer are attended to by our kernel, not cuDNN's
+FEW_KEYS = 512  # so many and fewer are attended to by our kernel, not cuDNN's
+CLUSTER = 8  # blocks that own some groups of a map together, where the device has clusters
+CLUSTER_PIXELS = 1024  # of the smallest map that they pay for
+CLUSTER_CHANNELS = 32  # of a pixel that they take at least: two sectors of memory
+CLUSTER_BLOCKS = 96  # fewer in all do not fill a chip that has clusters
 ROWS = 4  # token rows a block normalises, one a warp
 TOLERANCE = {
     mx.float32: 2e-5,
@@ -569,6 +573,75 @@ def _slab_norm(form: _Form) -> str:
 """
 
 
+def _cluster_norm(form: _Form) -> str:
+    """A cluster of blocks owns some groups of a sample, each block a part of the pixels.
+
+    Several groups side by side are as many channels as memory is read at once; a block alone would
+    take too long over them. The blocks tell each other their sums.
+    """
+    return f"""{_CHANNELS}
+  const int rank = $block % CLUSTER, chunks = G / GROUPS, tid = $thread;
+  const int chunk = $block / CLUSTER % chunks, b = $block / CLUSTER / chunks;
+  const int Q = CPG / V, P = GROUPS * Q, R = THREADS / P;
+  const int group = tid % P / Q, r = tid / P;
+  const int first = (chunk * GROUPS + group) * CPG, c = first + tid % Q * V;
+  const int each = (N + CLUSTER - 1) / CLUSTER;
+  const int begin = rank * each, end = begin + each < N ? begin + each : N;
+  $shared float held[2 * THREADS];
+  $shared float sums[2 * GROUPS];
+  $shared float totals[2 * GROUPS];
+  {form.aim("c")}
+  const float origin = {form.origin("first")};
+  float sum = 0.0f, squares = 0.0f;
+  if (r < R) {{{form.add_up("begin + r", "end")}
+  }}
+  held[tid] = sum;
+  held[THREADS + tid] = squares;
+  $barrier
+  const int lane = tid % 32;
+  for (int k = tid / 32; k < 2 * GROUPS; k += THREADS / 32) {{
+    float x = 0.0f;
+    for (int t = lane; t < R * P; t += 32) if (t % P / Q == k / 2) x += held[k % 2 * THREADS + t];
+    x = warp_sum(x);
+    if (lane == 0) sums[k] = x;
+  }}
+  cluster_arrive();
+  cluster_wait();
+  if (tid < 2 * GROUPS) {{
+    float x = 0.0f;
+    for (int k = 0; k < CLUSTER; ++k) x += of_block(sums + tid, k);
+    totals[tid] = x;
+  }}
+  $barrier
+  cluster_arrive();
+  const float count = float(N) * float(CPG);
+  const float offset = totals[2 * group] / count;
+  const float mean = origin + offset;
+  const float rstd = $rsqrt(above_zero(totals[2 * group + 1] / count - offset * offset) + eps);
+  if (r < R) {{{form.normalise("begin + r", "end", "c")}
+  }}
+  cluster_wait();  // no block goes before the others have read its sums
+"""
+
+
+_CLUSTER_HEADER = """
+__device__ inline void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ inline void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+__device__ inline float of_block(const float* at, int block) {
+  uint32_t there;
+  float x;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(there) : "r"(uint32_t(__cvta_generic_to_shared(at))), "r"(block));
+  asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(x) : "r"(there) : "memory");
+  return x;
+}
+"""
+
+
 # A warp a row, which stays in registers; sums are taken about the row's first number.
 _LAYER_NORM = """
   const int lane = $thread % 32;
@@ -847,6 +920,11 @@ def _width(*counts: int) -> int:
     return next(width for width in (8, 4, 2, 1) if not any(n % width for n in counts))
 
 
+def _is_chunk(groups: int, of: int, channels: int) -> bool:
+    """Whether so many groups of so many channels are a good part for a cluster."""
+    return of % groups == 0 and (groups * channels >= CLUSTER_CHANNELS or groups == of)
+
+
 def _for_checked_types(method: Callable[..., Any]) -> Callable[..., Any]:
     """The method for arrays of the type that was checked; ``Plain``'s for all others."""
 
@@ -867,11 +945,18 @@ class Kernels:
     make: Callable[..., Any]  # from names and sources to functions of arrays and numbers
     name: str  # of the backend
     has_gate: bool  # Metal has no erf of its own: there MLX's fused operations serve
+    has_clusters: bool = False  # of blocks, as CUDA devices of compute capability 9
     dtype: mx.Dtype | None = None  # that was checked on this device; None takes all
     _made: dict[str, Any] = field(default_factory=dict)
 
     def _kernel(
-        self, name: str, inputs: list[str], outputs: list[str], source: str, header: str = ""
+        self,
+        name: str,
+        inputs: list[str],
+        outputs: list[str],
+        source: str,
+        header: str = "",
+        **more: int,
     ) -> Any:
         if name not in self._made:
             # MLX hashes a kernel's text at every call: what is not code is left out.
@@ -882,6 +967,7 @@ class Kernels:
                 output_names=outputs,
                 header=_code(self.dialect.header) + _code(header),
                 source=text,
+                **more,
             )
         return self._made[name]
 
@@ -940,6 +1026,29 @@ class Kernels:
         types = [value.dtype] * (1 + len(totals))
         threads = self.dialect.threads
         ahead = max(8 // width, 2)
+        beside = next(n for n in range(1, norm.groups + 1) if _is_chunk(n, norm.groups, per_group))
+        blocks = batch * norm.groups // beside * CLUSTER
+        is_shared = pixels >= CLUSTER_PIXELS and blocks >= CLUSTER_BLOCKS and not unfolds
+        if self.has_clusters and is_shared and beside * per_group // width <= threads:
+            kernel = self._kernel(
+                "cluster_norm" + form.suffix,
+                [*form.inputs, "weight", "bias"],
+                ["y_out", *total_names],
+                _cluster_norm(form),
+                _CLUSTER_HEADER,
+                cluster=CLUSTER,
+            )
+            template += [("GROUPS", beside), ("CLUSTER", CLUSTER)]
+            outputs = kernel(
+                inputs=[*terms, *ends],
+                scalars={**numbers, "eps": float(norm.eps)},
+                template=[*template, ("THREADS", threads), ("AHEAD", 2 * ahead)],
+                grid=(blocks * threads, 1, 1),
+                threadgroup=(threads, 1, 1),
+                output_shapes=[y_shape, *totals],
+                output_dtypes=types,
+            )
+            return outputs[0], value if residual is None else outputs[1]
         if pixels * per_group <= ONE_BLOCK and per_group // width <= threads:
             kernel = self._kernel(
                 "group_norm" + form.suffix,
@@ -1194,7 +1303,12 @@ def _key(backend: str, dtype: mx.Dtype) -> str:
 def kernels_of(backend: str, make: Callable[..., Any] | None = None) -> Kernels:
     """A backend's kernels, unchecked; ``make`` can take the place of MLX's, to look at calls."""
     if backend == "cuda":
-        return Kernels(_CUDA, make or nvrtc.Kernel, backend, has_gate=True)
+        has_clusters = (
+            make is None and int(mx.device_info().get("compute_capability_major", 0)) >= 9
+        )
+        return Kernels(
+            _CUDA, make or nvrtc.Kernel, backend, has_gate=True, has_clusters=has_clusters
+        )
     return Kernels(_METAL, make or _MetalKernel, backend, has_gate=False)
 
 
@@ -1216,6 +1330,8 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
     large = array(1, 3000, 64), Norm(norm.weight, norm.bias, 1, 1e-6), shift[:1]
 
     other = array(1, 3000, 64)
+    several = array(2, 1200, 640), array(2, 1200, 640)
+    shared = Norm(1 + array(640, of=mx.float32), array(640, of=mx.float32), 32, 1e-5)
     joined, alone, pairs = array(2, 70, 960), array(2, 70, 80), array(2, 77, 160)
     cases: dict[str, Callable[[Any], Any]] = {
         "group norm": lambda k: k.group_norm(value, norm, size, shift=shift, start=7),
@@ -1230,6 +1346,12 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
         ),
         "group norm of a large map with a residual": lambda k: k.group_norm(
             large[0], large[1], (1, 60, 50), residual=other, shift=large[2]
+        ),
+        "group norm of a map that blocks share": lambda k: k.group_norm(
+            several[0], shared, (2, 40, 30), residual=several[1], shift=mx.repeat(shift[:1], 4, 1)
+        ),
+        "group norm of two such maps": lambda k: k.group_norm(
+            several[0][..., :320], shared, (2, 40, 30), skip=several[1][..., 320:], silu=False
         ),
         "layer norm": lambda k: k.layer_norm(value, norm.weight, norm.bias, row, 1e-5),
         "attention": lambda k: k.attention(joined, joined, 2, 2, scale=0.11),

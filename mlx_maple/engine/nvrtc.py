@@ -29,7 +29,8 @@ LIBRARIES = ("libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so")
 TYPES = {mx.float16: "half_t", mx.bfloat16: "bfloat_t", mx.float32: "float"}
 WORD = (1 << 64) - 1
 FACTOR, SEED = 0xC6A4A7935BD1E995, 0xC70F6907  # of MurmurHash64A, and libstdc++'s own
-IDLES = "if (gridDim.z > 1) return;"  # our kernels use two dimensions: a launch with three is idle
+# Our kernels use two dimensions: a launch with three is idle. It is of a cluster's size.
+IDLES, IDLE_GRID = "if (gridDim.z > 1) return;", (8, 1, 2)
 PRELUDE = """
 typedef unsigned int uint32_t;
 #define INFINITY __int_as_float(0x7f800000)
@@ -65,6 +66,7 @@ class Kernel:
         output_names: of arrays.
         source: the function's body.
         header: functions that it calls.
+        cluster: blocks that see each other's memory; more than one need compute capability 9.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class Kernel:
         output_names: Sequence[str],
         source: str,
         header: str = "",
+        cluster: int = 1,
     ) -> None:
         self._name = name
         self._names = tuple(input_names), tuple(output_names)
         self._source = source
         self._header = header
+        self._clusters = f"__cluster_dims__({cluster}, 1, 1) " if cluster > 1 else ""
         self._codes: dict[Any, bytes] = {}  # or what stands for them
 
     def __call__(
@@ -138,7 +142,7 @@ class Kernel:
             for word, value in template
         ]
         # The compiler then gives a thread no more registers than so many can have.
-        bounds = f"__launch_bounds__({threads})"
+        bounds = f"{self._clusters}__launch_bounds__({threads})"
         head = f'extern "C" __global__ void {bounds} {name}({", ".join(arguments)}) {{'
         return "\n".join([PRELUDE, self._header, head, IDLES, *told, self._source, "}"])
 
@@ -166,7 +170,7 @@ def _handed_over(
                 output_shapes=[(1,)] * len(outputs),
                 output_dtypes=list(outputs),
                 scalars=[0] * scalars,
-                grid=(1, 1, 2),
+                grid=IDLE_GRID,
                 threadgroup=(1, 1, 1),
             )
             mx.eval(idle)

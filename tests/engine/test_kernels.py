@@ -156,8 +156,51 @@ def test_kernels_that_compute_what_plain_does_are_taken(backend, dtype):
         "total_residual",
     }
     if backend == "cuda":
+        expected |= {"gate", "gate_beside"}
         expected |= {"gate"} if dtype == mx.float32 else {"gate", "attention"}
     assert names >= expected
+
+
+def test_where_there_are_clusters_they_are_tried(monkeypatch):
+    made = Calculated()
+    kernels = kernels_of("cuda", made)
+    kernels.has_clusters = True
+    assert disagreement(kernels, mx.float16) is None
+    names = {making["name"].removeprefix("maple_") for making, _ in made.calls}
+    assert names >= {"cluster_norm_residual_shift_silu", "cluster_norm_skip"}
+    fault = disagreement(clustered(Calculated(1.01, "cluster_norm")), mx.float16)
+    assert fault is not None and fault.startswith("group norm of a map that blocks share differs")
+
+
+def clustered(made):
+    kernels = kernels_of("cuda", made)
+    kernels.has_clusters = True
+    return kernels
+
+
+@pytest.mark.parametrize(
+    ("batch", "rows", "groups", "channels", "wanted", "blocks", "beside"),
+    [
+        (2, 64, 32, 320, "map", 2 * 8 * 8, 4),  # 10 channels a group: 40 are read at once
+        (2, 32, 32, 640, "tokens", 2 * 16 * 8, 2),
+        (1, 32, 32, 1280, "map", 32 * 8, 1),
+        (2, 16, 32, 1280, "map", None, None),  # small
+        (2, 64, 32, 320, "neighbours", None, None),
+        (1, 64, 4, 128, "map", None, None),  # 32 blocks leave a chip idle
+    ],
+)
+def test_which_maps_clusters_share(batch, rows, groups, channels, wanted, blocks, beside):
+    made = Calculated()
+    norm = Norm(mx.ones(channels), mx.zeros(channels), groups, 1e-5)
+    value = mx.zeros((batch, rows, rows, channels), mx.float16)
+    for kernels in (clustered(made), kernels_of("cuda", Calculated())):
+        kernels.group_norm(value, norm, (batch, rows, rows), wanted=wanted)
+    found = [given for making, given in made.calls if "cluster" in making["name"]]
+    assert len(found) == (blocks is not None)
+    for given in found:
+        assert given["grid"][0] == blocks * given["threadgroup"][0]
+        assert dict(given["template"])["GROUPS"] == beside
+    assert all(("cluster" in making) == ("cluster" in making["name"]) for making, _ in made.calls)
 
 
 @pytest.mark.parametrize(
