@@ -24,7 +24,7 @@ from PIL import Image
 
 from mlx_maple import images
 from mlx_maple.metadata import check_number
-from mlx_maple.models import ControlNet, UNetConfig, VAEConfig
+from mlx_maple.models import ControlNet, TAESDConfig, UNetConfig, VAEConfig
 from mlx_maple.preprocess import PREPROCESSORS
 
 FloatArray = NDArray[np.float32]
@@ -164,7 +164,7 @@ def read_controls(
 
 def input_channels(
     use: str,
-    vae: VAEConfig,
+    vae: VAEConfig | TAESDConfig,
     size: tuple[int, int],
     *,
     encode: Callable[[FloatArray], mx.array],
@@ -187,7 +187,9 @@ def input_channels(
     if use == "depth" and depth is not None:
         return depth_channel(depth, height // vae.downscale, width // vae.downscale)
     if use == "edit" and picture is not None:
-        return encode(images.to_pixels(picture)) / vae.scaling_factor
+        # Not scaled, unlike the latents before it. (TAESD has no factor: SD 1's are its own.)
+        factor = getattr(vae, "scaling_factor", VAEConfig.scaling_factor)
+        return encode(images.to_pixels(picture)) / factor
     if use != "inpainting":
         return None
     mask = np.ones((height, width), np.float32) if mask is None else mask

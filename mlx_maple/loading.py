@@ -9,7 +9,7 @@ own, both ways. Layout is what the plan or the folder's format declares, never a
 
 import gc
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,9 +29,10 @@ from maple_convert.errors import (
     UnsupportedCheckpoint,
 )
 from maple_convert.tensors import Tensor
-from mlx_maple import hub, known_models, twins
+from mlx_maple import hub, known_models, model_folders, twins
 from mlx_maple.adapter_files import AdapterFiles
 from mlx_maple.adapters import Adapters
+from mlx_maple.control import control_name
 from mlx_maple.engine import quantize as quantizing
 from mlx_maple.engine.attention import in_chunks
 from mlx_maple.engine.low_memory import Reload, set_environment
@@ -43,6 +44,8 @@ from mlx_maple.models import (
     AutoencoderKL,
     CLIPTextConfig,
     CLIPTextEncoder,
+    ControlNet,
+    ControlNetConfig,
     TAESDConfig,
     UNet,
     UNetConfig,
@@ -63,7 +66,9 @@ _MODULES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, AutoencoderKL),
     "taesd": (TAESDConfig, TAESD),
+    "controlnet": (ControlNetConfig, ControlNet),
 }
+_STAND_INS = {"vae": "taesd"}  # what may take a network's place, where the file holds none
 
 
 class NoModel(Exception):
@@ -101,6 +106,7 @@ def load(
     low_memory: bool = False,
     vae: str | Path | None = None,
     taesd: str | Path | None = None,
+    controlnet: str | Path | Sequence[str | Path] | None = None,
     loras: Any = (),
     embeddings: Iterable[str | Path] = (),
     compile: bool = True,
@@ -125,8 +131,10 @@ def load(
             None keeps them as they are stored, which may be quantised.
         low_memory: hold only the network that is in use, draw guidance halves one after the other
             and decode in stripes: less memory, the same pictures, more time.
-        vae: take the autoencoder from here instead, named as ``source`` is.
+        vae: take the autoencoder from here instead, named as ``source`` is, or as it is called in
+            the models' folders (``model_folders``). A TAESD will do: quick, and less exact.
         taesd: take a small autoencoder for previews from here.
+        controlnet: networks that steer drawings by a picture, named likewise: one, or a list.
         loras: that every drawing has unless it says otherwise; see ``StableDiffusion.generate``.
         embeddings: files of learned words (textual inversions), or their names in the models'
             folders; words of those folders are also found when a prompt has them.
@@ -152,7 +160,9 @@ def load(
     if low_memory:
         set_environment()
 
-    def find(what: str | Path | None, variant: str | None) -> _Found:
+    def find(what: str | Path | None, variant: str | None, kind: str = "") -> _Found:
+        if kind in model_folders.KINDS and isinstance(what, str) and not _exists(what):
+            what = model_folders.find(kind, what) or what
         return _find(what, name, variant, local_files_only, progress)
 
     found = find(source, variant)
@@ -169,13 +179,16 @@ def load(
         sources = {
             part: _Source(_reopening(model, found, ema), found, part)
             for part in model.components
-            if part not in replaced
+            if part not in replaced and part != "controlnet"
         }
+        wanted = [(part, part, other) for part, other in replaced.items()]
+        several = [controlnet] if isinstance(controlnet, str | Path) else controlnet or ()
+        wanted += [(control_name(i), "controlnet", other) for i, other in enumerate(several)]
         names: dict[str, str] = {}
-        for part, other in replaced.items():
-            elsewhere = find(other, None)
+        for part, kind, other in wanted:
+            elsewhere = find(other, None, kind)
             notes += elsewhere.notes
-            sources[part] = _Source(_opening(elsewhere), elsewhere, part)
+            sources[part] = _elsewhere(elsewhere, kind)
             names[part] = elsewhere.name
         configs = {part: component.config for part, component in model.components.items()}
         adapters = AdapterFiles(configs).adapters(embeddings)
@@ -185,14 +198,12 @@ def load(
         for part, origin in sources.items():
             with nullcontext(model) if origin.found is found else origin.open() as opened:
                 modules[part] = origin.built(opened, how, is_skeleton=low_memory)
-        _check_fit(found.path, modules)
+        _check_fit(found.path, modules, {part: o.found.path for part, o in sources.items()})
         again: dict[str, Reload] = {part: partial(o.load, how) for part, o in sources.items()}
         if not low_memory:
             modules = {part: o.ready(modules[part], how) for part, o in sources.items()}
         loads = {"reload" if low_memory else "renew": again}
-        return _assemble(
-            model, modules, found, names.get("vae", ""), notes, adapters, compile, **loads
-        )
+        return _assemble(model, modules, found, names, notes, adapters, compile, **loads)
 
 
 def default_dtype() -> str:
@@ -280,6 +291,13 @@ def _if_a_name(source: str | Path) -> str:
         return ""
     names = ", ".join(model.name for model in known_models.known_models() if model.kind == "model")
     return f", and no model is known by that name: {names}"
+
+
+def _exists(name: str) -> bool:
+    try:
+        return _expanded(Path(name)).exists()
+    except OSError:
+        return False
 
 
 def _expanded(path: Path) -> Path:
@@ -468,6 +486,16 @@ class _Source:
         return module
 
 
+def _elsewhere(found: _Found, part: str) -> _Source:
+    """One network of another file or folder, or what stands in for it."""
+    opening, other = _opening(found), _STAND_INS.get(part)
+    if other is not None:
+        with opening() as model:
+            if part not in model.components and other in model.components:
+                part = other
+    return _Source(opening, found, part)
+
+
 def _opening(found: _Found) -> Callable[[], SourceModel]:
     return lambda: open_model(found.path, variant=found.variant)
 
@@ -587,9 +615,20 @@ def _parameters(module: nn.Module) -> list[tuple[str, mx.array]]:
     return found
 
 
-def _check_fit(path: Path, modules: Mapping[str, nn.Module]) -> None:
-    """Networks from different files must speak of the same latents."""
-    channels = cast(UNet, modules["unet"]).config.out_channels
+def _check_fit(path: Path, modules: Mapping[str, nn.Module], paths: Mapping[str, Path]) -> None:
+    """Networks from different files must speak of the same latents, and steer the same UNet."""
+    unet = cast(UNet, modules["unet"]).config
+    for part, module in modules.items():
+        if isinstance(module, ControlNet):
+            for name, what in _SHARED.items():
+                theirs, ours = getattr(module.config, name), getattr(unet, name)
+                if theirs != ours:
+                    raise UnsupportedCheckpoint(
+                        paths[part],
+                        f"is for models of another family: {what} {theirs}, and this model's "
+                        f"{ours}",
+                    )
+    channels = unet.out_channels
     for part in ("vae", "taesd"):
         if part in modules:
             found = cast("AutoencoderKL | TAESD", modules[part]).config.latent_channels
@@ -597,6 +636,14 @@ def _check_fit(path: Path, modules: Mapping[str, nn.Module]) -> None:
                 raise UnsupportedCheckpoint(
                     path, f"its latents have {channels} channels and the {part}'s have {found}"
                 )
+
+
+# What a ControlNet has in common with the UNets that it can steer, and what to call it.
+_SHARED = {
+    "cross_attention_dim": "its context is",
+    "block_out_channels": "its widths are",
+    "layers_per_block": "its layers a level are",
+}
 
 
 def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) -> None:
@@ -611,7 +658,7 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
         module: the network.
         one_by_one: each weight before the next, so that no two are read and cast at once.
     """
-    if part not in ("text_encoder", "unet"):
+    if part not in ("text_encoder", "unet", "controlnet"):
         return
     weights = [(f"{part}.{name}", value) for name, value in _parameters(module)]
     try:
@@ -639,11 +686,11 @@ def _assemble(
     model: SourceModel,
     modules: Mapping[str, nn.Module],
     found: _Found,
-    vae_name: str,
+    names: Mapping[str, str],
     notes: list[str],
     adapters: Adapters,
     compile: bool,
-    **loads: Mapping[str, Reload],
+    **loads: Any,
 ) -> StableDiffusion:
     try:
         return StableDiffusion(
@@ -654,10 +701,11 @@ def _assemble(
             tokenizer=_tokenizer(model),
             noise_schedule=_noise_schedule(model),
             defaults=_defaults(model.defaults),
-            latent_rgb_factors=None if vae_name else model.latent_rgb_factors,
+            controlnets=_controlnets(modules, names),
+            latent_rgb_factors=None if "vae" in names else model.latent_rgb_factors,
             name=found.name,
             sha256=(model.source or {}).get("sha256") or "",
-            vae_name=vae_name,
+            vae_name=names.get("vae", ""),
             family=model.family,
             layout=model.layout,
             notes=notes,
@@ -669,6 +717,18 @@ def _assemble(
         raise InvalidCheckpoint(error.path, error.reason) from error
     except ValueError as error:
         raise InvalidCheckpoint(found.path, str(error)) from error
+
+
+def _controlnets(
+    modules: Mapping[str, nn.Module], names: Mapping[str, str]
+) -> dict[str, ControlNet]:
+    """The networks that steer, in order, by their files' names; a second of a name is numbered."""
+    found: dict[str, ControlNet] = {}
+    for part, module in modules.items():
+        if isinstance(module, ControlNet):
+            name = names[part]
+            found[name if name not in found else f"{name} ({len(found) + 1})"] = module
+    return found
 
 
 def _tokenizer(model: SourceModel) -> Tokenizer:

@@ -271,8 +271,8 @@ def test_another_autoencoder_and_a_taesd(reference):
     )
     assert same(sd, reference)  # the same weights, out of a file of their own
     assert sd.taesd is not None and "taesd" in sd.info.components
-    with pytest.raises(ConvertError, match="holds no vae but taesd"):
-        load(tiny_model.maple_folder(), vae=folder / "taesd.safetensors")
+    with pytest.raises(ConvertError, match="holds no taesd but vae"):
+        load(tiny_model.maple_folder(), taesd=folder / "vae.safetensors")
     with pytest.raises(ConvertError, match="no text_encoder and no unet: not a whole model"):
         load(folder / "vae.safetensors")
 

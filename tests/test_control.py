@@ -1,0 +1,140 @@
+"""What is given to a drawing beside the prompt: ControlNets, more channels, a TAESD to decode.
+
+With a tiny random model: that what is given counts, where and as much as it should. What it must
+come to is compared with the reference in tests/parity.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny_model
+from PIL import Image
+from safetensors.numpy import save_file
+
+from maple_convert.errors import ConvertError
+from maple_convert.layouts import LAYOUTS
+from mlx_maple import images, load
+from mlx_maple.models import TAESD
+
+SMALL = {"width": 64, "height": 64, "seed": 1}
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_taesd_stands_in_for_the_autoencoder(low_memory):
+    folder = tiny_model.folder()
+    taesd = folder / "taesd.safetensors"
+    sd = load(tiny_model.maple_folder(), vae=taesd, low_memory=low_memory)
+    assert isinstance(sd.vae, TAESD)
+    result = sd("a", image=Image.open(folder / "photo.png"), steps=4, strength=0.5, seed=1)
+    assert result.images[0].size == (128, 128) and result.settings[0].vae == "taesd"
+    drawn = np.array(sd.vae.decode(mx.array(result.latents)))[0]
+    assert (np.asarray(result.images[0]) == np.asarray(images.to_image(drawn))).all()
+
+
+# Networks that steer ------------------------------------------------------------------------------
+
+
+def control_file(path, **changes):
+    """A ControlNet for the tiny model, its zero convolutions not zero."""
+    settings = {k: v for k, v in tiny_model.CONFIGS["unet"].items() if k != "out_channels"}
+    settings |= {"hint_channels": 3, "hint_widths": [4, 6, 8, 10], **changes}
+    random = np.random.default_rng(3)
+    save_file(
+        {
+            f"control_model.{row.published}": random.normal(0, 0.1, row.published_shape).astype("f")
+            for row in LAYOUTS["controlnet"].rows(settings, "compvis")
+        },
+        path,
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def steered(tmp_path_factory):
+    path = control_file(tmp_path_factory.mktemp("control") / "edges.safetensors")
+    return {
+        low_memory: load(tiny_model.maple_folder(), controlnet=path, low_memory=low_memory)
+        for low_memory in (False, True)
+    }
+
+
+def test_a_controlnet_steers(steered):
+    sd = steered[False]
+    assert sd.control_names == {"controlnet": "edges"}
+    assert sd.info.components["controlnet"].parameters > 10_000
+    photo = Image.open(tiny_model.folder() / "photo.png")
+    arguments = {**SMALL, "steps": 2, "control_image": photo}
+    plain = sd("a", steps=2, **SMALL)
+    assert plain.notes == ["no control_image: the ControlNet is not used"]
+    weak, strong = (sd("a", control_weight=w, **arguments).latents for w in (0, 1))
+    assert (weak == plain.latents).all() and np.abs(strong - weak).max() > 1e-3
+    other = sd("a", control_preprocess="invert", **arguments).latents
+    assert np.abs(other - strong).max() > 1e-4
+    said = sd("a", **arguments).settings[0]
+    assert said.control == "edges (weight 1, 0 to 1)"
+    assert (steered[True]("a", **arguments).latents == strong).all()
+
+
+def test_a_control_begins_and_ends(steered):
+    """A share of the steps: without it they are a plain drawing's, bit for bit."""
+    photo = Image.open(tiny_model.folder() / "photo.png")
+
+    def steps(**more):
+        run = steered[False].generate("a", steps=4, sampler="euler", **SMALL, **more)
+        return [np.asarray(p.preview()) for p in run if p.stage == "sample"]
+
+    plain, all_of_it = steps(), steps(control_image=photo)
+    late = steps(control_image=photo, control_start=0.5)
+    early = steps(control_image=photo, control_end=0.5)
+    for n in range(4):
+        assert (late[n] == plain[n]).all() == (n < 2)
+        assert (early[n] == all_of_it[n]).all() == (n < 2)
+
+
+def test_two_controlnets_add_up(tmp_path):
+    path = control_file(tmp_path / "a.safetensors")
+    photo = Image.open(tiny_model.folder() / "photo.png")
+    one = load(tiny_model.maple_folder(), controlnet=path)
+    two = load(tiny_model.maple_folder(), controlnet=[path, path])
+    assert list(two.control_names.values()) == ["a", "a (2)"]
+    arguments = {**SMALL, "steps": 2}
+    alone = one("a", control_image=photo, control_weight=0.75, **arguments).latents
+    both = two("a", control_image=[photo] * 2, control_weight=[0.5, 0.25], **arguments).latents
+    assert np.allclose(both, alone, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="1 pictures for 2 ControlNets"):
+        two("a", control_image=photo)
+
+
+def test_what_cannot_steer_is_refused(tmp_path, steered):
+    photo = Image.open(tiny_model.folder() / "photo.png")
+    foreign = control_file(tmp_path / "x.safetensors", cross_attention_dim=32)
+    with pytest.raises(ConvertError, match=r"another family: its context is 32, and .* 64"):
+        load(tiny_model.maple_folder(), controlnet=foreign)
+    with pytest.raises(ConvertError, match="holds no controlnet but vae"):
+        load(tiny_model.maple_folder(), controlnet=tiny_model.folder() / "vae.safetensors")
+    with pytest.raises(ConvertError, match="not a whole model"):
+        load(foreign)
+    for words, arguments in {
+        "control_image needs a ControlNet": {"control_image": photo},
+        "is for models that follow a depth map": {"depth_image": photo},
+        "models that edit by instruction": {"image_guidance_scale": 2.0},
+    }.items():
+        sd = load(tiny_model.maple_folder())
+        with pytest.raises(ValueError, match=words):
+            sd("a", steps=1, **arguments)
+    for words, arguments in {
+        "unknown control_preprocess 'x'": {"control_preprocess": "x"},
+        "is not before control_end": {"control_start": 0.5, "control_end": 0.5},
+        "control_weight must be a number": {"control_weight": 11},
+        "control_end has 2 entries": {"control_end": [0.5, 1]},
+    }.items():
+        with pytest.raises(ValueError, match=words):
+            steered[False]("a", control_image=photo, **arguments)
+
+
+def test_a_controlnet_is_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / "ControlNet").mkdir()
+    control_file(tmp_path / "ControlNet" / "edges_v1.safetensors")
+    monkeypatch.setenv("MAPLE_MODELS", str(tmp_path))
+    sd = load(tiny_model.maple_folder(), controlnet="edges_v1")
+    assert sd.control_names == {"controlnet": "edges_v1"}
