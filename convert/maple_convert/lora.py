@@ -142,7 +142,7 @@ def _order(
     for which, modules in names.in_cloneofsimos_order():
         if component in (None, which) and len(modules) == len(layers):
             pairs = zip(modules, layers, strict=True)
-            if all(_has_shape(checkpoint, module.weight, layer) for module, layer in pairs):
+            if all(_has_shape(checkpoint, module.weights[0], layer) for module, layer in pairs):
                 return list(modules)
     return [None] * len(layers)
 
@@ -205,14 +205,14 @@ def _add(
     if tensors:
         if len(tensors) == 1 and "dora_scale" in tensors:
             return "a length without a difference"
-        made.append(Update(module.weight, tensors, alpha, root))
+        made += [Update(row, tensors, alpha, root) for row in module.weights]
     if bias is not None:
-        if module.bias is None:
+        if not module.biases:
             return "the model's layer has no bias"
-        made.append(Update(module.bias, {"diff": bias}))
+        made += [Update(row, {"diff": bias}) for row in module.biases]
     if not made or not all(update.fits() for update in made):
         shapes = ", ".join(f"{role} {tensor.shape}" for role, tensor in tensors.items())
-        return f"its shapes ({shapes}) do not fit the layer's {module.weight.published_shape}"
+        return f"its shapes ({shapes}) do not fit the layer's {module.weights[0].published_shape}"
     updates = found.updates.setdefault(module.component, {})
     if any(update.row.native in updates for update in made):
         return "the file changes this layer twice"

@@ -55,7 +55,9 @@ class Update:
             return False
         if len(found) == len(wanted) and found != wanted:
             return False
-        return "dora_scale" not in self.tensors or self._length_axis() is not None
+        if "dora_scale" not in self.tensors:
+            return True
+        return self._length_axis() is not None and self.row.share[1] == 1
 
     @property
     def scale(self) -> float:
@@ -74,8 +76,11 @@ class Update:
         return None
 
     def difference(self) -> Array:
-        """D in the shape that torch has the parameter in."""
-        return np.reshape(self._product() * np.float32(self.scale), self.row.published_shape)
+        """D in the shape that torch has the parameter in; its rows, of several layers' in one."""
+        whole = np.reshape(self._product() * np.float32(self.scale), self.row.published_shape)
+        index, count = self.row.share
+        rows = len(whole) // count
+        return whole[index * rows : (index + 1) * rows]
 
     def changed(self, values: npt.NDArray[Any], strength: float) -> Array:
         """The parameter's values with the difference in them.

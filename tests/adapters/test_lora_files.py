@@ -104,16 +104,33 @@ def test_no_name_of_one_spelling_is_another_layers_in_another():
                     assert meant.setdefault(form, native) == native
 
 
+TWO = {**CONFIGS, "text_encoder_2": {**TEXT, "hidden_size": 16, "projection_dim": 16}}
+
+
 def test_sdxls_second_encoder_has_names_of_its_own():
-    configs = {**CONFIGS, "text_encoder_2": {**TEXT, "hidden_size": 16, "projection_dim": 16}}
-    try:
-        table = Names(configs)
-    except KeyError:
-        pytest.skip("this version knows one text encoder")
+    table = Names(TWO)
     for prefix, component in (("lora_te1_", "text_encoder"), ("lora_te2_", "text_encoder_2")):
         module = table.find(prefix + "text_model_encoder_layers_1_mlp_fc2")
         assert module is not None
         assert (module.component, module.native) == (component, "encoder.layers.1.mlp.fc2")
+
+
+def test_rows_that_openclip_keeps_together_are_taken_apart(saved):
+    """One difference of queries, keys and values, one under the other, is three."""
+    generator = np.random.default_rng(5)
+    down = generator.standard_normal((2, 16)).astype(np.float32)
+    up = generator.standard_normal((48, 2)).astype(np.float32)
+    bias = generator.standard_normal(48).astype(np.float32)
+    name = "lora_te2_transformer_resblocks_1_attn_in_proj"
+    tensors = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
+    found = open_lora(saved({**tensors, f"{name}.diff_b": bias}), TWO)
+    assert found.modules == 1
+    for n, layer in enumerate(("q_proj", "k_proj", "v_proj")):
+        update = found.updates["text_encoder_2"][f"encoder.layers.1.self_attn.{layer}.weight"]
+        mine = slice(16 * n, 16 * n + 16)
+        assert np.allclose(update.difference(), up[mine] @ down, atol=1e-5)
+        update = found.updates["text_encoder_2"][f"encoder.layers.1.self_attn.{layer}.bias"]
+        assert np.array_equal(update.changed(np.zeros(16, np.float32), 1.0), bias[mine])
 
 
 def test_every_prefix_is_of_a_network():

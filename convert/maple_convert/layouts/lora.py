@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maple_convert.layouts import LAYOUTS, NATIVE, Row
+from maple_convert.layouts import LAYOUTS, Row
 
 # The end of a key and the role of its tensor. The longest that fits counts.
 ROLES: Mapping[str, str] = {
@@ -127,19 +127,23 @@ STRANGERS: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Module:
-    """One layer that can be changed: its weight, and its bias where it has one.
+    """One layer that can be changed, as one spelling has it.
 
     Attributes:
         component: text_encoder, text_encoder_2 or unet.
-        native: its name here.
-        weight: name, shape and layout of the weight.
-        bias: likewise.
+        weights: name, shape and layout of its weight; of several where a spelling keeps the rows of
+            several layers in one tensor.
+        biases: likewise, as many or none.
     """
 
     component: str
-    native: str
-    weight: Row
-    bias: Row | None
+    weights: tuple[Row, ...]
+    biases: tuple[Row, ...]
+
+    @property
+    def native(self) -> str:
+        """The layer's name here, the first one's of several."""
+        return self.weights[0].native.removesuffix(".weight")
 
 
 class Names:
@@ -158,23 +162,24 @@ class Names:
 
     def _add(self, component: str, config: Mapping[str, Any]) -> None:
         layout, names = LAYOUTS[component], dict[str, Module]()
-        modules: dict[str, Module] = {}
+        own: dict[str, Module] = {}
         for spelling in layout.spellings:
-            rows = {row.native: row for row in layout.rows(config, spelling)}
-            for row in rows.values():
-                native, _, leaf = row.native.rpartition(".")
-                published, _, ending = row.published.rpartition(".")
-                if leaf != "weight" or ending != "weight":
-                    continue
-                module = Module(component, native, row, rows.get(f"{native}.bias"))
-                modules.setdefault(native, module)
-                for name in (published, *_older(published)):
-                    names.setdefault(name, module)
-                    names.setdefault(name.replace(".", "_"), module)
-        for native, module in modules.items():
+            rows: dict[str, tuple[list[Row], list[Row]]] = {}
+            for row in layout.rows(config, spelling):
+                for n, ending in enumerate(("weight", "bias")):
+                    name = row.published.removesuffix(ending)
+                    if name != row.published and name[-1:] in (".", "_"):
+                        rows.setdefault(name[:-1], ([], []))[n].append(row)
+            for name, (weights, biases) in rows.items():
+                module = Module(component, tuple(weights), tuple(biases))
+                for form in (name, *_older(name)):
+                    names.setdefault(form, module)
+                    names.setdefault(form.replace(".", "_"), module)
+                if len(weights) == 1:
+                    own.setdefault(module.native, module)
+        for native, module in own.items():
             names.setdefault(native, module)
-        order = [row.native.removesuffix(".weight") for row in layout.rows(config, NATIVE)]
-        self.modules[component] = [modules[native] for native in order if native in modules]
+        self.modules[component] = list(own.values())
         self._names[component] = names
 
     def find(self, name: str) -> Module | None:
