@@ -62,6 +62,7 @@ class GuidedSteps:
         negative: mx.array | None,
         guidance_scale: float,
         timesteps: Iterable[float],
+        vectors: tuple[mx.array, mx.array | None] | None = None,
     ) -> Model:
         """A model of the samplers': out = n + scale * (p - n), in float32.
 
@@ -72,24 +73,38 @@ class GuidedSteps:
             negative: likewise, or None for an unguided drawing.
             guidance_scale: 1 is unguided.
             timesteps: that will be asked for.
+            vectors: (B, V) of the prompts and of what is avoided, for networks that take one.
         """
         is_guided = negative is not None and guidance_scale != 1
         context = positive
         if negative is not None and is_guided:
             context = mx.concatenate([negative, positive])
+        vector = None
+        if vectors is not None:
+            wanted, avoided = vectors
+            vector = (
+                wanted if avoided is None or not is_guided else mx.concatenate([avoided, wanted])
+            )
         prompt = self.unet.prompt(context)
+
+        def rows_of(times: list[float]) -> list[mx.array]:
+            """What each time tells the network: one row for all samples, or one for each."""
+            each = 1 if vector is None else vector.shape[0]
+            repeated = mx.repeat(mx.array(times, dtype=mx.float32), each)
+            more = None if vector is None else mx.tile(vector, (len(times), 1))
+            return list(mx.split(self.unet.times(repeated, more), len(times)))
+
         known = sorted(set(timesteps))
         rows = {}
         if known:  # made now, and all at once
-            made = self.unet.times(mx.array(known, dtype=mx.float32))
-            rows = {time: made[i : i + 1] for i, time in enumerate(known)}
+            rows = dict(zip(known, rows_of(known), strict=True))
             mx.eval(prompt, list(rows.values()))
         scale = mx.array(guidance_scale, dtype=mx.float32)
 
         def call(latents: mx.array, timestep: float) -> mx.array:
             row = rows.get(timestep)
             if row is None:
-                row = self.unet.times(mx.array([timestep], dtype=mx.float32))
+                (row,) = rows_of([timestep])
             factor = scale if is_guided else None
             if not self.in_parts:
                 return self._whole(latents, row, prompt, factor)
@@ -106,10 +121,11 @@ class GuidedSteps:
             maps = self.unet.begin(_twice(latents, scale is not None), row, prompt)
             return _guided(self.unet.finish(maps, row, prompt), scale)
         count = latents.shape[0]
-        avoided = self.unet.predict(latents, row, [each[:count] for each in prompt])
+        rows = (row, row) if row.shape[0] == 1 else (row[:count], row[count:])
+        avoided = self.unet.predict(latents, rows[0], [each[:count] for each in prompt])
         # MLX would start both at once: the second half waits for the first.
         later = mx.depends([latents], [avoided])[0]
-        wanted = self.unet.predict(later, row, [each[count:] for each in prompt])
+        wanted = self.unet.predict(later, rows[1], [each[count:] for each in prompt])
         return _guided(mx.concatenate([avoided, wanted]), scale)
 
     def _begun(

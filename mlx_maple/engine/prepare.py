@@ -32,7 +32,7 @@ from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.models.attention import LAYER_NORM_EPS, SpatialTransformer, TransformerBlock
 from mlx_maple.models.layers import GroupNorm, sinusoids
 from mlx_maple.models.resnet import Downsample, ResnetBlock, Upsample
-from mlx_maple.models.unet import as_times, check_inputs
+from mlx_maple.models.unet import as_times, check_guidance, check_inputs
 from mlx_maple.models.vae import Decoder, Encoder, PixelAttention
 
 # Below this many pixels a convolution is a matrix product on CUDA, where cuDNN's own is far from
@@ -99,6 +99,12 @@ class Map:
         """The settled map's pixels as rows (B N, C)."""
         assert self.residual is None
         return self.value if self.value.ndim == 2 else self.value.flatten(0, -2)
+
+    def plus(self, more: mx.array) -> "Map":
+        """The map with something added: (B or 1, h, w, C)."""
+        self.settle()
+        value = self.value.reshape(*self.size, self.value.shape[-1])
+        return Map(value + more.astype(value.dtype), None, self.size)
 
     def settle(self) -> None:
         """Add the residual, where no norm comes before the map is kept."""
@@ -569,6 +575,8 @@ class PreparedUNet(nn.Module):
         self.config = unet.config
         self.dtype = unet.conv_in.weight.dtype
         self.time_embedding = unet.time_embedding
+        if "add_embedding" in unet:
+            self.add_embedding = unet.add_embedding
         self._blocks: list[ResnetBlock] = []  # in the order in which they run
 
         self.conv_in = Convolution(unet.conv_in)
@@ -591,11 +599,15 @@ class PreparedUNet(nn.Module):
                 kept.append(owed)
             self.down.append(steps)
 
-        middle = unet.mid_block
-        self.mid: list[Any] = [self._resnet(middle.resnets[0], owed, 0)]
-        self.mid.append(Transformer(middle.attentions[0], self.mid[-1].owed, recipe))
-        self.mid.append(self._resnet(middle.resnets[1], self.mid[-1].owed, 0))
-        owed = self.mid[-1].owed
+        self.mid: list[Any] = []
+        if "mid_block" in unet:
+            middle = unet.mid_block
+            for i, resnet in enumerate(middle.resnets):
+                self.mid.append(self._resnet(resnet, owed, 0))
+                owed = self.mid[-1].owed
+                if i == 0 and "attentions" in middle:
+                    self.mid.append(Transformer(middle.attentions[0], owed, recipe))
+                    owed = self.mid[-1].owed
 
         self.up = []
         for level in unet.up_blocks:
@@ -631,18 +643,42 @@ class PreparedUNet(nn.Module):
         return made
 
     def __call__(
-        self, latents: mx.array, timesteps: mx.array | float, context: mx.array
+        self,
+        latents: mx.array,
+        timesteps: mx.array | float,
+        context: mx.array,
+        vector: mx.array | None = None,
+        guidance: mx.array | None = None,
+        control: Sequence[mx.array] | None = None,
+        features: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """As models.UNet: same arguments, shapes and errors."""
-        check_inputs(self.config, latents, context)
-        times = self.times(as_times(timesteps, latents.shape[0]))
-        return self.predict(latents, times, self.prompt(context))
+        check_inputs(self.config, latents, context, vector)
+        check_guidance(self.config, guidance)
+        times = self.times(as_times(timesteps, latents.shape[0]), vector, guidance)
+        prompt = self.prompt(context)
+        added = list(features or ())
+        maps = self.begin(latents, times, prompt, added)
+        return self.finish(maps, times, prompt, added, control)
 
-    def times(self, timesteps: mx.array) -> mx.array:
-        """What the residual blocks are told of times (S,): rows (S, all their C_out), float32."""
-        waves = sinusoids(timesteps, self.config.block_out_channels[0])
-        embedded = nn.silu(self.time_embedding(waves.astype(self.dtype)))
-        return self.time_product(embedded).astype(mx.float32) + self.time_bias
+    def times(
+        self,
+        timesteps: mx.array,
+        vector: mx.array | None = None,
+        guidance: mx.array | None = None,
+    ) -> mx.array:
+        """What the residual blocks are told of times (S,): rows (S, all their C_out), float32.
+
+        Args:
+            timesteps: (S,), or (1,) for all of the others.
+            vector: (S, V), for a network that takes one.
+            guidance: (S,), for a network that is told it.
+        """
+        waves = sinusoids(timesteps, self.config.block_out_channels[0]).astype(self.dtype)
+        embedded = self.time_embedding(waves, guidance)
+        if vector is not None:
+            embedded = embedded + self.add_embedding(vector.astype(self.dtype))
+        return self.time_product(nn.silu(embedded)).astype(mx.float32) + self.time_bias
 
     def prompt(self, context: mx.array) -> list[mx.array]:
         """Keys and values of every cross-attention for (B, T, D), in the order of their use."""
@@ -659,20 +695,44 @@ class PreparedUNet(nn.Module):
         """Predict from what ``times`` (a row, or one a sample) and ``prompt`` have made."""
         return self.finish(self.begin(latents, times, prompt), times, prompt)
 
-    def begin(self, latents: mx.array, times: mx.array, prompt: Sequence[mx.array]) -> list[Map]:
-        """The first level of ``predict``: maps that the others go on from, the last one last."""
+    def begin(
+        self,
+        latents: mx.array,
+        times: mx.array,
+        prompt: Sequence[mx.array],
+        features: list[mx.array] | None = None,
+    ) -> list[Map]:
+        """The first level of ``predict``: maps that the others go on from, the last one last.
+
+        Of ``features`` the first is taken away.
+        """
         x = _map(self.conv_in(latents.astype(self.dtype)))
         skips = [x]
-        self._descend(self.down[:1], skips, times, list(reversed(prompt)))
+        self._descend(self.down[:1], skips, times, list(reversed(prompt)), features)
         return skips
 
-    def finish(self, skips: list[Map], times: mx.array, prompt: Sequence[mx.array]) -> mx.array:
+    def finish(
+        self,
+        skips: list[Map],
+        times: mx.array,
+        prompt: Sequence[mx.array],
+        features: list[mx.array] | None = None,
+        control: Sequence[mx.array] | None = None,
+    ) -> mx.array:
         """The other levels of ``predict``; ``skips`` are used up."""
         stack = list(reversed(prompt[self.first_blocks :]))
-        self._descend(self.down[1:], skips, times, stack)
+        self._descend(self.down[1:], skips, times, stack, features)
         x = skips[-1]
         for step in self.mid:
             x = self._step(step, x, times, stack)
+        if features:
+            x = x.plus(features.pop(0))
+        if control is not None:
+            if len(control) != len(skips) + 1:
+                expected = f"expected {len(skips) + 1} maps of control"
+                raise ValueError(f"[UNet] {expected}, got {len(control)}.")
+            skips = [skip.plus(each) for skip, each in zip(skips, control, strict=False)]
+            x = x.plus(control[-1])
         for steps in self.up:
             for step in steps:
                 if isinstance(step, Resnet):
@@ -692,13 +752,24 @@ class PreparedUNet(nn.Module):
         return sum(len(step.blocks) for step in self.down[0] if isinstance(step, Transformer))
 
     def _descend(
-        self, levels: list[list[Any]], skips: list[Map], times: mx.array, stack: list[mx.array]
+        self,
+        levels: list[list[Any]],
+        skips: list[Map],
+        times: mx.array,
+        stack: list[mx.array],
+        features: list[mx.array] | None,
     ) -> None:
         """Go down from the last map, and put behind it those that are kept for the way up."""
         x = skips[-1]
         for steps in levels:
+            halves = isinstance(steps[-1], Resample)
+            # models.unet.DownBlock tells where an adapter's map belongs.
+            is_late = halves and not any(isinstance(step, Transformer) for step in steps)
+            end = len(steps) - 1 - (halves and not is_late)
             for i, step in enumerate(steps):
                 x = self._step(step, x, times, stack)
+                if features and i == end:
+                    x = x.plus(features.pop(0))
                 # A residual block with a transformer behind it leaves the transformer's map.
                 behind = steps[i + 1] if i + 1 < len(steps) else None
                 if not (isinstance(step, Resnet) and isinstance(behind, Transformer)):

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from tiny_networks import CONTEXT, SMALL, error, normal, unet, vae
+from tiny_networks import CONTEXT, SMALL, XL, error, normal, unet, vae
 
 from mlx_maple.engine import attention, compiled, prepare
 from mlx_maple.engine.compiled import GuidedSteps, compile_works, guided_steps, made_ready
@@ -109,6 +109,24 @@ def test_a_step_in_two_parts_is_the_step(ready, shape):
     assert error(parts(x, TIMES[0]), whole(x, TIMES[1])) > OTHER  # the control
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_vectors_go_with_their_prompts(one_by_one):
+    plain = unet(**XL, vector_channels=24)
+    steps = GuidedSteps(prepare_unet(plain, RECIPE), compiles=True, one_by_one=one_by_one)
+    positive, negative = prompts(2)
+    wanted, avoided = normal(2, 24, seed=8), normal(2, 24, seed=9)
+    x = latents(2)
+    model = steps.model(positive, negative, 7.5, TIMES, vectors=(wanted, avoided))
+    for time in (*TIMES, 77.0):
+        p = plain(x, mx.array([time]), positive, wanted)
+        n = plain(x, mx.array([time]), negative, avoided)
+        assert error(model(x, time), n + 7.5 * (p - n)) < SAME
+    swapped = steps.model(positive, negative, 7.5, TIMES, vectors=(avoided, wanted))
+    assert error(swapped(x, time), n + 7.5 * (p - n)) > OTHER  # the control
+    alone = steps.model(positive, None, 1, TIMES, vectors=(wanted, None))
+    assert error(alone(x, 77.0), p) < SAME
+
+
 @pytest.mark.parametrize("scale", [0.0, 3.0, -1.0])
 def test_scales_are_arguments(plain, ready, scale):
     positive, negative = prompts()
@@ -130,7 +148,9 @@ def test_announced_times_are_made_once(ready, monkeypatch):
     asked = []
     times = PreparedUNet.times
     monkeypatch.setattr(
-        PreparedUNet, "times", lambda self, t: (asked.append(t.tolist()), times(self, t))[1]
+        PreparedUNet,
+        "times",
+        lambda self, t, more: (asked.append(t.tolist()), times(self, t, more))[1],
     )
     model = GuidedSteps(ready, compiles=False).model(*prompts(), 5, [13.0, 801.0, 13.0])
     for time in (801.0, 13.0, 801.0):

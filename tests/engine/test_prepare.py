@@ -71,6 +71,63 @@ def test_unets_of_other_structures(facts, batch, rows, columns):
     assert differs(plain, prepare_unet(plain, RECIPE), *inputs(batch, rows, columns)) < SAME
 
 
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {"vector_channels": 24},
+        {"mid_transformer_layers": 0},
+        {"mid_transformer_layers": None},
+        {"up_transformer_layers": (1, 2, 3, 1, 2, 1, 0, 0, 0)},
+        {"time_cond_dim": 8},
+    ],
+    ids=["vector", "one-block-middle", "no-middle", "depths", "told-guidance"],
+)
+def test_networks_of_other_families(facts):
+    plain = unet(**{**XL, **facts})
+    told = {}
+    if "vector_channels" in facts:
+        told["vector"] = normal(2, 24, seed=5)
+    if "time_cond_dim" in facts:
+        told["guidance"] = mx.array([4.0, 8.0])
+    given = inputs(2)
+    ready = prepare_unet(plain, RECIPE)
+    wanted = plain(*given, **told)
+    assert error(ready(*given, **told), wanted) < SAME
+    if told:  # the control
+        ((name, value),) = told.items()
+        assert error(ready(*given, **{name: value[::-1]}), wanted) > OTHER
+        with pytest.raises(ValueError, match="UNet"):
+            ready(*given)
+
+
+@pytest.mark.parametrize("facts", [SD1, XL], ids=["sd1", "xl"])
+def test_what_controls_a_drawing_is_added_where_the_plain_one_adds_it(facts):
+    plain = unet(**facts)
+    ready = prepare_unet(plain, RECIPE)
+    given = inputs(2)
+    widths, shapes = facts["block_out_channels"], []
+    for i, width in enumerate(widths):
+        side = 16 >> i
+        shapes += [(side, widths[max(i - 1, 0)]), (side, width), (side, width)]
+    control = [0.3 * normal(2, s, s, c, seed=20 + i) for i, (s, c) in enumerate(shapes)]
+    control.append(0.3 * normal(2, *control[-1].shape[1:], seed=50))
+    wanted = plain(*given, control=control)
+    assert error(ready(*given, control=control), wanted) < SAME
+    assert error(ready(*given, control=[*control[1:2], *control[1:]]), wanted) > OTHER
+    with pytest.raises(ValueError, match=f"expected {len(control)} maps of control"):
+        ready(*given, control=control[:-1])
+    is_late = not facts["transformer_layers"][0]
+    features = [
+        0.3
+        * normal(1, 16 >> (i + (is_late and i == 0)), 16 >> (i + (is_late and i == 0)), c, seed=i)
+        for i, c in enumerate(widths)
+    ]
+    features.append(0.3 * normal(1, *features[-1].shape[1:], seed=60))
+    wanted = plain(*given, features=features)
+    assert error(ready(*given, features=features), wanted) < SAME
+    assert error(ready(*given), wanted) > OTHER
+
+
 def test_each_sample_has_its_own_time():
     latents, times, context = inputs(2)
     plain = unet(**SMALL)
