@@ -113,6 +113,7 @@ def guided_model(
     *,
     guidance_rescale: float = 0.0,
     interval: tuple[float, float] = (0.0, 1.0),
+    first: int = 0,
 ) -> Model:
     """The model that a sampler asks, once in each of its calls and in their order.
 
@@ -124,9 +125,10 @@ def guided_model(
         guidance_rescale: 0 to 1, how far the result's spread is brought back to the prompt's own.
         interval: shares of the calls between which the drawing is guided; outside, the prompt
             alone decides.
+        first: how many calls another model has had before.
     """
     models: OrderedDict[object, Model] = OrderedDict()
-    count = -1
+    count = first - 1
 
     def kept(key: object, make: Callable[[], Model]) -> Model:
         if key not in models:

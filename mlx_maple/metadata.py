@@ -101,6 +101,14 @@ class Settings:
         hires_strength: how far that second drawing left the first, 0 to 1.
         hires_steps: that it made.
         hires_upscaler: what enlarged the first: latent, lanczos, or a network's name.
+        zeroed_negative: nothing at all was avoided, not even an empty text (SDXL).
+        original_size: of the picture that SDXL was told it is cut from, as 1024x768.
+        crop: pixels cut off at the left and at the top, as 0,0.
+        target_size: that SDXL was told the picture has.
+        aesthetic_score: that SDXL's refiner was told of what is wanted.
+        negative_aesthetic_score: likewise, of what is avoided.
+        refiner: name of the model that drew the last part.
+        refiner_start: share of the way from which it drew.
         injected: what was given as an array instead of drawn from the seed: latents, step_noise.
         model: its name.
         model_hash: the first 10 digits of its file's SHA-256, A1111's way.
@@ -144,6 +152,14 @@ class Settings:
     hires_strength: float | None = None
     hires_steps: int | None = None
     hires_upscaler: str | None = None
+    zeroed_negative: bool = False
+    original_size: str | None = None
+    crop: str | None = None
+    target_size: str | None = None
+    aesthetic_score: float | None = None
+    negative_aesthetic_score: float | None = None
+    refiner: str = ""
+    refiner_start: float | None = None
     injected: str = ""
     model: str = ""
     model_hash: str = ""
@@ -155,11 +171,13 @@ class Settings:
     def arguments(self) -> dict[str, Any]:
         """What is set, as keyword arguments for ``StableDiffusion.generate``."""
         about = ("control", "injected", "model", "model_hash", "vae", "dtype", "bits", "version")
-        return {
+        about += ("refiner", "refiner_start", "zeroed_negative")
+        found = {
             name: value
             for name, value in asdict(self).items()
             if value is not None and name not in about
         }
+        return {**found, "negative_prompt": None} if self.zeroed_negative else found
 
 
 class Recipe(NamedTuple):
@@ -237,7 +255,7 @@ def _checked(values: Mapping[str, Any]) -> Recipe:
     return Recipe(settings, notes)
 
 
-_FLAGS = ("sample_posterior", "discard_penultimate")
+_FLAGS = ("sample_posterior", "discard_penultimate", "zeroed_negative")
 
 
 def _what_was_given(settings: Settings) -> list[str]:
@@ -245,6 +263,9 @@ def _what_was_given(settings: Settings) -> list[str]:
     notes = []
     if settings.injected:
         notes.append(f"was drawn from arrays that were given ({settings.injected}), not its seed")
+    if settings.refiner:
+        start = "" if settings.refiner_start is None else f" from {settings.refiner_start:g} on"
+        notes.append(f"was refined by {settings.refiner}{start}: it takes that model again")
     if settings.strength is not None:
         given = "a picture" if settings.mask_blur is None else "a picture and a mask"
         notes.append(f"was drawn from {given}: it takes the same again")

@@ -69,11 +69,14 @@ from mlx_maple.sampling.noise import (
 )
 from mlx_maple.sampling.schedule import SigmaGrid
 from mlx_maple.sampling.windows import windowed
+from mlx_maple.sizes import Sizes, read_pair, with_vector, zeroed
 from mlx_maple.text.language import SYNTAXES, Prompt, read_prompt
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
 PREVIEWS = ("linear", "taesd")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+REFINER_START = 0.8
 LEFT_OUT = 200  # characters of a prompt's end that a note repeats
 # img2img without a size: at most this many times the pixels that the model was made for
 LARGEST_SHARE = 2.25
@@ -215,6 +218,9 @@ class _Job:
         controls: pictures that steer.
         told: the guidance scale where the network is told it, else None.
         image_guidance: how far an edit stays with its picture.
+        sizes: that SDXL is told; other models are told none.
+        refiner: the model that draws the last part, or None.
+        refiner_start: share of the way from which it does.
         preview: how to preview.
         notes: what is already known to go otherwise than asked.
         second: a larger drawing that begins with what this one ends with.
@@ -240,6 +246,9 @@ class _Job:
     controls: list[Control]
     told: float | None
     image_guidance: float | None
+    sizes: Sizes
+    refiner: "StableDiffusion | None"
+    refiner_start: float
     preview: str
     notes: list[str]
     second: "_Job | None" = None
@@ -274,10 +283,12 @@ class _Job:
 
 
 class StableDiffusion:
-    """A model of the Stable Diffusion 1 family, ready to draw.
+    """A Stable Diffusion model, 1.x, 2.x or XL, ready to draw.
 
     Attributes:
-        text_encoder: ids (B, 77) to states.
+        text_encoder: ids (B, 77) to states. SDXL's refiner has none.
+        text_encoder_2: SDXL's second one; None in other families.
+        text_encoders: all that the model has, with their tokenizers.
         unet: latents (B, h, w, C), timesteps (B,), context (B, T, D) to predictions (B, h, w, C).
         vae: pictures to scaled latents and back.
         taesd: a small autoencoder for previews, or None.
@@ -294,11 +305,12 @@ class StableDiffusion:
     def __init__(
         self,
         *,
-        text_encoder: CLIPTextEncoder,
+        text_encoder: CLIPTextEncoder | None,
         unet: UNet,
         vae: AutoencoderKL,
         tokenizer: Tokenizer,
         noise_schedule: NoiseSchedule,
+        text_encoder_2: CLIPTextEncoder | None = None,
         taesd: TAESD | None = None,
         controlnets: Mapping[str, ControlNet] | None = None,
         defaults: Mapping[str, Any] | None = None,
@@ -318,11 +330,12 @@ class StableDiffusion:
         """Put a model together from its networks.
 
         Args:
-            text_encoder: with its weights.
+            text_encoder: with its weights; SDXL's refiner has none.
             unet: with its weights.
             vae: with its weights.
-            tokenizer: whose ids the text encoder knows.
+            tokenizer: whose ids the text encoders know; each fills up with its own.
             noise_schedule: what the UNet was trained on and what it predicts.
+            text_encoder_2: SDXL's second, with its weights.
             taesd: for previews.
             controlnets: what steers, by the name that people know it by.
             defaults: any of the settings in ``DEFAULTS``, as this model likes them.
@@ -351,6 +364,7 @@ class StableDiffusion:
         self._upscalers = upscalers
         networks: dict[str, Any] = {
             "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
             "unet": unet,
             "vae": vae,
             "taesd": taesd,
@@ -375,7 +389,15 @@ class StableDiffusion:
         self._networks = Networks(held, reloads, renewals)
         self._adapters = adapters
         self.configs = self._networks.configs
-        self.text_encoders = TextEncoders({"text_encoder": tokenizer}, self._networks.__getitem__)
+        self.text_encoders = TextEncoders(
+            {
+                part: tokenizer.padded_with(self.configs[part].pad_token_id)
+                for part in TEXT_ENCODERS
+                if part in present
+            },
+            self._networks.__getitem__,
+            is_normed=self.configs["unet"].vector_channels is None,
+        )
         self.info = Info(
             name=name,
             sha256=sha256,
@@ -398,6 +420,15 @@ class StableDiffusion:
     @text_encoder.setter
     def text_encoder(self, module: CLIPTextEncoder) -> None:
         self._networks["text_encoder"] = self._ready(module)
+
+    @property
+    def text_encoder_2(self) -> CLIPTextEncoder | None:
+        """SDXL's second text encoder; None in other families."""
+        return self._networks["text_encoder_2"] if "text_encoder_2" in self._networks else None
+
+    @text_encoder_2.setter
+    def text_encoder_2(self, module: CLIPTextEncoder) -> None:
+        self._networks["text_encoder_2"] = self._ready(module)
 
     @property
     def unet(self) -> UNet:
@@ -459,7 +490,7 @@ class StableDiffusion:
         self,
         prompt: str,
         *,
-        negative_prompt: str = "",
+        negative_prompt: str | None = "",
         width: int | None = None,
         height: int | None = None,
         steps: int | None = None,
@@ -500,6 +531,13 @@ class StableDiffusion:
         hires_strength: float = 0.5,
         hires_steps: int | None = None,
         hires_upscaler: str = "latent",
+        original_size: Any = None,
+        crop: Any = None,
+        target_size: Any = None,
+        aesthetic_score: float | None = None,
+        negative_aesthetic_score: float | None = None,
+        refiner: "StableDiffusion | None" = None,
+        refiner_start: float = REFINER_START,
         latents: Any = None,
         step_noise: Any = None,
         preview: str | None = None,
@@ -511,7 +549,7 @@ class StableDiffusion:
 
         Args:
             prompt: what to draw.
-            negative_prompt: what to stay away from.
+            negative_prompt: what to stay away from; None is SDXL's absence of any text.
             width: in pixels, a multiple of 8. With ``image`` and no size, that of the image, made
                 smaller where it is much larger than what the model was made for.
             height: likewise.
@@ -564,6 +602,14 @@ class StableDiffusion:
             hires_steps: that the second makes; None is as many as the first.
             hires_upscaler: what enlarges the first: "latent", "lanczos", or the name or place of a
                 network that enlarges pictures.
+            original_size: width and height of the picture that SDXL is told this one is cut from, a
+                pair or "1024x768"; None is its own size.
+            crop: pixels that it is told are cut off at the left and at the top.
+            target_size: width and height that it is told the picture has.
+            aesthetic_score: what SDXL's refiner is told of what is wanted, about 1 to 10.
+            negative_aesthetic_score: likewise, of what is avoided.
+            refiner: a model that draws the last part of the way, such as SDXL's refiner.
+            refiner_start: share of the way from which it draws, by the noise that is left.
             latents: (count, h, w, C) of unit-variance starting noise, instead of the seed's.
             step_noise: the steps' noise for stochastic samplers, instead of the seed's: a callable
                 (i, shape) -> array, or an array (steps, count, h, w, C).
@@ -576,9 +622,21 @@ class StableDiffusion:
         Raises:
             ValueError: in one line, for an argument that cannot be used.
         """
+        zeroes, negative_prompt = negative_prompt is None, negative_prompt or ""
         for name, text in (("prompt", prompt), ("negative_prompt", negative_prompt)):
             if not isinstance(text, str):
                 raise ValueError(f"{name} must be text, got {type(text).__name__}.")
+        is_xl = self.configs["unet"].vector_channels is not None
+        if zeroes and not is_xl:
+            raise ValueError("negative_prompt None is for SDXL: other models take text, also none.")
+        sizes = self._sizes(
+            is_xl,
+            {"original_size": original_size, "crop": crop, "target_size": target_size},
+            {"score": aesthetic_score, "negative_score": negative_aesthetic_score},
+        )
+        refiner_start = check_number("refiner_start", refiner_start)
+        if refiner is not None:
+            self._check_refiner(refiner)
         if mask is not None and image is None:
             raise ValueError("a mask needs the image that it covers.")
         if sample_posterior and (variation_strength or ensd):
@@ -617,8 +675,10 @@ class StableDiffusion:
             raise ValueError(f"guidance_start {start:g} lies after guidance_end {end:g}.")
         if tile is not None:
             self._check_tile(tile)
-        skipped = _whole("clip_skip", 1 if clip_skip is None else clip_skip)
-        if skipped > (layers := self.configs["text_encoder"].num_hidden_layers):
+        own_layer = self.text_encoders.clip_skip
+        skipped = _whole("clip_skip", own_layer if clip_skip is None else clip_skip)
+        parts = self.text_encoders.tokenizers
+        if skipped > (layers := min(self.configs[part].num_hidden_layers for part in parts)):
             raise ValueError(f"clip_skip must be from 1 to {layers}, got {skipped}.")
         edited, image_guidance = None, None
         if use == "edit":
@@ -671,6 +731,16 @@ class StableDiffusion:
             ensd=_whole("ensd", ensd),
             eta=None if eta is None else check_number("eta", eta),
             discard_penultimate=bool(discard_penultimate),
+            zeroed_negative=zeroes,
+            original_size=_said(sizes.original, "x") if original_size is not None else None,
+            crop=_said(sizes.crop, ",") if crop is not None else None,
+            target_size=_said(sizes.target, "x") if target_size is not None else None,
+            aesthetic_score=None if aesthetic_score is None else sizes.score,
+            negative_aesthetic_score=(
+                None if negative_aesthetic_score is None else sizes.negative_score
+            ),
+            refiner="" if refiner is None else refiner.info.name,
+            refiner_start=None if refiner is None else refiner_start,
             model=self.info.name,
             model_hash=self.info.sha256[:10],
             vae=self._vae_name,
@@ -715,6 +785,9 @@ class StableDiffusion:
             controls=controls,
             told=told,
             image_guidance=image_guidance,
+            sizes=sizes,
+            refiner=refiner,
+            refiner_start=refiner_start,
             preview=self._preview_kind(preview),
             notes=notes,
             **given,
@@ -747,6 +820,34 @@ class StableDiffusion:
             if value % multiple:
                 raise ValueError(f"{name} must be a multiple of {multiple}, got {value}.")
         return width, height
+
+    def _sizes(
+        self, is_xl: bool, pairs: Mapping[str, Any], scores: Mapping[str, float | None]
+    ) -> Sizes:
+        """What was asked of the sizes and scores that SDXL is told."""
+        given = {name: value for name, value in pairs.items() if value is not None}
+        if given and not is_xl:
+            raise ValueError(f"{next(iter(given))} is for SDXL, which is told sizes.")
+        said: dict[str, Any] = {
+            name.removesuffix("_size"): read_pair(name, value, 0 if name == "crop" else 1)
+            for name, value in given.items()
+        }
+        for name, value in scores.items():
+            if value is not None:
+                word = name.replace("score", "aesthetic_score")
+                said[name] = float(check_number(word, value))
+        return Sizes(**said)
+
+    def _check_refiner(self, refiner: "StableDiffusion") -> None:
+        """Whether another model can go on with what this one has begun."""
+        ours, theirs = self.noise_schedule, refiner.noise_schedule
+        if refiner.configs["unet"].in_channels != self.configs["unet"].in_channels:
+            raise ValueError("the refiner takes other latents than this model.")
+        if ours.prediction != theirs.prediction or ours.train_steps != theirs.train_steps:
+            raise ValueError(
+                f"the refiner predicts {theirs.prediction} in {theirs.train_steps} steps, "
+                f"this model {ours.prediction} in {ours.train_steps}."
+            )
 
     def _plan(self, settings: Settings) -> Plan:
         """The sampler's plan, with the model's own sampler and schedule where none is named."""
@@ -905,6 +1006,8 @@ class StableDiffusion:
             finally:
                 self._close(None)
                 self._networks.release(*self.configs)
+                if job.refiner is not None:
+                    job.refiner._networks.release(*job.refiner.configs)
 
     def _phases(self, job: _Job) -> Generator[Progress, None, None]:
         """Text, picture, steps, decoding; in low-memory mode each network goes after its phase."""
@@ -917,7 +1020,7 @@ class StableDiffusion:
         self._close(job.settings[0].tile)
         prompts = self._prompts(job, notes)
         later = None if job.second is None else self._prompts(job.second, notes)
-        self._networks.release("text_encoder")
+        self._networks.release(*self.text_encoders.tokenizers)
         clock.mark("text")
 
         posterior = None
@@ -982,6 +1085,7 @@ class StableDiffusion:
         """The steps of one drawing, from ``done`` of ``total`` on: its latents, evaluated."""
         shown = self._shown(job, notes)
         model = self._model(job, prompts, shown)  # not before: it loads the UNet
+        model = self._refined(job, model, shown, notes)
         noise, clean, draw = _start(job, posterior)
         blend = None
         if job.mask is not None and clean is not None and not shown.holds_mask:
@@ -1039,7 +1143,7 @@ class StableDiffusion:
             return
         self._networks.drop(*self._adapters.wear(job.loras))
         texts = {ph.text for prompt in job.prompts for part in prompt.parts for ph in part.phases}
-        rows = self.configs["text_encoder"].vocab_size
+        rows = min(self.configs[part].vocab_size for part in self.text_encoders.tokenizers)
         words, are_new = self._adapters.words_for(texts, self.tokenizer.encode, rows, notes)
         self.text_encoders.words = words
         if are_new:
@@ -1099,7 +1203,9 @@ class StableDiffusion:
             holds_mask=use_of_channels(self.configs["unet"]) == "inpainting",
         )
 
-    def _model(self, job: _Job, prompts: Prompts, shown: Shown = NOTHING) -> Model:
+    def _model(
+        self, job: _Job, prompts: Prompts, shown: Shown = NOTHING, *, first: int = 0
+    ) -> Model:
         """What the sampler asks: (n, h, w, C) latents and a timestep to guided predictions."""
 
         def pair(positive: Conditioning, negative: Conditioning | None, scale: float) -> Model:
@@ -1128,7 +1234,49 @@ class StableDiffusion:
             job.plan.model_calls,
             guidance_rescale=settings.guidance_rescale or 0.0,
             interval=(settings.guidance_start, settings.guidance_end),
+            first=first,
         )
+
+    def _refined(self, job: _Job, model: Model, shown: Shown, notes: list[str]) -> Model:
+        """A model that leaves the last part of the way to the drawing's refiner.
+
+        The border is the timestep at which so much of the way is done, as in diffusers and in
+        A1111, whatever the sampler's steps are.
+        """
+        refiner = job.refiner
+        if refiner is None:
+            return model
+        prompts = refiner._prompts(job, notes)
+        refiner._networks.release(*refiner.text_encoders.tokenizers)
+        steps = self.noise_schedule.train_steps
+        border = steps - round(job.refiner_start * steps)
+        calls, later = 0, None
+
+        def call(latents: mx.array, timestep: float) -> mx.array:
+            nonlocal calls, later
+            calls += 1
+            if later is None and timestep >= border:
+                return model(latents, timestep)
+            if later is None:
+                self._networks.release("unet")
+                later = refiner._model(job, prompts, shown, first=calls - 1)
+            return later(latents, timestep)
+
+        return call
+
+    def _with_vectors(
+        self, job: _Job, positive: Conditioning, negative: Conditioning | None
+    ) -> tuple[Conditioning, Conditioning | None]:
+        """Both with what SDXL is told beside its prompts; of other models as they are."""
+        channels = self.configs["unet"].vector_channels
+        if channels is None:
+            return positive, negative
+        numbers = partial(job.sizes.numbers, job.size, self.info.family)
+        positive = with_vector(positive, numbers(), channels)
+        if negative is not None:
+            negative = zeroed(negative) if job.settings[0].zeroed_negative else negative
+            negative = with_vector(negative, numbers(is_negative=True), channels)
+        return positive, negative
 
     def _pair(
         self,
@@ -1144,18 +1292,23 @@ class StableDiffusion:
         of a batch, and a picture is to be the same alone and among others.
         """
         unet = self.unet
+        positive, negative = self._with_vectors(job, positive, negative)
         contexts = positive.context, None if negative is None else negative.context
+        vectors = positive.vector, None if negative is None else negative.vector
         if isinstance(unet, PreparedUNet) and not shown.is_told:
             wanted, avoided = _repeated(contexts, job.count)
             assert wanted is not None
             timesteps = job.plan.grid.timesteps
-            return shown.joined(guided_steps(unet).model(wanted, avoided, scale, timesteps))
+            first, second = _repeated(vectors, job.count)
+            told = None if first is None else (first, second)
+            steps = guided_steps(unet)
+            return shown.joined(steps.model(wanted, avoided, scale, timesteps, vectors=told))
         del unet
 
         def of(copies: int) -> Model:
-            both = _repeated(contexts, copies)
-            wanted, avoided = both
+            wanted, avoided = _repeated(contexts, copies)
             assert wanted is not None
+            first, second = _repeated(vectors, copies)
 
             def asked(latents: mx.array, timestep: float) -> mx.array:
                 model = guided(
@@ -1166,6 +1319,7 @@ class StableDiffusion:
                     self._dtype("unet"),
                     # In turn where memory is short; but see above for the CPU.
                     together=_on_cpu() or not self._networks.is_low_memory,
+                    vectors=None if first is None else (first, second),
                 )
                 return model(latents, timestep)
 
@@ -1183,9 +1337,14 @@ class StableDiffusion:
         return one_by_one
 
     def _predict(
-        self, latents: mx.array, timesteps: mx.array, context: mx.array, **told: Any
+        self,
+        latents: mx.array,
+        timesteps: mx.array,
+        context: mx.array,
+        vector: mx.array | None = None,
+        **told: Any,
     ) -> mx.array:
-        return self.unet(latents, timesteps, context, **told)
+        return self.unet(latents, timesteps, context, vector, **told)
 
     def _dtype(self, part: str) -> mx.Dtype:
         """What a network computes in."""
@@ -1516,6 +1675,10 @@ def _in_float32(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         module.update(kept)
+
+
+def _said(pair: tuple[int, int] | None, between: str) -> str | None:
+    return None if pair is None else between.join(map(str, pair))
 
 
 def _repeated(arrays: Sequence[mx.array | None], count: int) -> list[mx.array | None]:

@@ -16,6 +16,7 @@ WITH_PATHS = LEAVES | {
     "conditioning",
     "guidance",
     "control",
+    "sizes",
     "pipeline",
 }
 
@@ -28,6 +29,7 @@ ALLOWED: dict[str, set[str]] = {
     "engine": {"models"},
     "conditioning": {"models", "text"},
     "guidance": {"conditioning", "text", "sampling"},
+    "sizes": {"conditioning", "models"},
     "control": {"models", "images", "preprocess", "metadata"},
     "pipeline": {
         "models",
@@ -41,6 +43,7 @@ ALLOWED: dict[str, set[str]] = {
         "guidance",
         "control",
         "enlarge",
+        "sizes",
     },
     "loading": {*WITH_PATHS, "maple_convert"},
     "cli": {*WITH_PATHS, "loading", "serve", "maple_convert", "_openblas"},

@@ -19,8 +19,8 @@ from mlx_maple.sampling.schedule import Grid
 
 # (latents (B, h, w, C) at the network's input scale, timestep) -> raw prediction (B, h, w, C)
 Model = Callable[[mx.array, float], mx.array]
-# (latents (B, h, w, C), timesteps (B,), context (B, T, D)) -> raw prediction
-UNetCall = Callable[[mx.array, mx.array, mx.array], mx.array]
+# (latents (B, h, w, C), timesteps (B,), context (B, T, D), perhaps a vector (B, V)) -> prediction
+UNetCall = Callable[..., mx.array]
 
 
 class Scalings(NamedTuple):
@@ -81,6 +81,7 @@ def guided(
     *,
     guidance_rescale: float = 0.0,
     together: bool = True,
+    vectors: tuple[mx.array, mx.array | None] | None = None,
 ) -> Model:
     """A model that follows ``positive`` and avoids ``negative``: out = n + scale * (p - n).
 
@@ -100,6 +101,7 @@ def guided(
             prediction's. For models of zero terminal SNR, which overexpose without it (0.7).
         together: both prompts in one batch; else one after the other, so that the network's
             activations take half the memory.
+        vectors: (B, V) of the prompts and of the negative prompts, for a network that takes them.
 
     Raises:
         ValueError: if the two prompts' shapes differ.
@@ -111,25 +113,34 @@ def guided(
         )
     if negative is None or guidance_scale == 1:
         context = positive.astype(dtype)
+        more = [] if vectors is None else [vectors[0]]
 
         def single(latents: mx.array, timestep: float) -> mx.array:
             timesteps = mx.full((latents.shape[0],), timestep, dtype=mx.float32)
-            return unet_call(latents.astype(dtype), timesteps, context).astype(mx.float32)
+            return unet_call(latents.astype(dtype), timesteps, context, *more).astype(mx.float32)
 
         return single
 
     contexts = mx.concatenate([negative, positive]).astype(dtype)
+    halves: list[list[mx.array]] = [[], []]  # what each half is told beside its prompt
+    if vectors is not None:
+        assert vectors[1] is not None
+        halves = [[vectors[1]], [vectors[0]]]
+    joined = [mx.concatenate([a, b]) for a, b in zip(*halves, strict=True)]
 
     def double(latents: mx.array, timestep: float) -> mx.array:
         timesteps = mx.full((2 * latents.shape[0],), timestep, dtype=mx.float32)
         if together:
             both = mx.concatenate([latents, latents]).astype(dtype)
-            avoided, wanted = mx.split(unet_call(both, timesteps, contexts).astype(mx.float32), 2)
+            out = unet_call(both, timesteps, contexts, *joined).astype(mx.float32)
+            avoided, wanted = mx.split(out, 2)
         else:
             times, (negatives, positives) = timesteps[: latents.shape[0]], mx.split(contexts, 2)
-            avoided = unet_call(latents.astype(dtype), times, negatives).astype(mx.float32)
+            avoided = unet_call(latents.astype(dtype), times, negatives, *halves[0])
+            avoided = avoided.astype(mx.float32)
             latents = mx.depends([latents], [avoided])[0]  # not both at once, whoever evaluates
-            wanted = unet_call(latents.astype(dtype), times, positives).astype(mx.float32)
+            wanted = unet_call(latents.astype(dtype), times, positives, *halves[1])
+            wanted = wanted.astype(mx.float32)
         out = avoided + guidance_scale * (wanted - avoided)
         return rescale(out, wanted, guidance_rescale) if guidance_rescale else out
 

@@ -18,6 +18,7 @@ import stat
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from heapq import heapify, heappop, heappush
 from importlib import resources
 from itertools import groupby
@@ -129,6 +130,14 @@ class Tokenizer:
         """
         vocab = _read_vocab(Path(vocab_json))
         return cls(vocab, _read_merges(Path(merges_txt), vocab))
+
+    def padded_with(self, pad: int | None) -> "Tokenizer":
+        """The same vocabulary with another id to fill up with; None is as it is."""
+        if pad is None or pad == self.pad:
+            return self
+        other = copy(self)  # the vocabulary and what was looked up in it are shared
+        other.pad = pad
+        return other
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text of any length, without the ids that start and end a chunk."""
