@@ -18,16 +18,10 @@ QUICK = {"prompt": "a red maple leaf", "seed": 7, "steps": 2, "width": 64, "heig
 def served(tmp_path_factory):
     """A client of a running server, and the server's insides."""
     folder = tmp_path_factory.mktemp("serve")
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MAPLE_CACHE", str(folder / "cache"))
-    patch.setenv("XDG_CONFIG_HOME", str(folder / "config"))
-    patch.delenv("MAPLE_MODEL", raising=False)
-    patch.delenv("MAPLE_MODELS", raising=False)
     limits = Limits(queued=6, queued_each=4)
     app = make_app(Config(model=str(TINY), data=folder / "data", limits=limits))
     with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
         yield client, app.state.studio
-    patch.undo()
 
 
 @pytest.fixture

@@ -604,11 +604,10 @@ async def png_info(request: Request, asked: PngInfoRequest) -> dict[str, Any]:
     return await asyncio.to_thread(read)
 
 
-class ExtrasRequest(BaseModel):
-    """A picture to enlarge. Fields that mean nothing here are passed over."""
+class _Extras(BaseModel):
+    """How to enlarge. Fields that mean nothing here are passed over."""
 
     model_config = ConfigDict(extra="allow")
-    image: str = Field(min_length=1)
     resize_mode: Literal[0, 1] = 0
     upscaling_resize: float = Field(2, gt=0, le=8)
     upscaling_resize_w: int = Field(512, ge=1, le=8192)
@@ -617,32 +616,59 @@ class ExtrasRequest(BaseModel):
     upscaler_1: str = Field("None", max_length=80)
 
 
+class ExtrasRequest(_Extras):
+    """A picture to enlarge."""
+
+    image: str = Field(min_length=1)
+
+
+class NamedFile(BaseModel):
+    """A picture, and what its owner calls it."""
+
+    data: str = Field(min_length=1)
+    name: str = Field("", max_length=300)
+
+
+class ExtrasBatchRequest(_Extras):
+    """Pictures to enlarge."""
+
+    imageList: list[NamedFile] = Field(max_length=16)
+
+
 @router.post("/extra-single-image")
 async def extra_single_image(request: Request, asked: ExtrasRequest) -> dict[str, str]:
     """Enlarge a picture."""
-    limits = studio_of(request).config.limits
+    pixels = studio_of(request).config.limits.upload_pixels
+    image = await asyncio.to_thread(_enlarged, asked.image, asked, pixels)
+    return {"html_info": "", "image": image}
 
-    def enlarge() -> str:
-        data = picture_bytes(asked.image, limits.upload_pixels)
-        image = images.to_rgb(images.decode_image(data, limits.upload_pixels))
-        if asked.upscaler_1 == "None":
-            return base64.b64encode(_png(image)).decode("ascii")
+
+@router.post("/extra-batch-images")
+async def extra_batch_images(request: Request, asked: ExtrasBatchRequest) -> dict[str, Any]:
+    """Enlarge pictures."""
+    pixels = studio_of(request).config.limits.upload_pixels
+    enlarged = [
+        await asyncio.to_thread(_enlarged, file.data, asked, pixels) for file in asked.imageList
+    ]
+    return {"html_info": "", "images": enlarged}
+
+
+def _enlarged(text: str, asked: _Extras, pixels: int) -> str:
+    """A picture in base64, larger, in base64."""
+    image = images.to_rgb(images.decode_image(picture_bytes(text, pixels), pixels))
+    if asked.upscaler_1 != "None":
         if asked.upscaler_1 not in RESIZERS:
             raise ApiError(404, f"Upscaler not found: {asked.upscaler_1}", field="upscaler_1")
+        factor = asked.upscaling_resize
+        size = max(1, int(image.width * factor)), max(1, int(image.height * factor))
         if asked.resize_mode == 1:
             size = asked.upscaling_resize_w, asked.upscaling_resize_h
-        else:
-            factor = asked.upscaling_resize
-            size = max(1, int(image.width * factor)), max(1, int(image.height * factor))
-        if size[0] * size[1] > limits.upload_pixels:
+        if size[0] * size[1] > pixels:
             raise ApiError(422, f"{size[0]}x{size[1]} is too large", field="upscaling_resize")
-        if asked.resize_mode == 1 and asked.upscaling_crop:
-            image = ImageOps.fit(image, size, RESIZERS[asked.upscaler_1])
-        else:
-            image = image.resize(size, RESIZERS[asked.upscaler_1])
-        return base64.b64encode(_png(image)).decode("ascii")
-
-    return {"html_info": "", "image": await asyncio.to_thread(enlarge)}
+        how = RESIZERS[asked.upscaler_1]
+        is_cut = asked.resize_mode == 1 and asked.upscaling_crop
+        image = ImageOps.fit(image, size, how) if is_cut else image.resize(size, how)
+    return base64.b64encode(_png(image)).decode("ascii")
 
 
 class InterrogateRequest(BaseModel):

@@ -1,0 +1,198 @@
+"""Clients that other people wrote, unmodified: what they call must work.
+
+Run by `make serve-check`. `openai` (PyPI), `webuiapi` (PyPI, A1111's API) against the embedded
+model; each test is one of their calls.
+"""
+
+import base64
+import io
+import threading
+import time
+
+import openai
+import pytest
+import webuiapi
+from live import Server
+from PIL import Image
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of their own
+
+LEAF = {"prompt": "a red maple leaf", "seed": 7, "steps": 3, "width": 128, "height": 128}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with Server(tmp_path_factory.mktemp("clients") / "data", model=None) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def a1111(server):
+    return webuiapi.WebUIApi(port=server.port)
+
+
+@pytest.fixture(scope="module")
+def leaf(a1111):
+    return a1111.txt2img(**LEAF, cfg_scale=3)
+
+
+@pytest.fixture(scope="module")
+def gpt(server):
+    with openai.OpenAI(base_url=f"{server.base}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+# webuiapi ----------------------------------------------------------------------------------------
+
+
+def test_webuiapi_txt2img(leaf):
+    assert leaf.image.size == (128, 128) and leaf.info["seed"] == 7
+
+
+def test_webuiapi_txt2img_batch(a1111):
+    answer = a1111.txt2img(**LEAF, batch_size=2, sampler_name="DPM++ 2M", scheduler="Karras")
+    assert len(answer.images) == 2 and answer.info["all_seeds"] == [7, 8]
+
+
+def test_webuiapi_img2img(a1111, leaf):
+    answer = a1111.img2img(images=[leaf.image], **LEAF, cfg_scale=3, denoising_strength=0.5)
+    assert answer.image.size == (128, 128)
+
+
+def test_webuiapi_inpaint(a1111, leaf):
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 32, 96, 96))
+    answer = a1111.img2img(images=[leaf.image], mask_image=mask, mask_blur=0, **LEAF, cfg_scale=3)
+    before = leaf.image.convert("RGB").getpixel((2, 2))
+    assert answer.image.convert("RGB").getpixel((2, 2)) == before
+
+
+def test_webuiapi_png_info(a1111, leaf):
+    assert a1111.png_info(leaf.image).info.startswith("a red maple leaf")
+
+
+def test_webuiapi_extra_single_image(a1111, leaf):
+    answer = a1111.extra_single_image(
+        image=leaf.image, upscaler_1=webuiapi.Upscaler.Lanczos, upscaling_resize=2
+    )
+    assert answer.image.size == (256, 256)
+
+
+def test_webuiapi_extra_batch_images(a1111, leaf):
+    answer = a1111.extra_batch_images(
+        images=[leaf.image] * 2, upscaler_1=webuiapi.Upscaler.Nearest, upscaling_resize=2
+    )
+    assert [image.size for image in answer.images] == [(256, 256)] * 2
+
+
+def test_webuiapi_options(a1111):
+    a1111.set_options({"sd_model_checkpoint": "demo"})
+    assert a1111.get_options()["sd_model_checkpoint"] == "demo"
+    a1111.util_set_model("demo")
+    assert a1111.util_get_current_model() == "demo"
+
+
+@pytest.mark.parametrize(
+    "name",
+    """get_progress get_cmd_flags get_samplers get_sd_vae get_upscalers get_latent_upscale_modes
+    get_loras get_sd_models get_hypernetworks get_face_restorers get_realesrgan_models
+    get_prompt_styles refresh_checkpoints get_scripts get_embeddings get_memory get_schedulers
+    interrupt skip util_get_model_names util_get_sampler_names""".split(),
+)
+def test_webuiapi_lists(a1111, name):
+    if not hasattr(a1111, name):
+        pytest.skip(f"this webuiapi has no {name}")
+    assert getattr(a1111, name)() is not None
+
+
+def test_webuiapi_interrupt(server, a1111):
+    answers = []
+    values = {**LEAF, "steps": 150}
+    thread = threading.Thread(target=lambda: answers.append(a1111.txt2img(**values)))
+    thread.start()
+    other = webuiapi.WebUIApi(port=server.port)
+    while not other.get_progress()["state"]["sampling_step"]:
+        time.sleep(0.05)
+    other.interrupt()
+    thread.join(60)
+    assert answers[0].image.size == (128, 128)
+
+
+def test_webuiapi_basic_authentication(tmp_path):
+    with Server(tmp_path / "data", "--token", "correct-horse-battery") as server:
+        stranger = webuiapi.WebUIApi(port=server.port)
+        with pytest.raises(RuntimeError, match="401"):
+            stranger.txt2img(**LEAF)
+        known = webuiapi.WebUIApi(port=server.port, username="me", password="correct-horse-battery")
+        assert known.txt2img(**LEAF).image.size == (128, 128)
+
+
+# openai ------------------------------------------------------------------------------------------
+
+
+def test_openai_models(gpt):
+    assert "demo" in [model.id for model in gpt.models.list()]
+    assert gpt.models.retrieve("demo").id == "demo"
+
+
+def test_openai_generate_b64(gpt):
+    answer = gpt.images.generate(prompt="a red maple leaf", size="128x128", n=2)
+    pictures = [Image.open(io.BytesIO(base64.b64decode(item.b64_json))) for item in answer.data]
+    assert [picture.size for picture in pictures] == [(128, 128)] * 2
+
+
+def test_openai_generate_url(server, gpt):
+    answer = gpt.images.generate(
+        model="demo", prompt="a red maple leaf", size="128x128", response_format="url"
+    )
+    with server.client() as client:
+        assert client.get(answer.data[0].url).headers["content-type"] == "image/png"
+
+
+def test_openai_generate_stream(gpt):
+    stream = gpt.images.generate(
+        model="demo", prompt="a red maple leaf", size="128x128", stream=True, partial_images=2
+    )
+    kinds = [event.type for event in stream]
+    assert kinds[-1] == "image_generation.completed"
+    assert set(kinds[:-1]) <= {"image_generation.partial_image"}
+
+
+def file_of(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return ("leaf.png", buffer.getvalue())
+
+
+@pytest.mark.parametrize("as_list", [False, True])
+def test_openai_edit(gpt, leaf, as_list):
+    mask = Image.new("RGBA", (128, 128), "white")
+    mask.paste((0, 0, 0, 0), (32, 32, 96, 96))
+    source = file_of(leaf.image)
+    answer = gpt.images.edit(
+        image=[source] if as_list else source,
+        mask=file_of(mask),
+        prompt="a blue maple leaf",
+        size="128x128",
+    )
+    assert len(answer.data) == 1
+
+
+def test_openai_errors(server, gpt):
+    with pytest.raises(openai.NotFoundError):
+        gpt.images.generate(model="dall-e-3", prompt="x")
+    with pytest.raises(openai.BadRequestError):
+        gpt.images.generate(prompt="x", size="9x9")
+
+
+def test_openai_token(tmp_path):
+    token = "correct-horse-battery"
+    with Server(tmp_path / "data", "--token", token) as server:
+        base = f"{server.base}/v1"
+        with openai.OpenAI(base_url=base, api_key="wrong", max_retries=0) as stranger:
+            with pytest.raises(openai.AuthenticationError):
+                stranger.models.list()
+        with openai.OpenAI(base_url=base, api_key=token, max_retries=0) as known:
+            answer = known.images.generate(prompt="a leaf", size="128x128", response_format="url")
+        with server.client() as browser:  # the address brings its own signature
+            assert browser.get(answer.data[0].url).status_code == 200
