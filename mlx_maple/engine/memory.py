@@ -91,7 +91,7 @@ class Request:
     """A drawing and how a model is loaded for it.
 
     Attributes:
-        configs: of text_encoder, unet and vae.
+        configs: of the text encoders (text_encoder, text_encoder_2, or both), unet and vae.
         width: in pixels.
         height: in pixels.
         count: pictures at once.
@@ -115,6 +115,17 @@ class Request:
     backend: str = ""
 
     @property
+    def encoders(self) -> list[str]:
+        """Names of the text encoders."""
+        return [part for part in self.configs if part.startswith("text_encoder")]
+
+    @property
+    def vae_dtype(self) -> mx.Dtype:
+        """Of the autoencoder, which may not bear float16."""
+        is_kept = getattr(self.configs["vae"], "force_upcast", False)
+        return mx.float32 if is_kept and self.dtype == mx.float16 else self.dtype
+
+    @property
     def batch(self) -> int:
         """Pictures in one call of the UNet."""
         if self.backend == "cpu":  # one by one, both halves of the guidance together
@@ -136,7 +147,7 @@ class Plan:
         self.request = request if request.backend else replace(request, backend=running_backend())
         self._networks = _networks(self.request)
         self.components = {
-            "text_encoder": _weight_bytes(self._networks["text_encoder"]),
+            **{part: _weight_bytes(self._networks[part]) for part in self.request.encoders},
             "unet": _weight_bytes(self._networks["unet"]),
             "vae_encoder": _weight_bytes(self._networks["vae"], but="decoder"),
             "vae_decoder": _weight_bytes(self._networks["vae"], but="encoder"),
@@ -148,7 +159,7 @@ class Plan:
         request, sizes = self.request, self.components
         names = ["text", *(["encode"] if request.from_picture else []), "step", "decode"]
         own = {
-            "text": sizes["text_encoder"],
+            "text": sum(sizes[part] for part in request.encoders),
             "encode": sizes["vae_encoder"],
             "step": sizes["unet"],
             "decode": sizes["vae_decoder"],
@@ -176,7 +187,10 @@ class Plan:
 
     def _text(self) -> int:
         ids = mx.zeros((1, TOKENS), mx.int32)
-        return self._peak("text_encoder", lambda network: lambda ids: network(ids).last, ids)
+        return max(
+            self._peak(part, lambda network: lambda ids: network(ids).last, ids)
+            for part in self.request.encoders
+        )
 
     def _step(self) -> int:
         request = self.request
@@ -184,14 +198,24 @@ class Plan:
         rows, columns = request.height // factor, request.width // factor
         latents = mx.zeros((request.batch, rows, columns, config.in_channels), request.dtype)
         context = mx.zeros((request.batch, TOKENS, config.cross_attention_dim), request.dtype)
+        told = {}
+        if config.vector_channels is not None:
+            told["vector"] = mx.zeros((request.batch, config.vector_channels))
+        if config.time_cond_dim is not None:
+            told["guidance"] = mx.zeros((request.batch,))
+
+        def call(network: Any) -> Callable[..., mx.array]:
+            return lambda x, time, states, *more: network(
+                x, time, states, **dict(zip(told, more, strict=True))
+            )
+
         bound = room((request.batch, rows, columns, 0), False, request.backend)
-        return self._peak(
-            "unet", lambda network: network, latents, mx.zeros((1,)), context, bound=bound
-        )
+        given = (latents, mx.zeros((1,)), context, *told.values())
+        return self._peak("unet", call, *given, bound=bound)
 
     def _autoencoder(self, *, is_encoding: bool) -> int:
         request = self.request
-        config, dtype = request.configs["vae"], request.dtype
+        config, dtype = request.configs["vae"], request.vae_dtype
         height, width = request.height, request.width
         if request.low_memory:
             return striped_bytes(
@@ -293,14 +317,15 @@ def _largest(request: Request, free: int) -> Request | None:
 
 def _networks(request: Request) -> dict[str, Any]:
     """The networks of a request, made ready as they will be, with no weights in them."""
-    classes = {"text_encoder": CLIPTextEncoder, "unet": UNet, "vae": AutoencoderKL}
+    classes: dict[str, Any] = dict.fromkeys(request.encoders, CLIPTextEncoder)
+    classes |= {"unet": UNet, "vae": AutoencoderKL}
     found: dict[str, Any] = {}
     for part, make in classes.items():
         network = make(request.configs[part])
-        network.set_dtype(request.dtype)
+        network.set_dtype(request.vae_dtype if part == "vae" else request.dtype)
         if request.bits is not None and part in QUANTIZED:
             as_quantized(network, request.bits)
-            network.set_dtype(request.dtype)
+            network.set_dtype(request.dtype)  # of what stays as it is
         found[part] = network
     if request.low_memory:
         in_chunks(found["unet"])
@@ -308,7 +333,7 @@ def _networks(request: Request) -> dict[str, Any]:
         recipe = _recipe(request)
         found["unet"] = prepare_unet(found["unet"], recipe)
         if not request.low_memory:
-            found["vae"] = prepare_vae(found["vae"], recipe)
+            found["vae"] = prepare_vae(found["vae"], recipe)  # float32 maps: the plain kernels
     return found
 
 
@@ -319,7 +344,8 @@ def _recipe(request: Request) -> Recipe:
     if backend == running_backend() and isinstance(kernels_for(backend, request.dtype)[0], Plain):
         kernels = Plain()
     score_bytes = LOW_MEMORY_SCORE_BYTES if request.low_memory else SCORE_BYTES
-    return Recipe(backend, kernels, score_bytes, UNFOLD_PIXELS.get(backend, 0))
+    unfold_pixels = UNFOLD_PIXELS.get(backend, 0)
+    return Recipe(backend, kernels, score_bytes, unfold_pixels, merges_outputs=kernels.has_gate)
 
 
 @contextmanager

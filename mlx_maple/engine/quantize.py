@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 BITS = (8, 4)
 GROUP_SIZES = (64, 32)  # the first that divides a row; a row that neither divides is left alone
-QUANTIZED = ("text_encoder", "unet")  # the components whose weights are
+QUANTIZED = ("text_encoder", "text_encoder_2", "unet")  # the components whose weights are
 KEPT = ("conv_in", "conv_out")
 
 
