@@ -768,7 +768,7 @@ def _defaults(defaults: Mapping[str, Any]) -> dict[str, Any]:
     for name, known in (("sampler", SAMPLERS), ("schedule", SCHEDULES)):
         if (word := defaults.get(name)) is not None and word not in known:
             raise ValueError(f"its default {name} is {word!r}, which this version does not have")
-    for name in ("width", "height", "steps", "guidance_scale"):
+    for name in ("width", "height", "steps", "guidance_scale", "guidance_rescale"):
         if name in defaults:
             check_number(name, defaults[name])
     for name in ("width", "height"):

@@ -359,9 +359,9 @@ def test_names_and_shapes_are_compared_both_ways():
 def test_a_file_cut_short_after_its_header_was_read(maple, monkeypatch):
     real = loading._check_fit
 
-    def cut(path, modules):
+    def cut(path, modules, paths):
         os.truncate(maple / "unet.safetensors", 5000)
-        real(path, modules)
+        real(path, modules, paths)
 
     monkeypatch.setattr(loading, "_check_fit", cut)
     with pytest.raises(ConvertError, match="could not be read to its end") as caught:

@@ -295,7 +295,6 @@ FAMILIES = (
         9,
         "convolution",
         text=_CLIP,
-        refusal="the pipeline takes no mask channels yet; use a plain model, which can inpaint too",
     ),
     Family(
         "sd1-pix2pix",
@@ -303,7 +302,6 @@ FAMILIES = (
         8,
         "convolution",
         text=_CLIP,
-        refusal="the pipeline cannot edit by instruction yet",
     ),
     Family(
         "sd1-distilled",
@@ -322,15 +320,8 @@ FAMILIES = (
         text=_OPEN,
         middle_attends=False,
     ),
-    Family(
-        "sd2-inpainting",
-        "Stable Diffusion 2.x inpainting",
-        9,
-        "linear",
-        text=_OPEN,
-        refusal=_NOT_YET,
-    ),
-    Family("sd2-depth", "Stable Diffusion 2.x depth", 5, "linear", text=_OPEN, refusal=_NOT_YET),
+    Family("sd2-inpainting", "Stable Diffusion 2.x inpainting", 9, "linear", text=_OPEN),
+    Family("sd2-depth", "Stable Diffusion 2.x depth", 5, "linear", text=_OPEN),
     Family(
         "sd2-unclip",
         "Stable Diffusion 2.x unCLIP",
@@ -381,7 +372,6 @@ FAMILIES = (
         text=_OPEN,
         levels=3,
         is_xl=True,
-        refusal=_NOT_YET,
     ),
     Family(
         "sdxl-pix2pix",
@@ -392,7 +382,6 @@ FAMILIES = (
         text=_OPEN,
         levels=3,
         is_xl=True,
-        refusal=_NOT_YET,
     ),
     Family(
         "sdxl-distilled",

@@ -138,6 +138,7 @@ _DEFAULTS: Mapping[str, Count | type[float] | type[str]] = {
     "sampler": str,
     "schedule": str,
 }
+_LATER_DEFAULTS: Mapping[str, type[float]] = {"guidance_rescale": float}
 
 
 def is_maple(config: Mapping[str, Any]) -> bool:
@@ -249,7 +250,9 @@ def _check_ups(path: Path, settings: Mapping[str, Any], ups: Sequence[int]) -> N
 
 def known_settings(table: str) -> list[str]:
     """The settings of ``scheduler`` or ``defaults``."""
-    return [*_SCHEDULER, *_SCHEDULER_HINTS] if table == "scheduler" else [*_DEFAULTS]
+    if table == "scheduler":
+        return [*_SCHEDULER, *_SCHEDULER_HINTS]
+    return [*_DEFAULTS, *_LATER_DEFAULTS]
 
 
 def check_use(
@@ -257,7 +260,7 @@ def check_use(
 ) -> None:
     """Check how a model is to be used: noise schedule, defaults and preview factors."""
     _check_table(path, "scheduler", scheduler, _SCHEDULER, _SCHEDULER_HINTS)
-    _check_table(path, "defaults", defaults, _DEFAULTS)
+    _check_table(path, "defaults", defaults, _DEFAULTS, _LATER_DEFAULTS)
     check_factors(path, factors)
 
 

@@ -16,6 +16,7 @@ from maple_convert.layouts import LAYOUTS
 from maple_convert.layouts.diffusers_config import PREDICTIONS, size_numbers
 from maple_convert.open_file import open_file
 from maple_convert.open_folder import open_folder
+from maple_convert.recommend import recommended
 from maple_convert.source import Component, SourceModel
 
 __all__ = ["Component", "SourceModel", "WrongUse", "inspect", "open_model"]
@@ -103,6 +104,15 @@ def _set_defaults(model: SourceModel) -> None:
         "sampler": "dpmpp_2m",
         "schedule": "karras",
     }
+    if unet is not None:
+        settings, notes = recommended(
+            model.path,
+            unet.config,
+            scheduler=model.scheduler,
+            scheduler_class=model.scheduler_class,
+        )
+        model.defaults |= settings
+        model.notes += notes
     is_sd1s = family != "sdxl"  # SD 2.x shares the autoencoder; SDXL's has other latents
     if vae is not None and is_sd1s and list(vae.config["block_out_channels"]) == SD1_VAE_WIDTHS:
         model.latent_rgb_factors = SD1_LATENT_RGB

@@ -51,6 +51,7 @@ KINDS = {
 # Parts of a pipeline that hold no weights used here.
 _WITHOUT_WEIGHTS = frozenset(
     {
+        "depth_estimator",  # a depth map is given instead
         "safety_checker",
         "feature_extractor",
         "image_encoder",
@@ -63,6 +64,13 @@ _PLAIN_PIPELINES = (
     "StableDiffusionPipeline",
     "StableDiffusionXLPipeline",
     "StableDiffusionXLImg2ImgPipeline",  # of SDXL's refiner
+    "StableDiffusionImg2ImgPipeline",
+    "StableDiffusionInpaintPipeline",
+    "StableDiffusionXLInpaintPipeline",
+    "StableDiffusionInstructPix2PixPipeline",
+    "StableDiffusionXLInstructPix2PixPipeline",
+    "StableDiffusionDepth2ImgPipeline",
+    "LatentConsistencyModelPipeline",
 )
 _TOKENIZER = {"vocab": "vocab.json", "merges": "merges.txt"}
 
@@ -283,6 +291,7 @@ def _read_scheduler(model: SourceModel, path: Path) -> None:
     config = _read_object(path)
     model.scheduler, model.prediction = diffusers_config.scheduler(path, config)
     model.alphas_cumprod = diffusers_config.trained_alphas(path, config)
+    model.scheduler_class = one_line(str(config.get("_class_name", "")), 60)
     model.evidence.append(f"scheduler_config.json says prediction {model.prediction}")
 
 

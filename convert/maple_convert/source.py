@@ -150,6 +150,7 @@ class SourceModel:
         uses_ema: whether those are the ones that are read.
         components: its networks by name.
         scheduler: the betas it was trained with, and hints of a folder's scheduler.
+        scheduler_class: of a folder's scheduler, or "".
         alphas_cumprod: the noise schedule as stored, where a file stores it.
         defaults: width, height, steps, guidance_scale, sampler, schedule.
         latent_rgb_factors: linear preview, four rows and the bias to RGB in 0..1, or None.
@@ -172,6 +173,7 @@ class SourceModel:
     has_ema: bool = False
     uses_ema: bool = False
     scheduler: dict[str, Any] = field(default_factory=lambda: dict(SD1_SCHEDULER))
+    scheduler_class: str = ""
     alphas_cumprod: npt.NDArray[np.floating[Any]] | None = None
     defaults: dict[str, Any] = field(default_factory=dict[str, Any])
     latent_rgb_factors: list[list[float]] | None = None

@@ -83,6 +83,8 @@ class ControlNet(nn.Module):
         self.conv_in = _conv(config.in_channels, widths[0])
         self.controlnet_cond_embedding = HintEmbedding(config)
         self.time_embedding = TimeEmbedding(widths[0], time_channels)
+        if config.vector_channels is not None:
+            self.add_embedding = TimeEmbedding(config.vector_channels, time_channels)
         kept = [widths[0]]  # C of every state that the UNet keeps
         self.down_blocks = []
         channels = widths[0]
@@ -91,7 +93,8 @@ class ControlNet(nn.Module):
             self.down_blocks.append(block)
             kept += [width] * (len(block.resnets) + ("downsamplers" in block))
             channels = width
-        self.mid_block = MidBlock(config, time_channels)
+        if config.mid_transformer_layers is not None:
+            self.mid_block = MidBlock(config, time_channels)
         self.controlnet_down_blocks = [nn.Linear(width, width) for width in kept]
         self.controlnet_mid_block = nn.Linear(widths[-1], widths[-1])
 
@@ -115,6 +118,7 @@ class ControlNet(nn.Module):
         timesteps: mx.array | float,
         context: mx.array,
         hint: mx.array,
+        vector: mx.array | None = None,
     ) -> list[mx.array]:
         """Say lazily what to add; nothing runs until the caller evaluates.
 
@@ -123,6 +127,7 @@ class ControlNet(nn.Module):
             timesteps: (B,), or one for the whole batch: 0 to 999, fractions allowed.
             context: (B, T, cross_attention_dim), the text encoder's states.
             hint: (B or 1, h, w, C), from ``embed_hint``.
+            vector: (B, vector_channels), for a network that has such a width.
 
         Returns:
             A map for each state that the UNet keeps on its way down, finest first, and one for its
@@ -131,7 +136,7 @@ class ControlNet(nn.Module):
         Raises:
             ValueError: if an argument has another shape (an NCHW array?).
         """
-        check_inputs(self.config, latents, context)
+        check_inputs(self.config, latents, context, vector)
         if hint.ndim != 4 or hint.shape[1:3] != latents.shape[1:3]:
             found, size = tuple(hint.shape), tuple(latents.shape[1:3])
             raise ValueError(f"[ControlNet] expected a hint for latents of {size}, got {found}.")
@@ -139,13 +144,16 @@ class ControlNet(nn.Module):
         context = context.astype(dtype)
         waves = sinusoids(as_times(timesteps, latents.shape[0]), self.config.block_out_channels[0])
         time = self.time_embedding(waves.astype(dtype))
+        if vector is not None:
+            time = time + self.add_embedding(vector.astype(dtype))
 
         x = self.conv_in(latents.astype(dtype)) + hint
         kept = [x]
         for block in self.down_blocks:
             x, passed = block(x, time, context)
             kept += passed
-        x = self.mid_block(x, time, context)
+        if self.config.mid_transformer_layers is not None:
+            x = self.mid_block(x, time, context)
         maps = [layer(x) for layer, x in zip(self.controlnet_down_blocks, kept, strict=True)]
         return [*maps, self.controlnet_mid_block(x)]
 

@@ -207,14 +207,6 @@ def sd1_with_a_label_embedding(folder):
     return spoiled(folder, **{f"{UNET}label_emb.0.0.weight": f32(128, 16)})
 
 
-@hostile("inpainting", stage="layout")
-def nine_channels(folder):
-    """An inpainting model, whose first convolution takes the mask, too."""
-    return tiny.save_safetensors(
-        folder / "model.safetensors", tiny.compvis(np.float16, unet={"in_channels": 9})
-    )
-
-
 @hostile("takes 6 channels", stage="layout")
 def six_channels(folder):
     """A UNet of no known use."""

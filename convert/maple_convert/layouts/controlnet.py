@@ -11,7 +11,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from maple_convert.layouts import unet
-from maple_convert.layouts.parts import SAME, Part, Parts, Place, View, conv, linear, pointwise
+from maple_convert.layouts.parts import (
+    LINEAR,
+    SAME,
+    Part,
+    Parts,
+    Place,
+    View,
+    conv,
+    linear,
+    pointwise,
+)
 
 SPELLINGS = unet.SPELLINGS
 
@@ -44,6 +54,9 @@ def places(config: Mapping[str, Any]) -> list[Place]:
     hints: Sequence[int] = config["hint_widths"]
     dims = {"in": config["in_channels"], "base": widths[0], "time": 4 * widths[0]}
     found = [Place("", ("", ""), ROOT, dims)]
+    if (vector := config.get("vector_channels")) is not None:
+        dims = {"vector": vector, "time": 4 * widths[0]}
+        found.append(Place("", ("", ""), unet.VECTOR, dims))
 
     def hint(name: str, number: int, inputs: int, outputs: int) -> None:
         native = f"{_EMBEDDING}.{name}"
@@ -70,7 +83,7 @@ def places(config: Mapping[str, Any]) -> list[Place]:
 
 def infer(view: View, spelling: str) -> dict[str, Any]:
     """Read the architecture from names and shapes; the number of heads is not in them."""
-    compvis = spelling == "compvis"
+    compvis = spelling.removesuffix(LINEAR) == "compvis"
     hint = {True: "input_hint_block.{}", False: f"{_EMBEDDING}.blocks.{{}}"}[compvis]
     first = hint.format(0) if compvis else f"{_EMBEDDING}.conv_in"
     coarser: list[str] = []
@@ -78,8 +91,11 @@ def infer(view: View, spelling: str) -> dict[str, Any]:
     while view.holds(name := hint.format(4 * n if compvis else 2 * n - 1)):
         coarser.append(name)
         n += 1
+    vector = unet.VECTOR.name("add_embedding.linear_1", spelling) + ".weight"
+    told = {"vector_channels": view.axis(vector, 1, 2)} if vector in view.tensors else {}
     return {
         **unet.infer_down(view, spelling),
+        **told,
         "hint_channels": view.axis(f"{first}.weight", 1, 4),
         "hint_widths": [view.axis(f"{name}.bias", 0, 1) for name in (first, *coarser)],
     }

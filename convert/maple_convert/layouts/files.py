@@ -119,6 +119,7 @@ DROPPED: Mapping[str, str] = {
 }
 DROPPED_BELOW: Mapping[str, str] = {
     EMA_PREFIX: "EMA copy of the weights (a UNet's is used with --ema)",
+    "depth_model.": "network that estimates depth; a depth map is given instead",
     "first_stage_model.loss.": "loss of the autoencoder's training",
     "loss.": "loss of the autoencoder's training",
     "optimizer_states.": "optimiser state",
