@@ -21,7 +21,6 @@ from urllib.parse import urlsplit
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
 CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
-COMPONENTS = ("text_encoder", "unet", "vae")
 RESUMED_FROM = 8 << 20  # smaller files are not worth a partial file
 TRIES_IN_VAIN = 2  # at a broken connection, after each 2, 4, … seconds
 
@@ -162,7 +161,7 @@ def fetch(
 def _choose_diffusers(name: HubName, present: set[str], dtype: str, variant: str | None) -> Choice:
     files = ["model_index.json"]
     variants: list[str] = []
-    for component in COMPONENTS:
+    for component in _components(present):
         weights = _best_weights(present, f"{component}/", dtype, variant)
         config = f"{component}/config.json"
         if weights is None or config not in present:
@@ -171,10 +170,23 @@ def _choose_diffusers(name: HubName, present: set[str], dtype: str, variant: str
         files += [config, *weights[0]]
         if weights[1]:
             variants.append(weights[1])
-    wanted = ("scheduler/scheduler_config.json", "tokenizer/vocab.json", "tokenizer/merges.txt")
-    small = (*wanted, "tokenizer/tokenizer_config.json", "tokenizer/special_tokens_map.json")
+    small = ["scheduler/scheduler_config.json"]
+    small += [f"{folder}/{file}" for folder in ("tokenizer", "tokenizer_2") for file in _TOKENIZER]
     files += [f for f in small if f in present]
     return Choice(tuple(files), variant=variants[0] if variants else None)
+
+
+_TOKENIZER = ("vocab.json", "merges.txt", "tokenizer_config.json", "special_tokens_map.json")
+
+
+def _components(present: set[str]) -> list[str]:
+    """A diffusers repository's networks: SDXL has two text encoders, its refiner the second."""
+    encoders = [
+        part
+        for part in ("text_encoder", "text_encoder_2")
+        if any(file.startswith(f"{part}/") for file in present)
+    ]
+    return [*(encoders or ["text_encoder"]), "unet", "vae"]
 
 
 def _best_weights(

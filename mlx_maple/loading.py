@@ -11,7 +11,7 @@ import gc
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,6 +28,7 @@ from maple_convert.errors import (
     UnreadableFile,
     UnsupportedCheckpoint,
 )
+from maple_convert.layouts.diffusers_config import PREDICTIONS, UNKNOWN
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, known_models, model_folders, twins
 from mlx_maple.adapter_files import AdapterFiles
@@ -51,7 +52,8 @@ from mlx_maple.models import (
     UNetConfig,
     VAEConfig,
 )
-from mlx_maple.pipeline import StableDiffusion
+from mlx_maple.pipeline import TEXT_ENCODERS, StableDiffusion
+from mlx_maple.predictions import seen_prediction
 from mlx_maple.sampling import SAMPLERS, SCHEDULES, NoiseSchedule
 from mlx_maple.text.tokenizer import Tokenizer, VocabularyError
 from mlx_maple.twins import Twin, twins_folder
@@ -59,10 +61,17 @@ from mlx_maple.twins import Twin, twins_folder
 DEMO = Path(__file__).resolve().parent / "demo"  # the embedded model, where the package has one
 DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
 BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
-REQUIRED = ("text_encoder", "unet", "vae")
+# What each family's models are made of; all others as "".
+REQUIRED = {
+    "": ("text_encoder", "unet", "vae"),
+    "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
+    "sdxl-refiner": ("text_encoder_2", "unet", "vae"),
+}
+V_PREDICTION_SIZE = 768  # of SD 2.x, which predicts v at this size only
 
 _MODULES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "text_encoder": (CLIPTextConfig, CLIPTextEncoder),
+    "text_encoder_2": (CLIPTextConfig, CLIPTextEncoder),
     "unet": (UNetConfig, UNet),
     "vae": (VAEConfig, AutoencoderKL),
     "taesd": (TAESDConfig, TAESD),
@@ -112,6 +121,7 @@ def load(
     compile: bool = True,
     variant: str | None = None,
     ema: bool = False,
+    prediction: str | None = None,
     cache: bool = True,
     local_files_only: bool = False,
     progress: Progress | None = None,
@@ -141,6 +151,8 @@ def load(
         compile: whether the UNet's step may be compiled, which it is on a GPU where that works.
         variant: of a diffusers folder's weights, such as "fp16"; None takes what suits ``dtype``.
         ema: use the EMA copy of the UNet's weights; the file must hold one.
+        prediction: what the UNet predicts, "epsilon" or "v_prediction"; None is what the files say,
+            and where they do not, what the UNet is seen to do.
         cache: keep the converted twin of a raw checkpoint, and use it.
         local_files_only: use the hub's cache and no network.
         progress: called with bytes done, bytes in all and a label, at downloads and conversions.
@@ -149,9 +161,12 @@ def load(
         ConvertError: the file cannot be used, or not be read; see maple_convert.errors.
         HubError: the hub could not be reached, or refuses.
         NoModel: nothing is there by that name.
-        ValueError: an unknown ``dtype``, or ``quantize`` to other bits.
+        ValueError: an unknown ``dtype`` or ``prediction``, or ``quantize`` to other bits.
     """
     name = dtype_name(dtype)
+    if prediction not in (None, *PREDICTIONS):
+        known = " or ".join(PREDICTIONS)
+        raise ValueError(f"[load] prediction must be {known}, got {prediction!r}.")
     if quantize is not None and quantize not in quantizing.BITS:
         raise ValueError(f"[load] quantize must be 8 or 4, got {quantize!r}.")
     # A model that was let go of may still be there: its UNet and the steps that were compiled of it
@@ -167,7 +182,7 @@ def load(
 
     found = find(source, variant)
     with _open(found, name, ema=ema, cache=cache, progress=progress) as model:
-        if lacking := [part for part in REQUIRED if part not in model.components]:
+        if lacking := _lacking(model):
             if lacking != ["vae"] or vae is None:
                 there = ", ".join(model.components)
                 raise UnsupportedCheckpoint(
@@ -202,8 +217,34 @@ def load(
         again: dict[str, Reload] = {part: partial(o.load, how) for part, o in sources.items()}
         if not low_memory:
             modules = {part: o.ready(modules[part], how) for part, o in sources.items()}
+        if prediction is not None:
+            model.prediction = prediction
+        elif model.prediction == UNKNOWN:
+            unet = again["unet"]() if low_memory else modules["unet"]
+            _see_prediction(model, cast(UNet, unet), notes)
+            del unet
         loads = {"reload" if low_memory else "renew": again}
         return _assemble(model, modules, found, names, notes, adapters, compile, **loads)
+
+
+def _lacking(model: SourceModel) -> list[str]:
+    """The networks that a whole model of the family has and this one has not."""
+    family = model.family
+    parts = REQUIRED.get(family, REQUIRED.get(family.partition("-")[0], REQUIRED[""]))
+    return [part for part in parts if part not in model.components]
+
+
+def _see_prediction(model: SourceModel, unet: UNet, notes: list[str]) -> None:
+    """Settle what the UNet predicts where the files do not say: look at what it does."""
+    model.prediction, share = seen_prediction(unet, unet.config)
+    does = "repeats" if model.prediction == "epsilon" else "does not repeat"
+    notes.append(
+        f"the file does not say what the UNet predicts: it {does} noise that it is shown "
+        f"(correlation {share:.2f}), so {model.prediction}"
+    )
+    sizes = [model.defaults.get(side) for side in ("width", "height")]
+    if model.prediction == "v_prediction" and sizes == [512, 512]:
+        model.defaults |= {"width": V_PREDICTION_SIZE, "height": V_PREDICTION_SIZE}
 
 
 def default_dtype() -> str:
@@ -326,7 +367,7 @@ def _open(
             return open_model(twin.path)
     model = open_model(found.path, variant=found.variant, ema=ema)
     found.is_finite = model.layout != "maple"
-    is_whole = all(part in model.components for part in REQUIRED)
+    is_whole = not _lacking(model)
     if not cache or model.layout == "maple" or not is_whole:
         return model
     try:
@@ -510,6 +551,8 @@ def _reopening(model: SourceModel, found: _Found, ema: bool) -> Callable[[], Sou
 def _build(model: SourceModel, part: str, how: _How, *, is_skeleton: bool = False) -> nn.Module:
     """One network with its weights; as a skeleton, without them."""
     component = model.components[part]
+    if component.config.get("force_upcast") and how.dtype == "float16":
+        how = replace(how, dtype="float32")  # float16 overflows in it
     config_class, module_class = _MODULES[part]
     try:
         module = module_class(config_class(**component.config))
@@ -658,7 +701,7 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
         module: the network.
         one_by_one: each weight before the next, so that no two are read and cast at once.
     """
-    if part not in ("text_encoder", "unet", "controlnet"):
+    if part not in ("text_encoder", "text_encoder_2", "unet", "controlnet"):
         return
     weights = [(f"{part}.{name}", value) for name, value in _parameters(module)]
     try:
@@ -694,7 +737,8 @@ def _assemble(
 ) -> StableDiffusion:
     try:
         return StableDiffusion(
-            text_encoder=cast(CLIPTextEncoder, modules["text_encoder"]),
+            text_encoder=cast("CLIPTextEncoder | None", modules.get("text_encoder")),
+            text_encoder_2=cast("CLIPTextEncoder | None", modules.get("text_encoder_2")),
             unet=cast(UNet, modules["unet"]),
             vae=cast(AutoencoderKL, modules["vae"]),
             taesd=cast("TAESD | None", modules.get("taesd")),
@@ -736,7 +780,9 @@ def _tokenizer(model: SourceModel) -> Tokenizer:
     files = model.tokenizer_files
     if files:
         return Tokenizer.from_files(files["vocab"], files["merges"])
-    tokenizer, rows = Tokenizer.bundled(), model.components["text_encoder"].config["vocab_size"]
+    tokenizer = Tokenizer.bundled()
+    encoders = [part for name, part in model.components.items() if name in TEXT_ENCODERS]
+    rows = min(part.config["vocab_size"] for part in encoders)
     if tokenizer.vocab_size > rows:  # MLX would read beyond the table
         raise ValueError(
             f"its text encoder knows {rows} tokens where CLIP's vocabulary has "

@@ -17,6 +17,7 @@ WITH_PATHS = LEAVES | {
     "guidance",
     "control",
     "sizes",
+    "predictions",
     "pipeline",
 }
 
@@ -30,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "conditioning": {"models", "text"},
     "guidance": {"conditioning", "text", "sampling"},
     "sizes": {"conditioning", "models"},
+    "predictions": {"models"},
     "control": {"models", "images", "preprocess", "metadata"},
     "pipeline": {
         "models",

@@ -453,6 +453,7 @@ def test_arguments_are_those_of_generate():
     taken = set(signature(StableDiffusion.generate).parameters)
     assert FULL.arguments().keys() <= taken
     facts = {"control", "injected", "model", "model_hash", "vae", "dtype", "bits", "version"}
+    facts |= {"zeroed_negative"}  # is said by a negative prompt of None
     assert {field.name for field in fields(Settings)} - facts <= taken
 
 
