@@ -34,7 +34,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results" / "gpu_networks.json"
 TORCH = ROOT / "mlx_maple" / "cli" / "rivals" / "torch_diffusers.py"
-CASES = ("unet-512-b2", "unet-512-b8", "unet-768-b2", "vae-512", "text", "image-512", "start")
+CASES = (
+    *("unet-512-b2", "unet-512-b8", "unet-768-b2", "vae-512", "text", "image-512", "start"),
+    "xl-1024-b2",
+)
 NETWORKS = ("unet", "vae")  # kinds of cases that every rival has
 WIDTH, TOKENS = 768, 77
 STARTS = 3  # processes that are started for the case of that name
@@ -54,15 +57,15 @@ class Rival:
 NO_GRAPHS = {"MLX_USE_CUDA_GRAPHS": "0"}
 RIVALS = {
     "mlx-maple": Rival(
-        "this project, as it draws", "maple", kinds=(*NETWORKS, "text", "image", "start")
+        "this project, as it draws", "maple", kinds=(*NETWORKS, "xl", "text", "image", "start")
     ),
     "mlx-maple plain": Rival("its networks as they are published", "maple", ("--form", "plain")),
-    "torch eager": Rival("diffusers on torch", "torch", kinds=(*NETWORKS, "text", "image")),
+    "torch eager": Rival("diffusers on torch", "torch", kinds=(*NETWORKS, "xl", "text", "image")),
     "torch compiled": Rival(
         "the same under torch.compile(mode='reduce-overhead'), channels last",
         "torch",
         ("--compiled",),
-        kinds=(*NETWORKS, "image"),
+        kinds=(*NETWORKS, "xl", "image"),
     ),
     "mlx-examples": Rival(
         "the UNet and VAE of ml-explore/mlx-examples, on the same MLX as it comes",

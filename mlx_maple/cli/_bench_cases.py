@@ -1,6 +1,7 @@
 """The pieces of work that are measured, by name: KIND-SIZE-bBATCH, as in unet-512-b2.
 
 unet    the UNet's part of a step, guidance included: two in a batch for each picture
+xl      the same of SDXL, as in xl-1024-b2; random weights whatever the model
 vae     decoding latents to pictures of SIZE by SIZE pixels
 text    a prompt and a negative prompt
 image   a whole picture: text, 20 guided steps of dpmpp_2m, decoding, a PIL image
@@ -12,7 +13,7 @@ Size (512) and batch (1) may be left out.
 import re
 from dataclasses import dataclass
 
-KINDS = ("unet", "vae", "text", "image", "start")
+KINDS = ("unet", "xl", "vae", "text", "image", "start")
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Case:
         words = [self.kind]
         if self.kind not in ("text", "start"):
             words.append(str(self.size))
-        if self.kind == "unet" or self.batch > 1:
+        if self.kind in ("unet", "xl") or self.batch > 1:
             words.append(f"b{self.batch}")
         return "-".join(words)
 

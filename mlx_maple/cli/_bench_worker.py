@@ -26,6 +26,7 @@ from mlx_maple.engine.measure import (  # noqa: E402
     Timing,
     UNetStep,
     random_sd15,
+    random_sdxl_unet,
     timed,
 )
 from mlx_maple.engine.prepare import PreparedUNet  # noqa: E402
@@ -70,10 +71,12 @@ class Worker:
 
     def network(self, part: str) -> Any:
         """One network, made or loaded when it is first asked for; alone where it can be."""
-        if self.model is not None:
+        if self.model is not None and part != "xl":
             return getattr(self.sd, part)
         if part not in self._networks:
-            network = random_sd15(DTYPES[self.dtype], parts=[part])[part]
+            dtype = DTYPES[self.dtype]
+            is_xl = part == "xl"
+            network = random_sdxl_unet(dtype) if is_xl else random_sd15(dtype, parts=[part])[part]
             self._networks[part] = network if self.form == "plain" else made_ready(network)
         return self._networks[part]
 
@@ -100,16 +103,18 @@ class Worker:
         return getattr(self, f"_{case.kind}")(case)
 
     def _unet(self, case: Case) -> dict[str, Any]:
-        unet, size = self.network("unet"), case.size
+        unet, size = self.network(case.kind), case.size
         step: Callable[[], mx.array]
         if isinstance(unet, PreparedUNet) and case.batch % 2 == 0:
             step = GuidedStep(unet, case.batch // 2, size, size)
         else:
             step = UNetStep(unet, case.batch, size, size, DTYPES[self.dtype])
         row = timed(step, **self.times).row() | counted(step, unet)
-        if case.batch == 2:
+        if case.kind == "unet" and case.batch == 2:
             self._steps[case.size] = row["in_a_row_s"] or row["median_s"] or 0.0
         return row
+
+    _xl = _unet
 
     def _vae(self, case: Case) -> dict[str, Any]:
         vae = self.network("vae")
@@ -176,7 +181,7 @@ class Worker:
         sd = self.sd
         loaded, begun = self._loaded, 0.0
         unet = sd.unet
-        call = unet.predict if isinstance(unet, PreparedUNet) else unet
+        call = unet.begin if isinstance(unet, PreparedUNet) else unet
 
         def first(*arguments: Any) -> mx.array:
             nonlocal begun
@@ -184,7 +189,7 @@ class Worker:
             return call(*arguments)
 
         if isinstance(unet, PreparedUNet):
-            cast(Any, unet).predict = first
+            cast(Any, unet).begin = first
         else:
             sd.unet = cast(UNet, StandIn(unet, self.dtype, first))
         for progress in sd.generate(PROMPT, seed=0, steps=STEPS):

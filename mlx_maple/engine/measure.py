@@ -114,13 +114,17 @@ class UNetStep:
         context = (batch, TOKENS, config.cross_attention_dim)
         self.context = mx.random.normal(context, key=key).astype(dtype)
         self.times = [mx.full((batch,), t, dtype=mx.float32) for t in TIMES]
+        self.told = {}
+        width = getattr(config, "vector_channels", None)  # mlx-examples' networks have no such word
+        if width is not None:
+            self.told["vector"] = mx.random.normal((batch, width), key=key)
         self.index = 0
-        mx.eval(self.latents, self.context, self.times)
+        mx.eval(self.latents, self.context, self.times, self.told)
 
     def __call__(self) -> mx.array:
         """Describe the next call."""
         self.index = (self.index + 1) % len(self.times)
-        out = self.unet(self.latents, self.times[self.index], self.context)
+        out = self.unet(self.latents, self.times[self.index], self.context, **self.told)
         if out.shape == self.latents.shape:
             self.latents = out
         return out
@@ -145,7 +149,11 @@ class GuidedStep:
         wanted, avoided = (
             mx.random.normal(context, key=key).astype(unet.dtype) for key in keys[1:]
         )
-        self.model = guided_steps(unet).model(wanted, avoided, 7.5, TIMES)
+        vectors = None
+        if config.vector_channels is not None:
+            vector = mx.random.normal((pictures, config.vector_channels), key=keys[1])
+            vectors = vector, vector
+        self.model = guided_steps(unet).model(wanted, avoided, 7.5, TIMES, vectors=vectors)
         self.index = 0
         mx.eval(self.latents)
 
@@ -156,6 +164,23 @@ class GuidedStep:
         if out.shape == self.latents.shape:
             self.latents = out
         return out
+
+
+SDXL = UNetConfig(
+    block_out_channels=(320, 640, 1280),
+    transformer_layers=(0, 2, 10),
+    num_attention_heads=(5, 10, 20),
+    mid_transformer_layers=10,
+    cross_attention_dim=2048,
+    vector_channels=2816,
+)
+
+
+def random_sdxl_unet(dtype: mx.Dtype) -> UNet:
+    """SDXL's UNet with random weights, made on the device in ``dtype``."""
+    unet = UNet(SDXL)
+    randomise(unet, dtype)
+    return unet
 
 
 def random_sd15(dtype: mx.Dtype, *, parts: Sequence[str] = ()) -> dict[str, nn.Module]:

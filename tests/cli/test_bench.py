@@ -24,6 +24,7 @@ def arguments(*words):
         ("unet-512-b2", Case("unet", 512, 2)),
         ("unet-768-b8", Case("unet", 768, 8)),
         ("vae-1024", Case("vae", 1024, 1)),
+        ("xl-1024-b2", Case("xl", 1024, 2)),
         ("text", Case("text", 512, 1)),
         ("image-256", Case("image", 256, 1)),
         ("start", Case("start", 512, 1)),

@@ -87,6 +87,24 @@ class Networks:
 
         return UNet2DConditionModel(cross_attention_dim=768, attention_head_dim=8, sample_size=64)
 
+    def _xl(self) -> Any:
+        from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+
+        config: dict[str, Any] = {
+            "sample_size": 128,
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", *("CrossAttnDownBlock2D",) * 2),
+            "up_block_types": (*("CrossAttnUpBlock2D",) * 2, "UpBlock2D"),
+            "transformer_layers_per_block": (1, 2, 10),
+            "attention_head_dim": (5, 10, 20),
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        }
+        return UNet2DConditionModel(**config)
+
     def _vae(self) -> Any:
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
@@ -136,6 +154,25 @@ def unet_call(networks: Networks, batch: int, size: int) -> Callable[[], Any]:
     return call
 
 
+def xl_call(networks: Networks, batch: int, size: int) -> Callable[[], Any]:
+    """The same of SDXL's UNet, with a pooled prompt and a picture's sizes."""
+    unet = networks("xl")
+    latents = networks.channels_last(networks.random(batch, 4, size // 8, size // 8))
+    context, pooled = networks.random(batch, TOKENS, 2048), networks.random(batch, 1280)
+    sizes = torch.tensor([[size, size, 0, 0, size, size]] * batch, device=networks.device)
+    added = {"text_embeds": pooled, "time_ids": sizes.to(networks.dtype)}
+    times = [torch.full((batch,), t, device=networks.device) for t in TIMES]
+    count = 0
+
+    def call() -> Any:
+        nonlocal count
+        count += 1
+        time = times[count % len(times)]
+        return unet(latents, time, context, added_cond_kwargs=added, return_dict=False)[0]
+
+    return call
+
+
 def vae_call(networks: Networks, batch: int, size: int) -> Callable[[], Any]:
     """Decoding (B, 4, size / 8, size / 8) to (B, 3, size, size)."""
     decode = networks("vae")
@@ -180,7 +217,7 @@ def image_call(networks: Networks, batch: int, size: int) -> Callable[[], Any]:
     return call
 
 
-CALLS = {"unet": unet_call, "vae": vae_call, "text": text_call, "image": image_call}
+CALLS = {"unet": unet_call, "xl": xl_call, "vae": vae_call, "text": text_call, "image": image_call}
 
 
 def measure(
