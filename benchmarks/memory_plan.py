@@ -1,4 +1,4 @@
-"""Planned and measured memory of Stable Diffusion 1.5, in every mode, on the device that is here.
+"""Planned and measured memory of SD 1.5 and SDXL, in every mode, on the device that is here.
 
     python benchmarks/memory_plan.py [--only NAME]... [--steps N] [--output F.json]
 
@@ -28,12 +28,16 @@ CASES: dict[str, dict[str, Any]] = {
     "low-memory 512, 4 bit": {"low_memory": True, "bits": 4},
     "low-memory 1024": {"low_memory": True, "size": 1024},
     "low-memory 1024, 4 bit": {"low_memory": True, "size": 1024, "bits": 4},
+    "SDXL normal 1024": {"xl": True, "size": 1024},
+    "SDXL low-memory 1024": {"xl": True, "low_memory": True, "size": 1024},
+    "SDXL low-memory 1024, 4 bit": {"xl": True, "low_memory": True, "size": 1024, "bits": 4},
 }
 TARGETS = {  # bytes
     "normal 512": 2.6e9,
     "low-memory 512": 1.9e9,
     "low-memory 512, 4 bit": 1.2e9,
     "low-memory 1024": 3.0e9,
+    "SDXL low-memory 1024, 4 bit": 4.0e9,
 }
 LAGS = (8, 20, 50, 100, 200)  # the plan's one constant of a backend, to be calibrated
 
@@ -82,12 +86,33 @@ def measure(name: str, steps: int) -> dict[str, Any]:
 
     from mlx_maple.engine import memory
     from mlx_maple.engine.attention import running_backend
+    from mlx_maple.engine.measure import SDXL
     from mlx_maple.models import CLIPTextConfig, UNetConfig, VAEConfig
     from mlx_maple.pipeline import StableDiffusion
     from mlx_maple.sampling import NoiseSchedule
     from mlx_maple.text.tokenizer import Tokenizer
 
-    configs = {"text_encoder": CLIPTextConfig(), "unet": UNetConfig(), "vae": VAEConfig()}
+    configs: dict[str, Any] = {
+        "text_encoder": CLIPTextConfig(),
+        "unet": UNetConfig(),
+        "vae": VAEConfig(),
+    }
+    is_xl = case.get("xl", False)
+    if is_xl:
+        configs = {
+            "text_encoder": CLIPTextConfig(),
+            "text_encoder_2": CLIPTextConfig(
+                hidden_size=1280,
+                intermediate_size=5120,
+                num_hidden_layers=32,
+                num_attention_heads=20,
+                hidden_act="gelu",
+                projection_dim=1280,
+                pad_token_id=0,
+            ),
+            "unet": SDXL,
+            "vae": VAEConfig(scaling_factor=0.13025, force_upcast=True),
+        }
     backend = running_backend()
     dtype = mx.float32 if backend == "cpu" else mx.float16
     request = memory.Request(
@@ -105,7 +130,15 @@ def measure(name: str, steps: int) -> dict[str, Any]:
             memory.LAG[backend] = kept
 
     parts = {
-        part: partial(network, part, configs[part], dtype, bits, low_memory) for part in configs
+        part: partial(
+            network,
+            part,
+            configs[part],
+            request.vae_dtype if part == "vae" else dtype,
+            bits,
+            low_memory,
+        )
+        for part in configs
     }
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -117,6 +150,7 @@ def measure(name: str, steps: int) -> dict[str, Any]:
         },
         tokenizer=Tokenizer.bundled(),
         noise_schedule=NoiseSchedule.from_betas(),
+        family="sdxl" if is_xl else "sd1",
         reload=parts if low_memory else None,
     )
     peaks: dict[str, int] = {"load": mx.get_peak_memory()}
@@ -170,8 +204,8 @@ def network(
     from mlx_maple.engine.tiling import in_stripes
     from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
 
-    classes = {"text_encoder": CLIPTextEncoder, "unet": UNet, "vae": AutoencoderKL}
-    module = classes[part](config)
+    classes = {"unet": UNet, "vae": AutoencoderKL}
+    module = classes.get(part, CLIPTextEncoder)(config)
     if bits is not None and part in QUANTIZED:
         as_quantized(module, bits)
     module.set_dtype(dtype)

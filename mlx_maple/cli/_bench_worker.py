@@ -183,7 +183,7 @@ class Worker:
         unet = sd.unet
         call = unet.begin if isinstance(unet, PreparedUNet) else unet
 
-        def first(*arguments: Any) -> mx.array:
+        def first(*arguments: Any) -> Any:
             nonlocal begun
             begun = begun or time.time()
             return call(*arguments)
@@ -211,7 +211,7 @@ class Worker:
 def counted(call: Callable[[], mx.array], network: nn.Module) -> dict[str, Any]:
     """What one call asks of the device, as a row's figures."""
     weights = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
-    steps: Any = getattr(network, "steps", None)
+    steps = cast(Any, network).steps if isinstance(network, PreparedUNet) else None
     in_parts = steps is not None and steps.in_parts
     try:
         if in_parts:  # the first would be under way before it is described

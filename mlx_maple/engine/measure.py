@@ -115,9 +115,9 @@ class UNetStep:
         self.context = mx.random.normal(context, key=key).astype(dtype)
         self.times = [mx.full((batch,), t, dtype=mx.float32) for t in TIMES]
         self.told = {}
-        width = getattr(config, "vector_channels", None)  # mlx-examples' networks have no such word
-        if width is not None:
-            self.told["vector"] = mx.random.normal((batch, width), key=key)
+        vector = getattr(config, "vector_channels", None)  # mlx-examples has no such word
+        if vector is not None:
+            self.told["vector"] = mx.random.normal((batch, vector), key=key)
         self.index = 0
         mx.eval(self.latents, self.context, self.times, self.told)
 
