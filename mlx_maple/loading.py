@@ -30,7 +30,7 @@ from maple_convert.errors import (
 )
 from maple_convert.layouts.diffusers_config import PREDICTIONS, UNKNOWN
 from maple_convert.tensors import Tensor
-from mlx_maple import hub, known_models, model_folders, twins
+from mlx_maple import hub, known_models, model_folders, twins, upscalers
 from mlx_maple.adapter_files import AdapterFiles
 from mlx_maple.adapters import Adapters
 from mlx_maple.control import control_name
@@ -746,6 +746,7 @@ def _assemble(
             noise_schedule=_noise_schedule(model),
             defaults=_defaults(model.defaults),
             controlnets=_controlnets(modules, names),
+            upscalers=upscalers.open_named,
             latent_rgb_factors=None if "vae" in names else model.latent_rgb_factors,
             name=found.name,
             sha256=(model.source or {}).get("sha256") or "",

@@ -12,6 +12,7 @@ LEAVES |= {"model_folders", "preprocess", "enlarge"}
 WITH_PATHS = LEAVES | {
     "adapters",
     "adapter_files",
+    "upscalers",
     "engine",
     "conditioning",
     "guidance",
@@ -27,6 +28,7 @@ ALLOWED: dict[str, set[str]] = {
     "images": {"metadata"},
     "adapters": {"models"},
     "adapter_files": {"adapters", "model_folders", "maple_convert"},
+    "upscalers": {"models", "images", "model_folders", "maple_convert"},
     "engine": {"models"},
     "conditioning": {"models", "text"},
     "guidance": {"conditioning", "text", "sampling"},

@@ -19,6 +19,7 @@ from mlx_maple import __version__
 
 VERBS = {  # the file of the same name in this folder holds add_arguments(parser) and run(args)
     "generate": "draw pictures from a prompt",
+    "upscale": "enlarge a picture with a network of ESRGAN's kind",
     "convert": "convert a checkpoint into another layout",
     "inspect": "say what a checkpoint holds",
     "models": "list, fetch and clear models, and choose the default one",
