@@ -387,7 +387,6 @@ _HARMLESS = {  # facts about a picture that decide nothing of it, or that anothe
     *("Batch size", "Batch pos", "Civitai metadata", "Civitai resources", "Created Date", "Hashes"),
     *("Init image hash", "User", "VAE hash"),
 }
-_TAG = re.compile(r"<(lora|lyco|hypernet):([^<>:\n]{1,200})(?::[^<>\n]{0,100})?>", re.IGNORECASE)
 _KEY = re.compile(r"\s*([^\s:,\"][^:,\"\n]{0,99}):[ \t]*")
 _QUOTED = re.compile(r'"(?:[^"\\]|\\.)*"')
 _SIZE = re.compile(r"(\d{1,9})x(\d{1,9})")
@@ -511,9 +510,6 @@ def from_parameters(text: str) -> Recipe:
         )
 
     values["prompt"], values["negative_prompt"] = prompt, negative
-    if not is_ours:
-        values["prompt"] = _without_networks(prompt, notes)
-        values["negative_prompt"] = _without_networks(negative, notes)
     if (tiling := pairs.get("Tiling", "False")) != "False":
         values["tile"] = "xy" if tiling == "True" else tiling
     if is_ours and _SYNTAX in pairs:
@@ -596,6 +592,11 @@ def _sampler(
     if schedule in _SCHEDULES_UNLIKE and not is_ours:
         notes.append(f"schedule {asked}: {_SCHEDULES_UNLIKE[schedule]}; the picture will differ")
     return {**chosen, "schedule": schedule}
+
+
+def upscaler_word(label: str) -> str:
+    """A1111's name of what enlarges a first drawing, in our word; others are networks' names."""
+    return _UPSCALERS.get(label.strip().lower(), label.strip())
 
 
 def pairs_of(text: str) -> dict[str, str]:
@@ -719,15 +720,6 @@ def _quoted(value: object) -> str:
     text = str(value)
     is_plain = not any(c in text for c in ',:\n\r"') and text == text.strip()
     return text if is_plain and text[:1] not in ("{", "[") else json.dumps(text, ensure_ascii=False)
-
-
-def _without_networks(prompt: str, notes: list[str]) -> str:
-    """The prompt less tags such as <lora:name:0.8>, which A1111 does not pass on as text either."""
-    tags = _TAG.findall(prompt)
-    if not tags:
-        return prompt
-    notes.append("was drawn with " + _listed([f"{kind.lower()} {name}" for kind, name in tags]))
-    return "\n".join(line.strip() for line in _TAG.sub("", prompt).split("\n")).strip()
 
 
 def _bounded(text: str) -> str:

@@ -6,6 +6,7 @@ must be one of the embedded model, the model that the server was started with, t
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,13 @@ class Catalog:
                     return entry
         raise UnknownName(f"no model is called {name!r}: GET /api/v1/models lists them")
 
-    def how(self, entry: Entry, *, vae: str | None = None) -> dict[str, Any]:
+    def how(
+        self, entry: Entry, *, vae: str | None = None, controlnets: Sequence[str] = ()
+    ) -> dict[str, Any]:
         """The arguments of ``load`` for a model.
 
         Raises:
-            UnknownName: no autoencoder goes by the name ``vae``.
+            UnknownName: no autoencoder or ControlNet goes by a name.
         """
         how: dict[str, Any] = {
             "source": entry.load,
@@ -112,6 +115,8 @@ class Catalog:
         }
         if vae:
             how["vae"] = str(self.network("vae", vae))
+        if controlnets:
+            how["controlnet"] = [str(self.network("controlnet", name)) for name in controlnets]
         return how
 
     def networks(self, kind: str) -> dict[str, Path]:

@@ -4,13 +4,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from mlx_maple import enlarge
 from mlx_maple.serve.config import Limits
 
 LIMITS = Limits()
-# Fields that are pictures, and those that say which networks draw: no arguments of ``generate``.
-PICTURES = ("image", "mask")
-NETWORKS = ("model", "vae", "loras")
-ABOUT = ("previews",)
+PICTURES = ("image", "mask")  # fields that are pictures; those of ``controls`` come beside them
+# Fields that ``generate`` does not take as they are.
+OTHERS = ("model", "vae", "loras", "controls", "previews")
 
 
 class Undrawable(ValueError):
@@ -47,6 +47,18 @@ class Lora(BaseModel):
     weight: float = Field(1.0, ge=-4, le=4, allow_inf_nan=False)
 
 
+class Control(BaseModel):
+    """One ControlNet by the name that GET /api/v1/networks lists, and what steers it."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(min_length=1, max_length=300)
+    image: PictureIn
+    weight: float = Field(1.0, ge=-10, le=10, allow_inf_nan=False)
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+    preprocess: Literal["none", "canny", "scribble", "invert"] = "none"
+
+
 class Draw(BaseModel):
     """What to draw. What is left out or null comes from the model."""
 
@@ -76,6 +88,18 @@ class Draw(BaseModel):
     count: int | None = Field(None, ge=LIMITS.count[0], le=LIMITS.count[1])
     sampler: str | None = Field(None, max_length=40)
     schedule: str | None = Field(None, max_length=40)
+    guidance_rescale: float | None = Field(None, ge=0, le=1)
+    guidance_start: float | None = Field(None, ge=0, le=1)
+    guidance_end: float | None = Field(None, ge=0, le=1)
+    tile: Literal["x", "y", "xy"] | None = None
+    window: int | None = Field(None, ge=64, le=2048)
+    window_overlap: float | None = Field(None, ge=0, le=0.9)
+    hires_scale: float | None = Field(None, ge=1, le=4)
+    hires_strength: float | None = Field(None, ge=0.01, le=1)
+    hires_steps: int | None = Field(None, ge=LIMITS.steps[0], le=LIMITS.steps[1])
+    hires_upscaler: str | None = Field(
+        None, max_length=300, description="latent, lanczos, or a name from GET /api/v1/networks"
+    )
     eta: float | None = Field(None, ge=0, le=1)
     discard_penultimate: bool | None = None
     noise: Literal["torch", "nvidia", "numpy", "mlx"] | None = None
@@ -88,16 +112,41 @@ class Draw(BaseModel):
     fit: Literal["stretch", "crop"] | None = None
     mask: PictureIn | None = None
     mask_blur: float | None = Field(None, ge=0, le=64)
+    image_guidance_scale: float | None = Field(None, ge=0, le=100)
+    controls: list[Control] | None = Field(None, max_length=3)
     previews: bool = True
 
     def said(self) -> dict[str, Any]:
         """What was said, with pictures as true: what is kept of a job."""
         said = self.model_dump(exclude_none=True, exclude={"previews"})
+        for control in said.get("controls", ()):
+            control["image"] = True
         return {name: True if name in PICTURES else value for name, value in said.items()}
 
     def arguments(self) -> dict[str, Any]:
-        """The keyword arguments of ``StableDiffusion.generate``, without pictures."""
-        return self.model_dump(exclude_none=True, exclude={*PICTURES, *NETWORKS, *ABOUT})
+        """The keyword arguments of ``StableDiffusion.generate``, as JSON, without pictures."""
+        found = self.model_dump(exclude_none=True, exclude={*PICTURES, *OTHERS})
+        if self.loras is not None:
+            found["loras"] = [[lora.name, lora.weight] for lora in self.loras]
+        if self.controls:
+            for name in ("weight", "start", "end", "preprocess"):
+                found[f"control_{name}"] = [getattr(control, name) for control in self.controls]
+        return found
+
+    def networks(self) -> list[tuple[str, str]]:
+        """Kind and name of each network that it asks for, those named in its prompts among them."""
+        from mlx_maple.text.language import without_tags
+
+        found = [("lora", lora.name) for lora in self.loras or ()]
+        found += [("controlnet", control.name) for control in self.controls or ()]
+        if self.vae:
+            found.append(("vae", self.vae))
+        if self.hires_upscaler not in (None, *enlarge.BUILT_IN):
+            found.append(("upscaler", self.hires_upscaler or ""))
+        if self.syntax != "plain":
+            for text in (self.prompt, self.negative_prompt or ""):
+                found += [("lora", tag.name) for tag in without_tags(text)[1] if tag.kind == "lora"]
+        return found
 
     def check(self) -> None:
         """Refuse what no model could draw.
@@ -120,7 +169,10 @@ class Draw(BaseModel):
                 raise Undrawable(str(error).rstrip(".")) from None
         if self.mask is not None and self.image is None:
             raise Undrawable("a mask needs the image that it covers")
+        if self.hires_scale is not None and self.image is not None:
+            raise Undrawable("hires_scale does not go with an image")
         pixels = (self.width or 512) * (self.height or 512) * (self.count or 1)
+        pixels = int(pixels * (self.hires_scale or 1) ** 2)
         if pixels > LIMITS.pixels:
             raise Undrawable(
                 f"{pixels:,} pixels in one job; {LIMITS.pixels:,} at most: draw fewer or smaller"

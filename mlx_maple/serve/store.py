@@ -276,13 +276,20 @@ class Store:
         images.write_whole(self.input_path(job, name), data)
 
     def input_path(self, job: str, name: str) -> Path:
-        """Where a job's "image" or "mask" lies."""
+        """Where a job's "image", "mask", "control-0" lies."""
         return self.inputs / f"{job}-{name}"
 
     def drop_inputs(self, job: str) -> None:
         """Remove what a job started from."""
-        for name in ("image", "mask"):
-            self.input_path(job, name).unlink(missing_ok=True)
+        for path in self.inputs.glob(f"{job}-*"):
+            path.unlink(missing_ok=True)
+
+    def inputs_of(self, job: str) -> dict[str, str]:
+        """The files of the pictures that a job starts from, by argument."""
+        return {
+            path.name.partition("-")[2]: str(path.absolute())
+            for path in sorted(self.inputs.glob(f"{job}-*"))
+        }
 
     # Pictures ----------------------------------------------------------------------------------
 

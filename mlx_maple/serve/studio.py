@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import anyio
 
-from mlx_maple.serve.catalog import Catalog
+from mlx_maple.serve.catalog import Catalog, Entry
 from mlx_maple.serve.config import Config
 from mlx_maple.serve.draw import PICTURES, Draw, Undrawable
 from mlx_maple.serve.link import WorkerLink
@@ -212,18 +212,19 @@ class Studio:
             ImageError: a picture that cannot be used.
             Undrawable: settings that cannot be drawn.
         """
-        draw.check()
         self._queue.check(client, self._retry_after())
-        entry = await asyncio.to_thread(self.catalog.find, draw.model)
-        how = await asyncio.to_thread(lambda: self.catalog.how(entry, vae=draw.vae))
+        await asyncio.to_thread(draw.check)
+        entry, how = await asyncio.to_thread(self._chosen, draw)
         pictures = dict(files or {})
+        for number, control in enumerate(draw.controls or ()):
+            pictures[f"control-{number}"] = await self._picture(control.image)
         for name in PICTURES:
             if (text := getattr(draw, name)) is not None:
                 pictures[name] = await self._picture(text)
         job = Job(
             id=new_id(),
             client=client,
-            draw={**draw.said(), **dict.fromkeys(pictures, True), "model": entry.id},
+            draw={**draw.said(), **dict.fromkeys(files or (), True), "model": entry.id},
             how=how,
             arguments=draw.arguments(),
             inputs={},
@@ -240,6 +241,14 @@ class Studio:
         self._tell("job", job)
         self._next()
         return job
+
+    def _chosen(self, draw: Draw) -> tuple[Entry, dict[str, Any]]:
+        """The model that a request names and how it is loaded, when all it names is there."""
+        entry = self.catalog.find(draw.model)
+        for kind, name in draw.networks():
+            self.catalog.network(kind, name)
+        controlnets = [control.name for control in draw.controls or ()]
+        return entry, self.catalog.how(entry, vae=draw.vae, controlnets=controlnets)
 
     async def _picture(self, text: str) -> bytes:
         """The bytes of a picture that came as text, or is one of the history."""
@@ -290,8 +299,7 @@ class Studio:
         if job.state != "offered":
             raise Undrawable(f"the job is {job.state}, not offered")
         self._queue.check(job.client, self._retry_after())
-        entry = await asyncio.to_thread(self.catalog.find, job.draw.get("model"))
-        job.how = self.catalog.how(entry, vae=job.draw.get("vae"))
+        _, job.how = await asyncio.to_thread(self._chosen, _again(job.draw))
         if job.state == "offered":
             job.state = "queued"
             self._queue.put(job.client, job)
@@ -321,19 +329,13 @@ class Studio:
 
     def _taken_up(self, record: JobRecord) -> Job:
         """A job of a server that was killed, to be offered again."""
-        draw = {name: value for name, value in record.draw.items() if name not in PICTURES}
-        inputs = {
-            name: str(self.store.input_path(record.id, name).absolute())
-            for name in PICTURES
-            if record.draw.get(name)
-        }
         return Job(
             id=record.id,
             client=record.client,
             draw=record.draw,
             how={},
-            arguments=Draw(**draw).arguments(),
-            inputs=inputs,
+            arguments=_again(record.draw).arguments(),
+            inputs=self.store.inputs_of(record.id),
             created=record.created,
             state="offered",
         )
@@ -580,6 +582,14 @@ def _record(job: Job) -> JobRecord:
         draw=job.draw,
         outcome={},
     )
+
+
+def _again(said: Mapping[str, Any]) -> Draw:
+    """The request that ``Draw.said`` tells of; its pictures are names only."""
+    draw = {name: value for name, value in said.items() if name not in PICTURES}
+    if "controls" in draw:
+        draw["controls"] = [{**control, "image": "kept"} for control in draw["controls"]]
+    return Draw(**draw)
 
 
 def _progress(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -184,6 +184,9 @@ class Worker:
         from mlx_maple.cli import _memory, is_out_of_memory
 
         opened: dict[str, Any] = {n: images.open_image(path) for n, path in inputs.items()}
+        controls = [opened.pop(name) for name in sorted(opened) if name.startswith("control-")]
+        if controls:
+            opened["control_image"] = controls
         sd = self._model(model)
         self._look(None)
         drawing = sd.generate(**arguments, **opened)

@@ -113,6 +113,29 @@ def test_from_a_picture_of_the_history_and_a_mask(client, drawn, finished):
     assert before.crop((16, 16, 48, 48)).tobytes() != after.crop((16, 16, 48, 48)).tobytes()
 
 
+def test_what_the_pipeline_can_is_passed_on(client, finished):
+    job = finished(
+        submitted(client, hires_scale=2, hires_steps=1, tile="xy", guidance_rescale=0.5, steps=2)
+    )
+    assert job["state"] == "done", job["error"]
+    picture = job["pictures"][0]
+    assert (picture["width"], picture["height"]) == (128, 128)
+    assert {"hires_scale": 2.0, "tile": "xy", "guidance_rescale": 0.5}.items() <= (
+        picture["draw"].items()
+    )
+    assert client.post("/api/v1/jobs", json={**picture["draw"], "steps": 1}).status_code == 202
+
+
+def test_a_lora_by_its_name(client, tmp_path, monkeypatch):
+    folder = tmp_path / "Lora"
+    folder.mkdir()
+    (folder / "broken.safetensors").write_bytes(b"not a file of tensors")
+    monkeypatch.setenv("MAPLE_MODELS", str(tmp_path))
+    assert client.get("/api/v1/networks").json()["loras"] == [{"name": "broken"}]
+    answer = client.post("/api/v1/jobs", json={**QUICK, "loras": [{"name": "broken"}]})
+    assert answer.status_code == 202  # it is there; the worker will say what it is
+
+
 def test_a_running_job_is_cancelled_between_two_steps(client, finished):
     job = submitted(client, steps=200)
     wait_until(lambda: client.get(f"/api/v1/jobs/{job['id']}").json()["progress"])
@@ -217,6 +240,12 @@ def test_a_field_that_cannot_be_used_is_named(client, values, field):
         ({"model": "/etc/passwd"}, 404, "no model"),
         ({"model": "../tiny-model"}, 404, "no model"),
         ({"vae": "../../etc/passwd"}, 404, "no vae"),
+        ({"loras": [{"name": "/etc/passwd"}]}, 404, "no lora"),
+        ({"prompt": "a leaf <lora:../../etc/passwd:0.5>"}, 404, "no lora"),
+        ({"negative_prompt": "<lora:/etc/passwd>"}, 404, "no lora"),
+        ({"controls": [{"name": "/etc/passwd", "image": "aGVsbG8="}]}, 404, "no controlnet"),
+        ({"hires_scale": 2, "hires_upscaler": "/etc/passwd"}, 404, "no upscaler"),
+        ({"hires_scale": 4, "width": 2048, "height": 2048}, 422, "pixels"),
         ({"model": "sd15"}, 404, "maple models pull sd15"),
     ],
 )

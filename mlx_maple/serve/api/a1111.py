@@ -46,8 +46,6 @@ DEFAULT_OPTIONS: dict[str, Any] = {
 NOT_THERE = {
     "restore_faces": "face restoration",
     "script_name": "scripts",
-    "enable_hr": "the second, larger drawing (hires fix)",
-    "tiling": "tiling pictures",
 }
 
 
@@ -66,6 +64,7 @@ router = APIRouter(
     responses={
         code: {"model": ErrorAnswer, "description": text}
         for code, text in {
+            400: "no JSON, or no UTF-8",
             401: "no token, or a wrong one",
             404: "no such model, sampler, …",
             422: "cannot be used",
@@ -116,6 +115,10 @@ class Txt2Img(_Asked):
         },
     )
     enable_hr: bool | None = False
+    denoising_strength: float | None = Field(None, ge=0, le=1)
+    hr_scale: float | None = Field(2.0, ge=1, le=4)
+    hr_upscaler: str | None = Field(None, max_length=300)
+    hr_second_pass_steps: int | None = Field(0, ge=0, le=LIMITS.steps[1])
 
 
 class Img2Img(_Asked):
@@ -153,7 +156,16 @@ class Progress(BaseModel):
 @router.post("/txt2img")
 async def txt2img(request: Request, asked: Txt2Img) -> Drawn:
     """Draw from a prompt."""
-    return await _draw(request, asked, {})
+    extra: dict[str, Any] = {}
+    if asked.enable_hr:
+        strength = asked.denoising_strength
+        extra = {
+            "hires_scale": asked.hr_scale,
+            "hires_strength": None if strength is None else max(0.01, strength),
+            "hires_steps": asked.hr_second_pass_steps or None,
+            "hires_upscaler": metadata.upscaler_word(asked.hr_upscaler or "Latent"),
+        }
+    return await _draw(request, asked, {}, **extra)
 
 
 @router.post("/img2img")
@@ -250,6 +262,7 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
         "noise": NOISE.get(str(options.get("randn_source")), "nvidia"),
         "clip_skip": options.get("CLIP_stop_at_last_layers") or None,
         "ensd": options.get("eta_noise_seed_delta") or None,
+        "tile": "xy" if asked.tiling else None,
         **extra,
     }
     if asked.subseed_strength:

@@ -136,14 +136,17 @@ async def model(
     return Model(id=entry.id)
 
 
-@router.post("/images/generations", response_model=Images)
+STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
+
+
+@router.post("/images/generations", response_model=Images, responses=STREAM)
 async def generations(request: Request, asked: Generation) -> Any:
     """Draw from a prompt."""
     draw = _draw(prompt=asked.prompt, model=asked.model, count=asked.n, size=asked.size)
     return await _answer(request, draw, asked, {}, "image_generation")
 
 
-@router.post("/images/edits", response_model=Images)
+@router.post("/images/edits", response_model=Images, responses=STREAM)
 async def edits(
     request: Request,
     prompt: Annotated[str, Form(min_length=1, max_length=LIMITS.prompt)],

@@ -13,6 +13,7 @@ from fastapi.responses import FileResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from mlx_maple import __version__, images, metadata
+from mlx_maple.adapters.lora import read_choices
 from mlx_maple.images import ImageError
 from mlx_maple.metadata import Settings
 from mlx_maple.serve import studio as insides
@@ -24,13 +25,17 @@ from mlx_maple.serve.store import Picture as StoredPicture
 from mlx_maple.serve.studio import ENDED, Studio, Unready
 from mlx_maple.serve.uploads import picture_bytes
 
-FEATURES = ["txt2img", "img2img", "inpaint", "previews", "variations"]
+FEATURES = [
+    *("txt2img", "img2img", "inpaint", "previews", "variations", "loras", "controlnet", "vae"),
+    *("hires", "tile", "windows", "prompt_weights"),
+]
 ZIP_BYTES = 1 << 30  # of pictures in one archive
 _RESIDENT = re.compile(r"VmRSS:\s+(\d+) kB")
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": schemas.ErrorAnswer, "description": text}
     for code, text in {
+        400: "no JSON, or no UTF-8",
         401: "no token, or a wrong one",
         403: "not from this server's own page",
         404: "there is no such thing",
@@ -38,6 +43,12 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         422: "cannot be used; `details` names the fields",
         429: "too many jobs wait; Retry-After says when to ask again",
     }.items()
+}
+# The same beside a stream of events, whose errors are JSON all the same.
+_ERROR_CONTENT = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
+EVENT_ERRORS: dict[int | str, dict[str, Any]] = {
+    code: {"description": row["description"], "content": _ERROR_CONTENT}
+    for code, row in ERRORS.items()
 }
 router = APIRouter(prefix="/api/v1", responses=ERRORS)
 
@@ -267,7 +278,12 @@ async def preview(request: Request, found: FoundJob) -> Response:
     )
 
 
-@router.get("/jobs/{job_id}/events", tags=["jobs"], response_class=EventSourceResponse)
+@router.get(
+    "/jobs/{job_id}/events",
+    tags=["jobs"],
+    response_class=EventSourceResponse,
+    responses=EVENT_ERRORS,
+)
 async def job_events(
     request: Request, found: FoundJob, client: Client = None
 ) -> AsyncIterator[ServerSentEvent]:
@@ -281,7 +297,7 @@ async def job_events(
             yield _event(studio, kind, found, me)
 
 
-@router.get("/events", tags=["jobs"], response_class=EventSourceResponse)
+@router.get("/events", tags=["jobs"], response_class=EventSourceResponse, responses=EVENT_ERRORS)
 async def events(request: Request, client: Client = None) -> AsyncIterator[ServerSentEvent]:
     """Every job as it goes: events `job` (a Job) and `preview`; does not end."""
     studio, me = studio_of(request), client_of(request, "v1")
@@ -470,6 +486,13 @@ def draw_again(settings: dict[str, Any]) -> dict[str, Any]:
         if name in draw and not low <= draw[name] <= high:
             del draw[name]
     draw.setdefault("prompt", "")
+    if isinstance(draw.get("loras"), str):
+        draw["loras"] = [
+            {"name": choice.name, "weight": choice.unet} for choice in read_choices(draw["loras"])
+        ]
+    if settings.get("control"):  # it takes the pictures again
+        for name in [name for name in draw if name.startswith("control")]:
+            del draw[name]
     if settings.get("model"):
         draw["model"] = settings["model"]
     for name in ("seed", "variation_seed"):
