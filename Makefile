@@ -12,13 +12,14 @@ BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
 EXTRA    = $(if $(filter metal,$(BACKEND)),,$(BACKEND))
 comma   := ,
 
-.PHONY: help demo gallery test breakage parity parity-full lint types format check wheel-check docs clean
+.PHONY: help demo gallery test breakage serve-check parity parity-full lint types format check wheel-check docs clean
 
 help:
 	@echo "make demo         set up, draw a picture with the model that ships here, print its path"
 	@echo "make gallery      draw the pictures of the README again"
 	@echo "make test         set up and run the tests (no network, no torch)"
 	@echo "make breakage     break one thing at a time and list the tests that fail"
+	@echo "make serve-check  call maple serve with other people's clients, attack it, kill it"
 	@echo "make parity       compare live with torch, diffusers, transformers and k-diffusion"
 	@echo "make parity-full  the same at true Stable Diffusion 1.4 size (12 GB of memory, minutes)"
 	@echo "make lint types   ruff and pyright, as pre-commit and CI run them"
@@ -34,6 +35,10 @@ $(VENV)/.run: pyproject.toml
 
 $(VENV)/.dev: $(VENV)/.run
 	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev]"
+	@touch $@
+
+$(VENV)/.serve-check: $(VENV)/.dev
+	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,serve-check]"
 	@touch $@
 
 # k-diffusion asks for wandb and torchvision, which its samplers do not use: --no-deps.
@@ -56,6 +61,10 @@ test: $(VENV)/.dev
 
 breakage: $(VENV)/.dev
 	$(BIN)/python tests/breakage.py
+
+serve-check: $(VENV)/.serve-check
+	cd tests/serve && ../../$(BIN)/python -m pytest -q check_clients.py check_attacks.py \
+	  check_kill.py check_openapi.py
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -q tests/parity -m "parity and not slow"
