@@ -1,0 +1,241 @@
+"""Drawing with SD 2.x, SDXL, its refiner and distilled models: what they are told, and by whom."""
+
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_maple
+from maple_convert import UnsupportedCheckpoint, convert
+from mlx_maple import metadata
+from mlx_maple.conditioning import Conditioning
+from mlx_maple.models import UNetConfig
+from mlx_maple.predictions import seen_prediction
+from mlx_maple.sizes import Sizes, read_pair, with_vector, zeroed
+
+sys.path.insert(0, str(Path(__file__).parent / "convert"))
+import families
+import tiny
+
+TOKENS = {"vocab_size": 49408, "eos_token_id": 49407}
+SMALL = {"width": 64, "height": 64, "steps": 2, "seed": 5}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A file of each family, made when it is asked for; with CLIP's whole vocabulary."""
+    folder = tmp_path_factory.mktemp("models")
+    plain = {name: dict(parts) for name, parts in families.FAMILIES.items()}
+    for parts in families.FAMILIES.values():
+        for name in parts:
+            if name.startswith("text_encoder"):
+                parts[name] = {**parts[name], **TOKENS}
+
+    def file(family: str) -> Path:
+        path = folder / f"{family}.safetensors"
+        if not path.exists():
+            tiny.save_safetensors(path, families.compvis(family, np.float16))
+        return path
+
+    yield file
+    families.FAMILIES.update(plain)
+
+
+@pytest.fixture(scope="module")
+def models(files):
+    loaded = {}
+
+    def model(family: str, **how):
+        key = family, *how.items()
+        if key not in loaded:
+            loaded[key] = mlx_maple.load(files(family), cache=False, **how)
+        return loaded[key]
+
+    return model
+
+
+# What SDXL is told -----------------------------------------------------------------------------
+
+
+def test_heights_come_first_in_what_the_network_is_told():
+    sizes = Sizes(original=(640, 480), crop=(16, 8), score=5, negative_score=2)
+    assert sizes.numbers((64, 32), "sdxl") == [480, 640, 8, 16, 32, 64]
+    assert sizes.numbers((64, 32), "sdxl-refiner") == [480, 640, 8, 16, 5]
+    assert sizes.numbers((64, 32), "sdxl-refiner", is_negative=True) == [480, 640, 8, 16, 2]
+    assert Sizes().numbers((64, 32), "sdxl") == [32, 64, 0, 0, 32, 64]
+
+
+def test_the_vector_is_the_pooled_text_then_each_number():
+    pooled = mx.arange(4, dtype=mx.float32)[None]
+    told = with_vector(Conditioning(context=mx.zeros((1, 2, 3)), pooled=pooled), [0, 1000], 4 + 16)
+    assert told.vector is not None and told.vector.shape == (1, 20)
+    vector = np.array(told.vector)[0]
+    assert np.array_equal(vector[:4], [0, 1, 2, 3])
+    assert np.array_equal(vector[4:12], [1, 1, 1, 1, 0, 0, 0, 0])  # cosines of 0, then sines
+    assert not np.allclose(vector[12:], vector[4:12])
+
+
+@pytest.mark.parametrize(
+    "value", ["64", "64x", "0x64", (64, 64, 64), (64.5, 64), (True, 64), "axb"]
+)
+def test_what_is_no_pair(value):
+    with pytest.raises(ValueError, match="original_size must be two whole numbers"):
+        read_pair("original_size", value, 1)
+
+
+@pytest.mark.parametrize("value", ["64x48", "64,48", " 64 X 48", (64, 48), [64, 48]])
+def test_pairs(value):
+    assert read_pair("original_size", value, 1) == (64, 48)
+
+
+def test_sizes_change_a_drawing_and_are_kept_with_it(models):
+    sd = models("sdxl")
+    own = sd("a leaf", **SMALL)
+    told = sd("a leaf", **SMALL, original_size="32x16", crop=(4, 2))
+    assert not np.array_equal(own.latents, told.latents)
+    same = sd("a leaf", **SMALL, original_size=(64, 64), crop="0,0", target_size=(64, 64))
+    assert np.array_equal(own.latents, same.latents)
+    read = metadata.from_json(metadata.to_json(told.settings[0])).settings
+    assert (read.original_size, read.crop, read.target_size) == ("32x16", "4,2", None)
+    assert np.array_equal(sd(**read.arguments()).latents, told.latents)
+
+
+def test_nothing_at_all_is_not_an_empty_text(models):
+    sd = models("sdxl")
+    empty, none = (sd("a leaf", **SMALL, negative_prompt=text) for text in ("", None))
+    assert not np.array_equal(empty.latents, none.latents)
+    read = metadata.from_json(metadata.to_json(none.settings[0])).settings
+    assert np.array_equal(sd(**read.arguments()).latents, none.latents)
+    nothing = zeroed(Conditioning(context=mx.ones((1, 2, 3)), pooled=mx.ones((1, 4))))
+    assert not np.array(nothing.context).any() and not np.array(nothing.pooled).any()
+
+
+def test_the_layer_before_the_last_is_sdxls_own(models):
+    sd = models("sdxl")
+    own = sd("a leaf", **SMALL)
+    assert own.settings[0].clip_skip == 2
+    assert np.array_equal(own.latents, sd("a leaf", **SMALL, clip_skip=2).latents)
+    assert not np.array_equal(own.latents, sd("a leaf", **SMALL, clip_skip=1).latents)
+
+
+def test_both_encoders_are_there_and_fill_up_differently(models):
+    sd = models("sdxl")
+    first, second = (each[0] for each in sd.text_encoders.tokenize("a leaf"))
+    assert first[:4] == second[:4] and first[-1] == 49407 and second[-1] == 0
+    assert sd.text_encoder_2(mx.array([second])).pooled.shape == (1, 40)
+    assert set(sd.info.components) == {"text_encoder", "text_encoder_2", "unet", "vae"}
+
+
+# Forms of a model --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sdxl-refiner"])
+def test_low_memory_draws_the_same(models, family):
+    whole = models(family)("a leaf", **SMALL)
+    parts = models(family, low_memory=True)("a leaf", **SMALL)
+    assert np.abs(whole.latents - parts.latents).max() < 1e-3
+    assert whole.settings == parts.settings
+
+
+def test_two_pictures_are_the_ones_drawn_alone(models):
+    both = models("sdxl")("a leaf", **SMALL, count=2)
+    second = models("sdxl")("a leaf", **{**SMALL, "seed": 6})
+    assert np.array_equal(both.latents[1:], second.latents)
+
+
+def test_the_autoencoder_computes_in_float32_where_half_precision_overflows(models):
+    parts = models("sdxl", dtype="float16").info.components
+    assert {name: part.dtype for name, part in parts.items()} == {
+        "text_encoder": "float16",
+        "text_encoder_2": "float16",
+        "unet": "float16",
+        "vae": "float32",
+    }
+    assert models("sd2", dtype="float16").info.components["vae"].dtype == "float16"
+
+
+def test_both_encoders_are_quantised(models):
+    parts = models("sdxl", quantize=8).info.components
+    assert [part.bits for part in parts.values()] == [8, 8, 8, None]
+
+
+def test_a_maple_folder_draws_the_same(files, models, tmp_path):
+    convert(files("sdxl-distilled"), tmp_path / "maple", digest=False)
+    own = models("sdxl-distilled")("a leaf", **SMALL)
+    again = mlx_maple.load(tmp_path / "maple")("a leaf", **SMALL)
+    assert np.array_equal(own.latents, again.latents)
+
+
+# What SD 2.x predicts ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("share, prediction", [(1.0, "epsilon"), (0.07, "v_prediction")])
+def test_a_network_that_repeats_noise_predicts_it(share, prediction):
+    """A velocity at the last timestep is 0.068 of the noise and the rest of the picture."""
+    picture = mx.random.normal((1, 16, 16, 4), key=mx.random.key(1))
+
+    def unet(latents, timesteps, context):
+        assert timesteps.item() == 999 and context.shape == (1, 77, 768)
+        return share * latents + (1 - share) * picture
+
+    assert seen_prediction(unet, UNetConfig())[0] == prediction
+
+
+def test_what_the_files_do_not_say_is_seen_and_said(files, models):
+    sd = models("sd2")
+    assert sd.info.prediction == "v_prediction"
+    assert any("what the UNet predicts" in note for note in sd.info.notes)
+    said = models("sd2", prediction="epsilon")
+    assert said.info.prediction == "epsilon"
+    assert not any("what the UNet predicts" in note for note in said.info.notes)
+    with pytest.raises(ValueError, match="prediction must be epsilon or v_prediction"):
+        mlx_maple.load(files("sd2"), cache=False, prediction="noise")
+
+
+def test_a_folder_leaves_open_what_its_file_did(files, tmp_path):
+    convert(files("sd2"), tmp_path / "open", digest=False)
+    convert(files("sd2"), tmp_path / "said", digest=False, config={"prediction": "epsilon"})
+    assert mlx_maple.load(tmp_path / "open").info.prediction == "v_prediction"
+    assert mlx_maple.load(tmp_path / "said").info.prediction == "epsilon"
+
+
+# The refiner -----------------------------------------------------------------------------------
+
+
+def test_a_refiner_draws_the_last_part(models):
+    sd, refiner = models("sdxl"), models("sdxl-refiner")
+    steps = {**SMALL, "steps": 5, "sampler": "ddim", "schedule": "leading"}
+    alone = sd("a leaf", **steps)
+    never = sd("a leaf", **steps, refiner=refiner, refiner_start=1)
+    assert np.array_equal(alone.latents, never.latents)
+    half = sd("a leaf", **steps, refiner=refiner, refiner_start=0.5)
+    assert not np.array_equal(alone.latents, half.latents)
+    all_of_it = sd("a leaf", **steps, refiner=refiner, refiner_start=0)
+    assert np.array_equal(all_of_it.latents, refiner("a leaf", **steps).latents)
+    assert (half.settings[0].refiner, half.settings[0].refiner_start) == ("sdxl-refiner", 0.5)
+    recipe = metadata.from_json(metadata.to_json(half.settings[0]))
+    assert any("was refined by sdxl-refiner from 0.5 on" in note for note in recipe.notes)
+    assert "refiner" not in recipe.settings.arguments()
+
+
+def test_a_refiner_sees_its_score(models):
+    sd, refiner = models("sdxl"), models("sdxl-refiner")
+    drawn = [
+        sd("a leaf", **SMALL, refiner=refiner, refiner_start=0.1, **score).latents
+        for score in ({}, {"aesthetic_score": 2.0}, {"negative_aesthetic_score": 6.0})
+    ]
+    assert not np.array_equal(drawn[0], drawn[1]) and not np.array_equal(drawn[0], drawn[2])
+
+
+def test_a_model_that_cannot_go_on(models):
+    with pytest.raises(ValueError, match="the refiner predicts v_prediction"):
+        models("sdxl")("a leaf", **SMALL, refiner=models("sd2"))
+
+
+def test_a_model_that_lacks_a_network(tmp_path):
+    state = families.compvis("sdxl-refiner", np.float16)
+    state = {k: v for k, v in state.items() if not k.startswith("conditioner.")}
+    with pytest.raises(UnsupportedCheckpoint, match="no text_encoder_2"):
+        mlx_maple.load(tiny.save_safetensors(tmp_path / "x.safetensors", state), cache=False)
