@@ -63,8 +63,7 @@ breakage: $(VENV)/.dev
 	$(BIN)/python tests/breakage.py
 
 serve-check: $(VENV)/.serve-check
-	cd tests/serve && ../../$(BIN)/python -m pytest -q check_clients.py check_attacks.py \
-	  check_kill.py check_openapi.py
+	$(BIN)/python -m pytest -q tests/serve/check_*.py
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -q tests/parity -m "parity and not slow"
