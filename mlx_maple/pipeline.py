@@ -70,7 +70,7 @@ from mlx_maple.sampling.noise import (
 from mlx_maple.sampling.schedule import SigmaGrid
 from mlx_maple.sampling.windows import windowed
 from mlx_maple.sizes import Sizes, read_pair, with_vector, zeroed
-from mlx_maple.text.language import SYNTAXES, Prompt, read_prompt
+from mlx_maple.text.language import SYNTAXES, Prompt, left_out, read_prompt
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
@@ -765,6 +765,7 @@ class StableDiffusion:
         if picture is not None:
             picture = images.fitted(picture, width, height, fit)
         read = self._read(settings)
+        notes += left_out(read["prompt"], read["negative"])
         chosen = self._loras(loras, read["prompt"])
         if chosen is not None:
             settings = replace(settings, loras=chosen.said or None)

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -225,8 +225,8 @@ def run(args: argparse.Namespace) -> int:
     written = None
     if args.from_image is not None:
         recipe = images.read_settings(args.from_image)
-        written = recipe.settings
-        for note in recipe.notes:
+        written, missing = _drawable(recipe.settings)
+        for note in [*recipe.notes, *missing]:
             _note(note, session, screen)
     requests = _requests(args, written)
     if args.save_latents is not None:
@@ -285,6 +285,25 @@ def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Req
     if args.prompt is None:
         raise Failure(USAGE, "give a PROMPT, --prompts FILE or --from-image IMAGE")
     return [_Request(args.prompt, given)]
+
+
+def _drawable(written: "Settings") -> tuple["Settings", list[str]]:
+    """A picture's settings less the LoRAs in its prompt that are not here, and notes on those."""
+    from maple_convert.errors import one_line
+    from mlx_maple import model_folders
+    from mlx_maple.text.language import without_tags
+
+    def is_missing(tag: Any) -> bool:
+        return tag.kind == "lora" and model_folders.find("lora", tag.name) is None
+
+    try:
+        prompt, tags = without_tags(written.prompt, is_missing)
+    except ValueError:  # no tag that can be read: drawing will say so
+        return written, []
+    where = f"which is not in ${model_folders.VARIABLE}"
+    names = [one_line(tag.name, 80) for tag in tags]
+    notes = [f"was drawn with the LoRA {name}, {where}: left out" for name in names]
+    return (replace(written, prompt=prompt) if tags else written), notes
 
 
 def _lines(path: str, given: Mapping[str, Any]) -> list[_Request]:

@@ -11,7 +11,7 @@ Differs  "prompt :1.2" has that weight beside an AND only: alone it would make "
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mlx_maple.text.editing import Phase, phases
@@ -86,14 +86,45 @@ def read_prompt(
     return Prompt([Part(weight, phases(s, steps, first_steps)) for weight, s in weighed], tags)
 
 
-def without_tags(text: str) -> tuple[str, list[Tag]]:
-    """The prompt less its tags, and the tags.
+def without_tags(
+    text: str, which: Callable[[Tag], bool] = lambda tag: True
+) -> tuple[str, list[Tag]]:
+    """The prompt less its tags, and those tags.
+
+    Args:
+        text: as it was written.
+        which: says of each tag whether it is meant; all are if not said.
 
     Raises:
         ValueError: for a weight that is no number.
     """
-    tags = [_tag(match[1].lower(), match[2]) for match in _TAG.finditer(text)]
-    return _TAG.sub("", text) if tags else text, tags
+    taken: list[Tag] = []
+
+    def take(match: re.Match[str]) -> str:
+        tag = _tag(match[1].lower(), match[2])
+        if not which(tag):
+            return match[0]
+        taken.append(tag)
+        return ""
+
+    return _TAG.sub(take, text), taken
+
+
+def left_out(prompt: Prompt, negative: Prompt | None) -> list[str]:
+    """A note for each tag that changes nothing, safe to print in one line."""
+    notes = [
+        f"<{tag.kind}:{_printable(tag.name)}> is left out: there are only LoRAs here"
+        for tag in prompt.tags
+        if tag.kind != "lora"
+    ]
+    for tag in () if negative is None else negative.tags:
+        name = f"<{tag.kind}:{_printable(tag.name)}>"
+        notes.append(f"{name} is left out of the negative prompt: it belongs into the prompt")
+    return notes
+
+
+def _printable(name: str) -> str:
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name[:80])
 
 
 def _tag(kind: str, inside: str) -> Tag:

@@ -130,9 +130,9 @@ def test_what_cannot_be_brought_back_is_said(draw):
     info.add_text("parameters", text + "Size: 64x64, Model hash: 0123456789, Model: other")
     image.save("theirs.png", pnginfo=info)
     code, out, err = draw("--from-image", "theirs.png", small=False)
-    assert code == 0 and out == "a-leaf-5.png\n"
+    assert code == 0 and out == "a-leaf-5.png\n", err
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
-    assert any("lora fox" in note for note in notes)
+    assert any("the LoRA fox, which is not in $MAPLE_MODELS: left out" in note for note in notes)
     assert any("torchsde" in note for note in notes)
     assert any("was drawn with the model other 0123456789" in note for note in notes)
 

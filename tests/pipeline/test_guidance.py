@@ -211,3 +211,14 @@ def test_windows_in_a_drawing(sd):
             sd("a", **{"window": 64, **wrong})
     with pytest.raises(ValueError, match="neither a ControlNet nor tile"):
         sd("a", window=64, tile="x")
+
+
+def test_tags_that_change_nothing_are_told(sd, leaf):
+    result = sd("a leaf<hypernet:x:1>", negative_prompt="<lora:y:1>", **SMALL)
+    assert np.array_equal(result.latents, leaf)
+    assert result.notes == [
+        "<hypernet:x> is left out: there are only LoRAs here",
+        "<lora:y> is left out of the negative prompt: it belongs into the prompt",
+    ]
+    with pytest.raises(ValueError, match="takes no LoRAs"):
+        sd("a leaf <lora:x:1>", **SMALL)

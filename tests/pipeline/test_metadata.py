@@ -293,12 +293,12 @@ def test_the_size_of_the_first_drawing(pairs, size):
     assert [note for note in recipe.notes if "hires fix" in note]
 
 
-def test_network_tags_are_said_and_are_no_text():
+def test_network_tags_stay_in_the_prompt():
     recipe = from_parameters(
         block("Steps: 20, Sampler: Euler, Seed: 1", prompt="a cat <lora:foo:0.8>, <hypernet:bar>x")
     )
-    assert recipe.settings.prompt == "a cat , x"
-    assert "was drawn with lora foo, hypernet bar" in recipe.notes
+    assert recipe.settings.prompt == "a cat <lora:foo:0.8>, <hypernet:bar>x"
+    assert not any("foo" in note for note in recipe.notes)
 
 
 def test_our_own_block_is_taken_at_its_word():
