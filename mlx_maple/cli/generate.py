@@ -41,6 +41,8 @@ OPTIONS = (
     *("guidance_rescale", "guidance_start", "guidance_end", "tile", "window", "window_overlap"),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
+    *("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score"),
+    "refiner_start",
 )
 PREVIEW_SECONDS = 0.25  # between two previews
 MOST_PROMPTS = 1 << 24  # characters of a file of prompts
@@ -83,6 +85,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
     add("--ema", action="store_true", help="use the EMA copy of the UNet's weights")
+    add(
+        "--prediction",
+        choices=("epsilon", "v_prediction"),
+        help="what the UNet predicts, where its files do not say it rightly",
+    )
     add("--no-cache", action="store_true", help="keep no converted twin of a raw checkpoint")
 
     add = parser.add_argument_group("the picture").add_argument
@@ -123,6 +130,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="WHAT",
         help="what enlarges the first: latent, lanczos, or an ESRGAN's file or name",
     )
+
+    add = parser.add_argument_group("what SDXL takes").add_argument
+    add("--refiner", metavar="MODEL", help="a model that draws the last part, such as its refiner")
+    add("--refiner-start", type=float, metavar="F", help="share of the way from which; 0.8")
+    add("--no-negative", action="store_true", help="avoid nothing at all, not even an empty text")
+    add("--original-size", metavar="WxH", help="of the picture that this is said to be cut from")
+    add("--crop", metavar="X,Y", help="pixels said to be cut off at the left and at the top")
+    add("--target-size", metavar="WxH", help="that the picture is said to have")
+    add("--aesthetic-score", type=float, metavar="F", help="that the refiner is told; 6")
+    add("--negative-aesthetic-score", type=float, metavar="F", help="of what is avoided; 2.5")
 
     add = parser.add_argument_group("from a picture").add_argument
     add("--image", metavar="IMAGE", help="start from this picture")
@@ -240,6 +257,10 @@ def run(args: argparse.Namespace) -> int:
         _open_pictures(request)
     try:
         sd = _load(args, written, session, screen)
+        if args.refiner is not None:
+            refiner = _load_refiner(args, sd, session, screen)
+            for request in requests:
+                request.arguments["refiner"] = refiner
         for number, request in enumerate(requests, 1):
             label = "drawing" if len(requests) == 1 else f"drawing {number}/{len(requests)}"
             result = _draw(sd, request, outputs, args, session, screen, label)
@@ -270,6 +291,10 @@ def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Req
         for name in OPTIONS
         if (value := getattr(args, name)) is not None
     }
+    if args.no_negative:
+        if args.negative is not None:
+            raise Failure(USAGE, "--no-negative does not go with --negative")
+        given["negative_prompt"] = None
     _check(_Request("", given))
     if args.latents is not None:
         given = {**_latents(Path(args.latents), given), **given}
@@ -408,6 +433,31 @@ def _latents(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
 # Drawing ----------------------------------------------------------------------------------------
 
 
+def _load_refiner(
+    args: argparse.Namespace, sd: "StableDiffusion", session: _Session, screen: Screen
+) -> "StableDiffusion":
+    """The model that draws the last part, in the form that the first one is in."""
+    from mlx_maple import loading
+
+    def progress(done: int, total: int, label: str) -> None:
+        screen.progress(label, done, total, f"{_terminal.size(done)} of {_terminal.size(total)}")
+
+    started = time.perf_counter()
+    refiner = loading.load(
+        args.refiner,
+        dtype=sd.info.components["unet"].dtype,
+        quantize=args.quantize,
+        low_memory=args.low_memory,
+        cache=not args.no_cache,
+        progress=progress,
+    )
+    session.timings["load"] += time.perf_counter() - started
+    screen.clear()
+    for note in refiner.info.notes:
+        _note(note, session, screen)
+    return refiner
+
+
 def _load(
     args: argparse.Namespace, written: "Settings | None", session: _Session, screen: Screen
 ) -> "StableDiffusion":
@@ -443,6 +493,7 @@ def _load(
             embeddings=args.embedding or (),
             variant=args.variant,
             ema=args.ema,
+            prediction=args.prediction,
             cache=not args.no_cache,
             progress=progress,
         )
