@@ -18,8 +18,22 @@ export const AXES = [
   { id: "prompt", label: "Words in the prompt", kind: "replace", hint: "red, green, blue" },
   { id: "model", label: "Model", kind: "word", hint: "names of models" },
   { id: "vae", label: "Autoencoder", kind: "word", hint: "names of autoencoders" },
-  { id: "strength", label: "Strength of change", kind: "number", hint: "0.3-0.9 (+0.2)", low: 0, high: 1 },
-  { id: "variation_strength", label: "Variation", kind: "number", hint: "0-0.4 (+0.1)", low: 0, high: 1 },
+  {
+    id: "strength",
+    label: "Strength of change",
+    kind: "number",
+    hint: "0.3-0.9 (+0.2)",
+    low: 0,
+    high: 1,
+  },
+  {
+    id: "variation_strength",
+    label: "Variation",
+    kind: "number",
+    hint: "0-0.4 (+0.1)",
+    low: 0,
+    high: 1,
+  },
   { id: "lora", label: "Weight of the first LoRA", kind: "number", hint: "0-1 (+0.25)" },
   { id: "clip_skip", label: "Clip skip", kind: "whole", hint: "1, 2", low: 1 },
   { id: "width", label: "Width", kind: "whole", hint: "64, 128", low: 64 },
@@ -87,14 +101,18 @@ function numbersOf(item) {
   const [first, last] = [Number(range[1]), Number(range[2])];
   if (range[4] !== undefined) {
     const count = Number(range[4]);
-    if (count < 1 || count > MOST_VALUES) throw new GridError(`"${item}": 1 to ${MOST_VALUES} values`);
+    if (count < 1 || count > MOST_VALUES)
+      throw new GridError(`"${item}": 1 to ${MOST_VALUES} values`);
     if (count === 1) return [written(first)];
-    return Array.from({ length: count }, (_, i) => written(first + ((last - first) * i) / (count - 1)));
+    return Array.from({ length: count }, (_, i) =>
+      written(first + ((last - first) * i) / (count - 1)),
+    );
   }
   const step = range[3] ? Number(range[3].replace(/\s/g, "")) : Math.sign(last - first) || 1;
   if (!step || (last - first) * step < 0) throw new GridError(`"${item}" leads nowhere`);
   const count = Math.floor((last - first) / step + 1e-9) + 1;
-  if (count > MOST_VALUES) throw new GridError(`"${item}": ${count} values, ${MOST_VALUES} at most`);
+  if (count > MOST_VALUES)
+    throw new GridError(`"${item}": ${count} values, ${MOST_VALUES} at most`);
   return Array.from({ length: count }, (_, i) => written(first + step * i));
 }
 
@@ -114,9 +132,12 @@ function check(axis, value) {
   if (axis.kind === "word" || axis.kind === "replace") return;
   const whole = /^-?\d+$/.test(value);
   if (axis.kind === "seed" ? !whole : !/^-?\d+(\.\d+)?$/.test(value)) {
-    throw new GridError(`${axis.label}: "${value}" is no ${axis.kind === "seed" ? "seed" : "number"}`);
+    throw new GridError(
+      `${axis.label}: "${value}" is no ${axis.kind === "seed" ? "seed" : "number"}`,
+    );
   }
-  if (axis.kind === "whole" && !whole) throw new GridError(`${axis.label}: "${value}" is not whole`);
+  if (axis.kind === "whole" && !whole)
+    throw new GridError(`${axis.label}: "${value}" is not whole`);
   const number = Number(value);
   if (number < (axis.low ?? -Infinity) || number > (axis.high ?? Infinity)) {
     throw new GridError(`${axis.label}: ${value} is out of range`);

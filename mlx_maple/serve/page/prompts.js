@@ -270,7 +270,9 @@ function linesOf(name, lists, depth) {
  */
 function* combined(parts, lists, depth) {
   /** @type {(string | {name: string} | Choice)[]} */
-  const flat = parts.flatMap((part) => (typeof part === "string" ? pieces(part) : [part]));
+  const flat = /** @type {any[]} */ (parts).flatMap((part) =>
+    typeof part === "string" ? pieces(part) : [part],
+  );
   yield* rest(0, "");
 
   /**

@@ -1,10 +1,17 @@
 // Run by `node --test tests/serve/page/`.
 import assert from "node:assert/strict";
 import test from "node:test";
-import { axisOf, cells, GridError, splitList, valuesOf } from "../../../mlx_maple/serve/page/grid.js";
+import {
+  axisOf,
+  cells,
+  GridError,
+  splitList,
+  valuesOf,
+} from "../../../mlx_maple/serve/page/grid.js";
 
 const values = (id, text) => valuesOf(axisOf(id), text);
-const refused = (run, pattern) => assert.throws(run, (e) => e instanceof GridError && pattern.test(e.message));
+const refused = (run, pattern) =>
+  assert.throws(run, (e) => e instanceof GridError && pattern.test(e.message));
 
 test("lists and ranges, as A1111 writes them", () => {
   assert.deepEqual(values("steps", "4, 8,16"), ["4", "8", "16"]);
@@ -42,8 +49,14 @@ test("a drawing for each pair, row by row", () => {
   assert.deepEqual(
     rows.map((row) => row.map((d) => [d.prompt, d.steps, d.count, d.seed])),
     [
-      [["a red leaf", 2, 1, "7"], ["a blue leaf", 2, 1, "7"]],
-      [["a red leaf", 4, 1, "7"], ["a blue leaf", 4, 1, "7"]],
+      [
+        ["a red leaf", 2, 1, "7"],
+        ["a blue leaf", 2, 1, "7"],
+      ],
+      [
+        ["a red leaf", 4, 1, "7"],
+        ["a blue leaf", 4, 1, "7"],
+      ],
     ],
   );
   assert.equal(cells({ prompt: "x" }, y, null).length, 1);
@@ -59,11 +72,17 @@ test("$ in a replacement is a dollar", () => {
 test("a schedule on the other axis outlives the sampler's change", () => {
   const sampler = { axis: axisOf("sampler"), values: ["euler"] };
   const schedule = { axis: axisOf("schedule"), values: ["karras"] };
-  for (const [x, y] of [[sampler, schedule], [schedule, sampler]]) {
+  for (const [x, y] of [
+    [sampler, schedule],
+    [schedule, sampler],
+  ]) {
     const [[draw]] = cells({ prompt: "x", schedule: "leading" }, x, y);
     assert.deepEqual([draw.sampler, draw.schedule], ["euler", "karras"]);
   }
-  assert.equal(cells({ prompt: "x", schedule: "leading" }, sampler, null)[0][0].schedule, undefined);
+  assert.equal(
+    cells({ prompt: "x", schedule: "leading" }, sampler, null)[0][0].schedule,
+    undefined,
+  );
 });
 
 test("the weight of a LoRA", () => {

@@ -1,14 +1,28 @@
 // Run by `node --test tests/serve/page/`.
 import assert from "node:assert/strict";
 import test from "node:test";
-import { expand, expandAll, isDynamic, linesIn, namesIn, PromptError } from "../../../mlx_maple/serve/page/prompts.js";
+import {
+  expand,
+  expandAll,
+  isDynamic,
+  linesIn,
+  namesIn,
+  PromptError,
+} from "../../../mlx_maple/serve/page/prompts.js";
 import { isSeed, seedAfter, seededRandom } from "../../../mlx_maple/serve/page/seeds.js";
 
 const first = () => 0;
 const last = () => 0.999999;
 
 test("a text without choices stays as it is, spaces and brackets too", () => {
-  for (const text of ["a red  leaf, (big:1.2) [a|b]", "", "a { b", "} x", "snake_case __ x", "5__"]) {
+  for (const text of [
+    "a red  leaf, (big:1.2) [a|b]",
+    "",
+    "a { b",
+    "} x",
+    "snake_case __ x",
+    "5__",
+  ]) {
     assert.equal(isDynamic(text), false, text);
     assert.equal(expand(text, {}, first), text);
   }
@@ -37,7 +51,7 @@ test("weights and counts", () => {
 });
 
 test("lists give lines, which may have choices in them", () => {
-  const lists = { animal: ["cat", "{big|small} dog"], "my_list": ["x"] };
+  const lists = { animal: ["cat", "{big|small} dog"], my_list: ["x"] };
   assert.equal(expand("a __animal__", lists, first), "a cat");
   assert.equal(expand("a __animal__", lists, last), "a small dog");
   assert.equal(expand("{__animal__|fish}", lists, first), "cat");
@@ -48,7 +62,10 @@ test("lists give lines, which may have choices in them", () => {
 
 test("what cannot be expanded says why", () => {
   const says = (text, lists, pattern) =>
-    assert.throws(() => expand(text, lists, first), (e) => e instanceof PromptError && pattern.test(e.message));
+    assert.throws(
+      () => expand(text, lists, first),
+      (e) => e instanceof PromptError && pattern.test(e.message),
+    );
   says("__none__", {}, /no list "none"/);
   says("__toString__", {}, /no list/);
   says("__e__", { e: [] }, /empty/);
@@ -65,9 +82,12 @@ test("every combination, each once and not more than asked for", () => {
 });
 
 test("the same seed chooses the same words", () => {
-  const draw = (seed) => Array.from({ length: 8 }, () => expand("{a|b|c|d}", {}, seededRandom(seed)));
+  const draw = (seed) =>
+    Array.from({ length: 8 }, () => expand("{a|b|c|d}", {}, seededRandom(seed)));
   assert.deepEqual(draw("7"), draw("7"));
-  const seen = new Set(Array.from({ length: 40 }, (_, i) => expand("{a|b|c|d}", {}, seededRandom(String(i)))));
+  const seen = new Set(
+    Array.from({ length: 40 }, (_, i) => expand("{a|b|c|d}", {}, seededRandom(String(i)))),
+  );
   assert.equal(seen.size, 4);
 });
 
@@ -75,5 +95,6 @@ test("seeds of 64 bits", () => {
   assert.equal(seedAfter("18446744073709551615", 1), "0");
   assert.equal(seedAfter("9007199254740993", 1), "9007199254740994");
   for (const good of ["0", "-1", "18446744073709551615"]) assert.ok(isSeed(good), good);
-  for (const bad of ["", "1.5", "x", "18446744073709551616", "-9223372036854775809", "1e3"]) assert.ok(!isSeed(bad), bad);
+  for (const bad of ["", "1.5", "x", "18446744073709551616", "-9223372036854775809", "1e3"])
+    assert.ok(!isSeed(bad), bad);
 });
