@@ -41,10 +41,11 @@ $(VENV)/.serve-check: $(VENV)/.dev
 	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,serve-check]"
 	@touch $@
 
-# k-diffusion asks for wandb and torchvision, which its samplers do not use: --no-deps.
+# k-diffusion asks for wandb and torchvision, which its samplers do not use, lycoris-lora for a
+# trainer's tools: --no-deps.
 $(VENV)/.parity: $(VENV)/.dev
 	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,parity]"
-	$(PIP) install --quiet --no-deps k-diffusion==0.1.1.post1
+	$(PIP) install --quiet --no-deps k-diffusion==0.1.1.post1 lycoris-lora==4.1.3
 	@touch $@
 
 # Four unguided steps of lcm draw it (see training/README.md): seconds on two slow cores, also without OpenBLAS.

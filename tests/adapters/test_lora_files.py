@@ -192,6 +192,20 @@ def test_pefts_settings_lie_in_metadata_or_beside_the_file(saved, tmp_path):
     assert np.allclose(made, 8 / 2 * difference("unet", native), atol=1e-4)
 
 
+@pytest.mark.parametrize("ending", ["", ".weight", ".default.weight"])
+def test_pefts_lengths_are_doras(saved, ending):
+    native = "mid_block.resnets.0.conv1"
+    name, shape = names("unet", "diffusers")[native]
+    down, up = factors("unet", native)
+    lengths = np.linspace(1, 2, shape[0], dtype=np.float32)
+    start = f"unet.{name}"
+    tensors = {f"{start}.lora_A.weight": down, f"{start}.lora_B.weight": up}
+    told = {f"{start}.lora_magnitude_vector{ending}": lengths.reshape(1, -1, 1, 1)}
+    made = open_lora(saved({**tensors, **told}), CONFIGS).updates["unet"][f"{native}.weight"]
+    after = made.changed(np.ones((shape[0], 3, 3, shape[1]), np.float32), 1.0)
+    assert np.allclose(np.sqrt((after**2).sum((1, 2, 3))), lengths, atol=1e-5)
+
+
 # What does not fit ----------------------------------------------------------------------------
 
 
