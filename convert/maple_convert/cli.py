@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from maple_convert.errors import ConvertError, one_line
+from maple_convert.layouts.diffusers_config import UNKNOWN
 from maple_convert.quantized import Quantizer
 
 FAULT, USAGE, NO_MEMORY, CANCELLED = 1, 2, 4, 130
@@ -166,7 +167,7 @@ def describe(found: Mapping[str, Any]) -> list[str]:
         f"  container    {found['container']}",
         f"  family       {found['title']} ({found['family']})",
         f"  layout       {found['layout']}",
-        f"  prediction   {found['prediction']}",
+        f"  prediction   {_prediction(found['prediction'])}",
     ]
     if found["in_channels"] is not None:
         lines.append(f"  in channels  {found['in_channels']}")
@@ -181,10 +182,10 @@ def describe(found: Mapping[str, Any]) -> list[str]:
             for dtype, n in part["dtypes"].items()
         )
         lines.append(
-            f"  {name:<12} {_count(part['parameters'])} in {part['tensors']} tensors, "
+            f"  {name:<14} {_count(part['parameters'])} in {part['tensors']} tensors, "
             f"{_size(part['bytes'])}, {types}"
         )
-        lines.append(f"  {'':<12} {_settings(part['config'])}")
+        lines.append(f"  {'':<14} {_settings(part['config'])}")
     lines += ["", "evidence", *(f"  {one_line(line)}" for line in found["evidence"])]
     if found["dropped"]:
         lines += ["", "left out"]
@@ -201,6 +202,10 @@ def describe(found: Mapping[str, Any]) -> list[str]:
             for key, key_ in keys.items()
         ]
     return lines
+
+
+def _prediction(found: str) -> str:
+    return found if found != UNKNOWN else "not said: `maple generate` looks at what the UNet does"
 
 
 def _schedule(found: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ What a bare file cannot say is settled by the rules of its family and said in th
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -42,7 +42,7 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
     for section in sections:
         name, spelling = section.component, section.spelling
         whole[name] = LAYOUTS[name].infer(section.view, spelling)
-        configs[name] = complete(name, _used(section, whole[name]), spelling, family)
+        configs[name] = complete(name, _used(section, whole[name], family), spelling, family)
     has_ema = files.holds_ema(tensors)
     if ema and not (has_ema and "unet" in configs):
         raise UnsupportedCheckpoint(path, "holds no EMA copy of the UNet (model_ema.*)")
@@ -91,7 +91,7 @@ def complete(
             rules["scaling_factor"] = diffusers_config.SDXL_SCALING_FACTOR
             rules["force_upcast"] = True
     elif component in detect.TEXT_ENCODERS:
-        is_open = spelling == "openclip"
+        is_open = _is_openclip(component, spelling, family)
         rules = {
             "num_attention_heads": max(found["hidden_size"] // diffusers_config.HEAD_WIDTH, 1),
             "hidden_act": "gelu" if is_open else "quick_gelu",
@@ -102,13 +102,19 @@ def complete(
     return {**found, **rules}
 
 
-def _used(section: Section, found: dict[str, Any]) -> dict[str, Any]:
+def _is_openclip(component: str, spelling: str, family: str) -> bool:
+    """Whether a text encoder is OpenCLIP's, which GGUF files give transformers' names."""
+    return spelling == "openclip" or component == "text_encoder_2" or family.startswith("sd2")
+
+
+def _used(section: Section, found: dict[str, Any], family: str) -> dict[str, Any]:
     """What of a component is used: SD 2.x's files hold the whole of OpenCLIP's text model.
 
     The UNet was trained on the states before the last layer, so that this layer and the projection
     behind it are never computed. Folders of diffusers, and what is made from them, lack both.
     """
-    if section.component != "text_encoder" or section.spelling != "openclip":
+    name = section.component
+    if name != "text_encoder" or not _is_openclip(name, section.spelling, family):
         return found
     layers: int = found["num_hidden_layers"]
     is_whole = found["projection_dim"] is not None or layers == OPEN_CLIP_H_LAYERS
@@ -119,7 +125,7 @@ def _used(section: Section, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-_COMPVIS_SPELLINGS = ("compvis", "openclip", "upstream", "upstream_from_0")
+_COMPVIS_SPELLINGS = ("compvis", "openclip", "sdcpp", "upstream", "upstream_from_0")
 _COMPVIS_PREFIXES = ("model.", "first_stage_model.", "cond_stage_model.", "conditioner.")
 
 
@@ -219,19 +225,19 @@ def _read_schedule(model: SourceModel, checkpoint: Checkpoint) -> None:
 
 def _note_rules(model: SourceModel) -> None:
     """Say what the file leaves open and how it was settled."""
-    components = model.components
-    for name in ("unet", "controlnet"):
-        if name in components:
-            title = LAYOUTS[name].title
-            model.notes.append(
-                f"The file cannot say the {title}'s heads: {SD1_HEADS}, as in SD 1.x."
-            )
-    if "text_encoder" in components:
-        heads = components["text_encoder"].config["num_attention_heads"]
-        width = diffusers_config.HEAD_WIDTH
-        model.notes.append(
-            f"The file cannot say the text encoder's heads: {heads}, one for {width} channels."
-        )
+    components, width = model.components, diffusers_config.HEAD_WIDTH
+    for name in ("unet", "controlnet", *detect.TEXT_ENCODERS):
+        if name not in components:
+            continue
+        part, title = components[name], LAYOUTS[name].title
+        heads = part.config["num_attention_heads"]
+        rule = f"{heads}, one for {width} channels"
+        if isinstance(heads, list):
+            shown = ", ".join(str(n) for n in cast("list[int]", heads))
+            rule = f"{shown}, one for {width} channels"
+            rule = rule if part.has_linear_doors else f"{SD1_HEADS}, as in SD 1.x"
+        title = "text encoder" if name == "text_encoder" else title
+        model.notes.append(f"The file cannot say the {title}'s heads: {rule}.")
     if set(components) == {"vae"}:
         model.notes.append(
             "An autoencoder alone does not say its scaling factor: 0.18215, as in SD 1.x "
