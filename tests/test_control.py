@@ -36,8 +36,7 @@ def test_a_taesd_stands_in_for_the_autoencoder(low_memory):
 
 def control_file(path, **changes):
     """A ControlNet for the tiny model, its zero convolutions not zero."""
-    settings = {k: v for k, v in tiny_model.CONFIGS["unet"].items() if k != "out_channels"}
-    settings |= {"hint_channels": 3, "hint_widths": [4, 6, 8, 10], **changes}
+    settings = {**tiny_model.CONFIGS["controlnet"], **changes}
     random = np.random.default_rng(3)
     save_file(
         {

@@ -55,6 +55,11 @@ CONFIGS = {
     },
     "taesd": {"latent_channels": 4, "width": 8},
 }
+CONFIGS["controlnet"] = {
+    **{key: value for key, value in CONFIGS["unet"].items() if key != "out_channels"},
+    "hint_channels": 3,
+    "hint_widths": [4, 6, 8, 10],
+}
 PREFIXES = {
     "text_encoder": ("transformers", "cond_stage_model.transformer."),
     "unet": ("compvis", "model.diffusion_model."),
@@ -95,6 +100,8 @@ def folder() -> Path:
     save_file(state, made / "model.safetensors")
     save_file(weights("vae", "diffusers"), made / "vae.safetensors")
     save_file(weights("taesd", "diffusers"), made / "taesd.safetensors")
+    control = weights("controlnet", "compvis", "control_model.")
+    save_file(control, made / "control.safetensors")
     ramp = np.linspace(0, 255, 128, dtype=np.uint8)
     photo = np.stack(
         [np.tile(ramp, (128, 1)), np.tile(ramp[:, None], (1, 128)), np.full((128, 128), 90)], -1

@@ -34,7 +34,12 @@ if TYPE_CHECKING:
     from mlx_maple.pipeline import Progress, Result, StableDiffusion
 
 # Options whose names differ from the settings that they set; the others are called the same.
-SETTING_OF = {"negative": "negative_prompt", "guidance": "guidance_scale", "lora": "loras"}
+SETTING_OF = {
+    "negative": "negative_prompt",
+    "guidance": "guidance_scale",
+    "lora": "loras",
+    "image_guidance": "image_guidance_scale",
+}
 OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
@@ -43,7 +48,10 @@ OPTIONS = (
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
     *("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score"),
     "refiner_start",
+    *("image_guidance", "depth_image", "control_image", "control_preprocess"),
+    *("control_weight", "control_start", "control_end"),
 )
+PICTURES = ("image", "mask", "depth_image", "control_image")  # settings that name files
 PREVIEW_SECONDS = 0.25  # between two previews
 MOST_PROMPTS = 1 << 24  # characters of a file of prompts
 
@@ -75,6 +83,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="FILE",
         help="a textual inversion: its name then stands for it in prompts; again for several",
+    )
+    add(
+        "--controlnet",
+        action="append",
+        metavar="MODEL",
+        help="steer by a picture, with this network; again for several (see --control-image)",
     )
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
     add("--quantize", type=int, choices=(8, 4), help="bits to keep the weights in")
@@ -147,8 +161,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fit", choices=("stretch", "crop"), help="how it comes to the size that is drawn")
     add("--mask", metavar="IMAGE", help="redraw only where this is white")
     add("--mask-blur", type=float, metavar="PIXELS", help="soften the mask's edge")
+    add("--image-guidance", type=float, metavar="SCALE", help="how far an edit stays with --image")
+    add("--depth-image", metavar="IMAGE", help="follow this depth map, for models that do")
     add("--from-image", metavar="IMAGE", help="draw again what is written in this picture")
     add("--latents", metavar="FILE", help="starting noise, .npy of (count, height/8, width/8, 4)")
+
+    group = parser.add_argument_group(
+        "steered by pictures", "Once for all --controlnet, or once for each in their order."
+    )
+    add = group.add_argument
+    add("--control-image", action="append", metavar="IMAGE", help="what the network looks at")
+    add(
+        "--control-preprocess",
+        action="append",
+        choices=("none", "canny", "scribble", "invert"),
+        help="what is made of it first: nothing, edges, white lines, or light for dark",
+    )
+    add("--control-weight", action="append", type=float, metavar="F", help="how strongly; 1")
+    add("--control-start", action="append", type=float, metavar="F", help="share of the steps; 0")
+    add("--control-end", action="append", type=float, metavar="F", help="likewise; 1")
 
     add = parser.add_argument_group("output").add_argument
     fields = ", ".join(f"{{{name}}}" for name in _outputs.FIELDS)
@@ -295,6 +326,9 @@ def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Req
         if args.negative is not None:
             raise Failure(USAGE, "--no-negative does not go with --negative")
         given["negative_prompt"] = None
+    for name in ("control_preprocess", "control_weight", "control_start", "control_end"):
+        if len(given.get(name, ())) == 1:  # one for all
+            given[name] = given[name][0]
     _check(_Request("", given))
     if args.latents is not None:
         given = {**_latents(Path(args.latents), given), **given}
@@ -375,8 +409,10 @@ def _check(request: _Request) -> None:
     arguments = request.arguments
     try:
         for name in metadata.LIMITS:
-            if arguments.get(name) is not None:
-                metadata.check_number(name, arguments[name])
+            value = arguments.get(name)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None:
+                    metadata.check_number(name, one)
         words = (("sampler", SAMPLERS), ("schedule", SCHEDULES), ("noise", NOISE_SOURCES))
         for name, known in words:
             if (word := arguments.get(name)) is not None and word not in known:
@@ -403,12 +439,14 @@ def _refused(error: Exception, request: _Request) -> Failure:
 def _open_pictures(request: _Request) -> None:
     from mlx_maple import images
 
-    for name in ("image", "mask"):
-        path = request.arguments.get(name)
-        if path is not None:
-            if not isinstance(path, str):
+    for name in PICTURES:
+        given = request.arguments.get(name)
+        if given is not None:
+            paths = given if isinstance(given, list) and name == "control_image" else [given]
+            if not all(isinstance(path, str) for path in paths):
                 raise _refused(ValueError(f"{name} must be a file's name"), request)
-            request.arguments[name] = images.open_image(path)
+            opened = [images.open_image(path) for path in paths]
+            request.arguments[name] = opened if name == "control_image" else opened[0]
 
 
 def _latents(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -489,6 +527,7 @@ def _load(
             low_memory=args.low_memory,
             vae=args.vae,
             taesd=args.taesd,
+            controlnet=args.controlnet,
             loras=loras or (),
             embeddings=args.embedding or (),
             variant=args.variant,

@@ -320,7 +320,7 @@ def steering(trial, parts, tmp_path_factory):
         ).eval()
         for layer in (*net.controlnet_down_blocks, net.controlnet_mid_block):
             layer.weight.copy_(0.03 * torch.randn_like(layer.weight))
-        for name, value in net.controlnet_cond_embedding.named_parameters():
+        for value in net.controlnet_cond_embedding.parameters():
             value.copy_(torch.randn_like(value) * (1.4 / value[0].numel() ** 0.5))
         net.save_pretrained(place / f"net{seed}")
         nets.append(net)
