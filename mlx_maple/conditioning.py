@@ -12,8 +12,10 @@ A prompt's text is text/prompt.py's business; here it is chunks of ids already.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_maple.models import CLIPTextEncoder
 from mlx_maple.text.prompt import Words, encode_prompt
@@ -98,28 +100,59 @@ class TextEncoders:
             ``context`` (1, 77 n, D); ``pooled`` (1, P) of the first chunk where it is used. The
             ``vector`` is the caller's, who knows the sizes.
         """
+        return self.encode_all([chunks], [weights], clip_skip)[0]
+
+    def encode_all(
+        self,
+        prompts: Sequence[Sequence[Chunks]],
+        weights: Sequence[Weights | None],
+        clip_skip: int | None = None,
+        *,
+        together: bool = False,
+    ) -> list[Conditioning]:
+        """The states of several prompts, as ``encode`` gives each.
+
+        Args:
+            prompts: for each prompt, for each encoder, its chunks of ids (n, 77).
+            weights: for each prompt.
+            clip_skip: as for ``encode``.
+            together: one call of an encoder for all prompts: faster, and rounded otherwise.
+        """
         skip = self.clip_skip if clip_skip is None else clip_skip
-        joined, pooled = [], None
-        for name, ids in zip(self.tokenizers, chunks, strict=True):
-            found = self._encoder(name)(mx.array(ids), clip_skip=skip, normed=self.is_normed)
-            states = found.last
-            if weights is not None:
-                states = weighted(states, mx.array(weights))
-            joined.append(states.reshape(1, -1, states.shape[-1]))
-            pooled = None if self.is_normed else found.pooled[:1]
-        context = joined[0] if len(joined) == 1 else mx.concatenate(joined, axis=-1)
-        return Conditioning(context=context, pooled=pooled)
+        contexts: list[list[mx.array]] = [[] for _ in prompts]
+        pooled: list[mx.array | None] = [None for _ in prompts]
+        for i, name in enumerate(self.tokenizers):
+            encode = partial(self._encoder(name), clip_skip=skip, normed=self.is_normed)
+            rows = [prompt[i] for prompt in prompts]
+            if together:
+                found = encode(mx.array([ids for each in rows for ids in each]))
+                ends = np.cumsum([len(each) for each in rows])[:-1].tolist()
+                lasts, pools = mx.split(found.last, ends), mx.split(found.pooled, ends)
+            else:
+                each_found = [encode(mx.array(each)) for each in rows]
+                lasts, pools = zip(*((one.last, one.pooled) for one in each_found), strict=True)
+            for k, states in enumerate(lasts):
+                states = weighted(states, weights[k])
+                contexts[k].append(states.reshape(1, -1, states.shape[-1]))
+                pooled[k] = None if self.is_normed else pools[k][:1]
+        return [
+            Conditioning(
+                context=parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1),
+                pooled=pooled[k],
+            )
+            for k, parts in enumerate(contexts)
+        ]
 
 
-def weighted(states: mx.array, weights: mx.array) -> mx.array:
+def weighted(states: mx.array, weights: Weights | None) -> mx.array:
     """States (n, T, D), each times its token's weight (n, T), each chunk brought to its old mean.
 
     Without a weight that is not 1 the states come back as they are.
     """
-    if bool((weights == 1).all()):
+    if weights is None or all(weight == 1 for row in weights for weight in row):
         return states
     wide = states.astype(mx.float32)
-    louder = wide * weights[..., None]
+    louder = wide * mx.array(weights)[..., None]
     means = [x.mean(axis=(1, 2), keepdims=True) for x in (wide, louder)]
     # As in the original, which divides by whatever the new mean is; at zero there is nothing to do.
     ratio = mx.where(means[1] == 0, 1.0, means[0] / mx.where(means[1] == 0, 1.0, means[1]))

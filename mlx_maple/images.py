@@ -283,8 +283,12 @@ def to_image(pixels: FloatArray) -> Image.Image:
 
     Halves round to the even number, as in diffusers.
     """
-    unit = np.clip(np.asarray(pixels, np.float32) * np.float32(0.5) + np.float32(0.5), 0, 1)
-    return Image.fromarray(np.nan_to_num(unit * np.float32(255)).round().astype(np.uint8))
+    unit = np.asarray(pixels, np.float32) * np.float32(0.5)
+    unit += np.float32(0.5)
+    np.fmax(unit, 0, out=unit)  # which takes the number of a number and NaN
+    np.minimum(unit, 1, out=unit)
+    unit *= np.float32(255)
+    return Image.fromarray(np.rint(unit, out=unit).astype(np.uint8))
 
 
 def to_pixels(image: Image.Image) -> FloatArray:

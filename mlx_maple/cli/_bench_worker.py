@@ -11,6 +11,7 @@ import argparse  # noqa: E402
 import json  # noqa: E402
 import statistics  # noqa: E402
 from collections.abc import Callable  # noqa: E402
+from types import SimpleNamespace  # noqa: E402
 from typing import Any, cast  # noqa: E402
 
 import mlx.core as mx  # noqa: E402
@@ -211,17 +212,15 @@ class Worker:
 def counted(call: Callable[[], mx.array], network: nn.Module) -> dict[str, Any]:
     """What one call asks of the device, as a row's figures."""
     weights = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
-    steps = cast(Any, network).steps if isinstance(network, PreparedUNet) else None
-    in_parts = steps is not None and steps.in_parts
+    steps: Any = getattr(network, "steps", None) or SimpleNamespace(in_parts=False)
+    in_parts = steps.in_parts
     try:
-        if in_parts:  # the first would be under way before it is described
-            steps.in_parts = False
+        steps.in_parts = False  # the first would be under way before it is described
         found = count(call, weights=dict(weights), on_a_gpu=False)
-    except (RuntimeError, ValueError) as error:  # no reason to lose the times
+    except (RuntimeError, ValueError, TypeError) as error:  # no reason to lose the times
         return {"count_error": str(error).splitlines()[0][:200]}
     finally:
-        if in_parts:
-            steps.in_parts = True
+        steps.in_parts = in_parts
     return {
         "primitives": found.kernels,
         "views": found.views,

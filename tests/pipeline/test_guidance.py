@@ -7,6 +7,7 @@ import pytest
 from mlx_maple.conditioning import Conditioning
 from mlx_maple.guidance import Prompts, Wanted, guided_model
 from mlx_maple.text.editing import phases
+from mlx_maple.text.prompt import encode_prompt
 
 VALUES = {"n": 1.0, "a": 3.0, "b": 4.0, "c": 7.0}  # what the network says of each text
 
@@ -222,3 +223,18 @@ def test_tags_that_change_nothing_are_told(sd, leaf):
     ]
     with pytest.raises(ValueError, match="takes no LoRAs"):
         sd("a leaf <lora:x:1>", **SMALL)
+
+
+def test_texts_that_are_encoded_together_are_those_encoded_alone(sd):
+    encoders = sd.text_encoders
+    texts = ["a (red:1.3) leaf", "", "leaf " * 100]
+    tokenizer = next(iter(encoders.tokenizers.values()))
+    read = [encode_prompt(tokenizer, text, syntax="a1111") for text in texts]
+    ids, weights = [[each.ids] for each in read], [each.weights for each in read]
+    together = encoders.encode_all(ids, weights, together=True)
+    assert [each.context.shape[1] for each in together] == [77, 77, 154]
+    alone = [encoders.encode(*pair) for pair in zip(ids, weights, strict=True)]
+    for both, one in zip(together, alone, strict=True):
+        assert np.allclose(both.context, one.context, atol=1e-5)
+    plain = encoders.encode(ids[0], None).context
+    assert not np.allclose(plain, alone[0].context, atol=1e-3)  # the control
