@@ -55,8 +55,8 @@ def make_app(config: Config) -> FastAPI:
         redoc_url=None,
     )
     app.state.studio = studio
-    for api in (v1, a1111, openai):
-        app.include_router(api.router)
+    for router in (v1.router, a1111.router, a1111.controlnet, openai.router):
+        app.include_router(router)
     _answer_errors(app)
     if (PAGE / "index.html").is_file():
         app.mount("/page", StaticFiles(directory=PAGE), name="page")

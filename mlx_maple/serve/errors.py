@@ -64,7 +64,7 @@ def error_response(
     """An error as clients of the API at ``path`` read it."""
     code = code or CODES.get(status, "failed")
     headers = dict(headers or {})
-    if path.startswith("/sdapi/"):
+    if path.startswith(("/sdapi/", "/controlnet/")):
         body: dict[str, Any] = {
             "error": code,
             "detail": list(details) if status == 422 and details else message,

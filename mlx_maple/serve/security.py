@@ -34,6 +34,7 @@ from mlx_maple.serve.errors import ApiError, error_response
 COOKIE = "maple_session"
 COOKIE_SECONDS = 30 * 24 * 3600
 URL_SECONDS = 3600  # that a signed address of a picture is good for, as OpenAI's are
+API_PATHS = ("/api/", "/sdapi/", "/controlnet/", "/v1/")
 OPEN_PATHS = ("/api/v1/health",)  # answered without a token
 
 HEADERS = (
@@ -142,7 +143,7 @@ class Security:
         token, path = self._config.token, scope["path"]
         query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=50)
         if token is not None and _same(query.get("token", [""])[0], token):
-            if scope["method"] == "GET" and not path.startswith(("/api/", "/sdapi/", "/v1/")):
+            if scope["method"] == "GET" and not path.startswith(API_PATHS):
                 # One slash: "//name" would lead elsewhere.
                 place = "/" + quote(path.lstrip("/"))
                 response = Response(status_code=303, headers={"location": place})

@@ -120,6 +120,22 @@ def test_progress_and_interruption(client):
         ("txt2img", {"restore_faces": True}, 422, "face restoration"),
         ("txt2img", {"script_name": "x/y/z plot"}, 422, "scripts"),
         ("txt2img", {"alwayson_scripts": {"reactor": {"args": [1]}}}, 422, "reactor"),
+        (
+            "txt2img",
+            {
+                "alwayson_scripts": {
+                    "ControlNet": {"args": [{"model": "../x", "image": "aGVsbG8="}]}
+                }
+            },
+            404,
+            "no controlnet",
+        ),
+        (
+            "txt2img",
+            {"alwayson_scripts": {"controlnet": {"args": [{"module": "dw_openpose"}]}}},
+            404,
+            "dw_openpose",
+        ),
         ("txt2img", {"batch_size": 16, "n_iter": 16}, 422, "count"),
         ("txt2img", {"steps": 10**6}, 422, "steps"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, 404, "no model"),
@@ -146,6 +162,21 @@ def test_styles_are_presets(client):
     assert {"teal", "plain"} <= set(names)
     for name in ("teal", "plain"):
         client.delete(f"/api/v1/presets/{name}")
+
+
+def test_a_controlnet_that_is_off_draws_without_one(client):
+    for arguments in ([], [{"enabled": False, "model": "x"}]):
+        drawn(client, alwayson_scripts={"ControlNet": {"args": arguments}})
+    assert client.get("/controlnet/model_list").json() == {"model_list": []}
+    assert "canny" in client.get("/controlnet/module_list").json()["module_list"]
+
+
+def test_hires_fix_and_tiling(client):
+    pictures, info, _ = drawn(
+        client, enable_hr=True, hr_scale=2, hr_second_pass_steps=1, tiling=True
+    )
+    assert pictures[0].size == (128, 128)
+    assert "Hires upscale: 2" in info["infotexts"][0]
 
 
 def test_settings_and_sizes_of_pictures(client):

@@ -44,8 +44,16 @@ DEFAULT_OPTIONS: dict[str, Any] = {
 }
 # What asks for something that is not there, and the values that do not.
 NOT_THERE = {
-    "restore_faces": "face restoration",
-    "script_name": "scripts",
+    "restore_faces": "face restoration is",
+    "script_name": "scripts are",
+}
+# The ControlNet extension's preprocessors that there are here.
+PREPROCESSORS = {
+    "none": "none",
+    "canny": "canny",
+    "invert": "invert",
+    "invert (from white bg & black line)": "invert",
+    "scribble": "scribble",
 }
 
 
@@ -58,21 +66,19 @@ class ErrorAnswer(BaseModel):
     errors: str = ""
 
 
-router = APIRouter(
-    prefix="/sdapi/v1",
-    tags=["AUTOMATIC1111"],
-    responses={
-        code: {"model": ErrorAnswer, "description": text}
-        for code, text in {
-            400: "no JSON, or no UTF-8",
-            401: "no token, or a wrong one",
-            404: "no such model, sampler, …",
-            422: "cannot be used",
-            429: "too many jobs wait",
-            500: "the drawing failed",
-        }.items()
-    },
-)
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    code: {"model": ErrorAnswer, "description": text}
+    for code, text in {
+        400: "no JSON, or no UTF-8",
+        401: "no token, or a wrong one",
+        404: "no such model, sampler, …",
+        422: "cannot be used",
+        429: "too many jobs wait",
+        500: "the drawing failed",
+    }.items()
+}
+router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=RESPONSES)
+controlnet = APIRouter(prefix="/controlnet", tags=["AUTOMATIC1111"], responses=RESPONSES)
 
 
 class _Asked(BaseModel):
@@ -224,11 +230,41 @@ def _refuse(asked: _Asked) -> None:
     """An error for what would otherwise be passed over, and change the picture."""
     for name, what in NOT_THERE.items():
         if getattr(asked, name, None):
-            raise ApiError(422, f"{name}: {what} are not offered here", field=name)
+            raise ApiError(422, f"{name}: {what} not offered here", field=name)
+    for name in _scripts(asked).keys() - {"controlnet"}:
+        raise ApiError(422, f"always on script {name[:80]} not found", field="alwayson_scripts")
+
+
+def _scripts(asked: _Asked) -> dict[str, list[Any]]:
+    """The scripts that do something, by name in small letters, with their arguments."""
+    found = {}
     for name, script in (asked.alwayson_scripts or {}).items():
         arguments = script.get("args") if isinstance(script, dict) else None
-        if arguments:
-            raise ApiError(422, f"always on script {name[:80]} not found", field="alwayson_scripts")
+        if isinstance(arguments, list) and any(arguments):
+            found[name.lower()] = arguments
+    return found
+
+
+def _controls(asked: _Asked) -> list[dict[str, Any]] | None:
+    """ControlNets as the extension of that name takes them (sd-webui-controlnet's API)."""
+    found = []
+    for unit in _scripts(asked).get("controlnet", []):
+        if not isinstance(unit, dict) or not unit.get("enabled", True):
+            continue
+        module = str(unit.get("module") or "none").lower()
+        if module not in PREPROCESSORS:
+            raise ApiError(404, f"module {module[:80]!r} not found", field="alwayson_scripts")
+        found.append(
+            {
+                "name": unit.get("model"),
+                "image": unit.get("image") or unit.get("input_image"),
+                "weight": unit.get("weight", 1.0),
+                "start": unit.get("guidance_start", 0.0),
+                "end": unit.get("guidance_end", 1.0),
+                "preprocess": PREPROCESSORS[module],
+            }
+        )
+    return found or None
 
 
 async def _with_styles(studio: Studio, asked: Any) -> Any:
@@ -263,6 +299,7 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
         "clip_skip": options.get("CLIP_stop_at_last_layers") or None,
         "ensd": options.get("eta_noise_seed_delta") or None,
         "tile": "xy" if asked.tiling else None,
+        "controls": _controls(asked),
         **extra,
     }
     if asked.subseed_strength:
@@ -554,8 +591,27 @@ async def nothing() -> list[dict[str, Any]]:
 
 @router.get("/scripts")
 async def scripts() -> dict[str, list[str]]:
-    """Scripts: none."""
-    return {"txt2img": [], "img2img": []}
+    """Scripts: none but the ControlNet extension, under the names that clients look for."""
+    return {"txt2img": ["controlnet", "controlnet m2m"], "img2img": ["controlnet"]}
+
+
+@controlnet.get("/version")
+async def controlnet_version() -> dict[str, int]:
+    """The version of the extension's API that is spoken."""
+    return {"version": 2}
+
+
+@controlnet.get("/model_list")
+async def controlnet_models(request: Request) -> dict[str, list[str]]:
+    """ControlNets in the model folders."""
+    found = await asyncio.to_thread(studio_of(request).catalog.networks, "controlnet")
+    return {"model_list": list(found)}
+
+
+@controlnet.get("/module_list")
+async def controlnet_modules() -> dict[str, list[str]]:
+    """Preprocessors."""
+    return {"module_list": list(PREPROCESSORS)}
 
 
 @router.post("/refresh-checkpoints")
