@@ -212,7 +212,8 @@ class Worker:
 def counted(call: Callable[[], mx.array], network: nn.Module) -> dict[str, Any]:
     """What one call asks of the device, as a row's figures."""
     weights = cast(list[tuple[str, mx.array]], tree_flatten(network.parameters()))
-    steps: Any = getattr(network, "steps", None) or SimpleNamespace(in_parts=False)
+    steps: Any = network.steps if isinstance(network, PreparedUNet) else None
+    steps = steps or SimpleNamespace(in_parts=False)
     in_parts = steps.in_parts
     try:
         steps.in_parts = False  # the first would be under way before it is described
