@@ -35,6 +35,7 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "guidance_rescale": (float, 0, 1),
     "guidance_start": (float, 0, 1),
     "guidance_end": (float, 0, 1),
+    "freeu": (float, 0, 10),
     "window": (int, 64, 4096),
     "window_overlap": (float, 0, 0.9),
     "seed": (int, -(2**63), 2**64 - 1),
@@ -78,6 +79,7 @@ class Settings:
         guidance_start: share of the way from which it was guided.
         guidance_end: and up to which.
         tile: the axes along which it continues at the opposite edge: x, y or xy.
+        freeu: FreeU's four factors, with spaces between; None where it was not used.
         window: pixels a side of the windows that the network saw; None where it saw all at once.
         window_overlap: share of a window that its neighbours saw too.
         seed: of this one picture.
@@ -130,6 +132,7 @@ class Settings:
     guidance_start: float = 0.0
     guidance_end: float = 1.0
     tile: str | None = None
+    freeu: str | None = None
     window: int | None = None
     window_overlap: float = 0.5
     seed: int | None = None
@@ -242,7 +245,7 @@ def _checked(values: Mapping[str, Any]) -> Recipe:
     for name, value in values.items():
         if name not in known or value is None:
             continue
-        if name in LIMITS:
+        if name in LIMITS and name != "freeu":  # four of them, in a text
             value = check_number(name, value)
         elif not isinstance(value, bool if name in _FLAGS else str):
             kind = "true or false" if name in _FLAGS else "text"
@@ -430,6 +433,7 @@ def to_parameters(settings: Settings) -> str:
         ("Guidance rescale", settings.guidance_rescale or None),
         ("Guidance start", settings.guidance_start or None),
         ("Guidance end", settings.guidance_end if settings.guidance_end != 1 else None),
+        ("FreeU", settings.freeu),
         ("Window", settings.window),
         ("Window overlap", settings.window_overlap if settings.window else None),
         ("Tiling", {None: None, "xy": "True"}.get(settings.tile, settings.tile)),
@@ -512,6 +516,9 @@ def from_parameters(text: str) -> Recipe:
     values["prompt"], values["negative_prompt"] = prompt, negative
     if (tiling := pairs.get("Tiling", "False")) != "False":
         values["tile"] = "xy" if tiling == "True" else tiling
+    if is_ours and "FreeU" in pairs:
+        values["freeu"] = pairs["FreeU"]
+        used.add("FreeU")
     if is_ours and _SYNTAX in pairs:
         values["syntax"] = pairs[_SYNTAX]
     if hires:

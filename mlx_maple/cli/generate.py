@@ -43,7 +43,8 @@ SETTING_OF = {
 OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
-    *("guidance_rescale", "guidance_start", "guidance_end", "tile", "window", "window_overlap"),
+    *("guidance_rescale", "guidance_start", "guidance_end", "tile", "freeu", "window"),
+    *("window_overlap",),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
     *("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score"),
@@ -116,6 +117,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance-start", type=float, metavar="F", help="guide from this share of the steps on")
     add("--guidance-end", type=float, metavar="F", help="and up to this one")
     add("--tile", choices=("x", "y", "xy"), help="continue the picture at the opposite edge")
+    add(
+        "--freeu",
+        nargs=4,
+        type=float,
+        metavar=("B1", "B2", "S1", "S2"),
+        help="FreeU's factors; for SD 1.5 its authors take 1.5 1.6 0.9 0.2",
+    )
     add("--seed", type=int, metavar="N", help="of the first picture; without it a random one")
     add("--count", type=int, metavar="N", help="how many pictures, seeded seed, seed+1, …")
     add("--sampler", metavar="SAMPLER", help="the algorithm, such as dpmpp_2m, euler_a or ddim")
@@ -403,12 +411,14 @@ def _check(request: _Request) -> None:
     """Refuse what no model could draw, before one is loaded."""
     from mlx_maple import metadata
     from mlx_maple.adapters import read_choices
+    from mlx_maple.forms import read_form
     from mlx_maple.sampling import SAMPLERS, SCHEDULES, NoiseSchedule, make_plan
     from mlx_maple.sampling.noise import NOISE_SOURCES
 
     arguments = request.arguments
     try:
-        for name in metadata.LIMITS:
+        read_form(arguments.get("tile"), arguments.get("freeu"))
+        for name in set(metadata.LIMITS) - {"freeu"}:
             value = arguments.get(name)
             for one in value if isinstance(value, list) else [value]:
                 if one is not None:

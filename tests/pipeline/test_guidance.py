@@ -199,6 +199,18 @@ def test_after_a_closed_picture_the_model_is_what_it_was(sd, leaf):
     assert np.array_equal(leaf, drawn(sd, "a leaf"))
 
 
+def test_freeu_in_a_drawing(sd, leaf):
+    changed = sd("a leaf", freeu=(1.5, 1.6, 0.9, 0.2), **SMALL)
+    assert not np.allclose(changed.latents, leaf, atol=1e-3)
+    assert changed.settings[0].freeu == "1.5 1.6 0.9 0.2"
+    again = sd(**changed.settings[0].arguments())
+    assert np.array_equal(again.latents, changed.latents)
+    assert np.array_equal(leaf, drawn(sd, "a leaf"))
+    for wrong in ((1, 2, 3), "1 2 3 x", 5, (1, 1, 1, 99)):
+        with pytest.raises(ValueError, match="freeu"):
+            sd("a", freeu=wrong)
+
+
 def test_windows_in_a_drawing(sd):
     """Small enough it is one window, and the picture the same; larger it is several."""
     arguments = {"seed": 1, "steps": 2, "width": 128, "height": 64}
