@@ -27,10 +27,17 @@ class AdapterFiles:
 
     Args:
         configs: of the model's networks by name, as its components have them.
+        fetch: brings a file of the hub by its name there; None for what is no such name.
     """
 
-    def __init__(self, configs: Mapping[str, Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        configs: Mapping[str, Mapping[str, Any]],
+        fetch: Callable[[str], Path | None] = lambda name: None,
+    ) -> None:
         self._configs = configs
+        self._fetch = fetch
+        self._fetched: dict[str, Path] = {}
         self._widths = {
             part: config["hidden_size"]
             for part, config in configs.items()
@@ -50,7 +57,7 @@ class AdapterFiles:
         Raises:
             ConvertError: if it is not there, cannot be read, or is for another model.
         """
-        path = _found("lora", name, "LoRA")
+        path = self._found("lora", name, "LoRA")
         return _kept(self._loras, path, partial(self._read_lora, path))
 
     def words(self, source: str | Path) -> list[Word]:
@@ -59,7 +66,7 @@ class AdapterFiles:
         Raises:
             ConvertError: if it is not there, cannot be read, or is for another model.
         """
-        path = _found("embedding", str(source), "embedding")
+        path = self._found("embedding", str(source), "embedding")
         return _kept(self._words, path, lambda: self._of(open_embedding(path)))
 
     def shelf(self) -> dict[str, Callable[[], Word]]:
@@ -87,24 +94,28 @@ class AdapterFiles:
         mine = fitted(path, name, vectors, self._widths)
         return Word(name, {part: np.asarray(tensor.array) for part, tensor in mine.items()})
 
-
-def _found(kind: str, name: str, what: str) -> Path:
-    """The file that is meant."""
-    path = Path(name)
-    try:
-        path = path.expanduser()
-        if path.is_file():
-            return path
-    except (OSError, RuntimeError, ValueError):  # too long, "~nobody", a NUL
-        pass
-    named = model_folders.find(kind, name)
-    if named is not None:
-        return named
-    known = list(model_folders.list(kind))
-    shown = ", ".join(known[:SHOWN]) + (f" and {len(known) - SHOWN} more" if known[SHOWN:] else "")
-    where = f"${model_folders.VARIABLE}"
-    reason = f"no such file, and no {what} by that name in {where}"
-    raise UnreadableFile(one_line(name, 200) or "''", f"{reason} ({shown or 'which has none'})")
+    def _found(self, kind: str, name: str, what: str) -> Path:
+        """The file that is meant: a path, a name in the models' folders, a name of the hub."""
+        path = Path(name)
+        try:
+            path = path.expanduser()
+            if path.is_file():
+                return path
+        except (OSError, RuntimeError, ValueError):  # too long, "~nobody", a NUL
+            pass
+        if (named := model_folders.find(kind, name)) is not None:
+            return named
+        if name in self._fetched:
+            return self._fetched[name]
+        if (fetched := self._fetch(name)) is not None:
+            self._fetched[name] = fetched  # the hub is not asked again at every drawing
+            return fetched
+        known = list(model_folders.list(kind))
+        more = f" and {len(known) - SHOWN} more" if known[SHOWN:] else ""
+        there = ", ".join(known[:SHOWN]) + more if known else "which has none"
+        where = f"${model_folders.VARIABLE} ({there})"
+        reason = f"no such file, and no {what} by that name in {where}"
+        raise UnreadableFile(one_line(name, 200) or "''", reason)
 
 
 def _identity(path: Path) -> object:

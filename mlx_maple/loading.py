@@ -206,7 +206,8 @@ def load(
             sources[part] = _elsewhere(elsewhere, kind)
             names[part] = elsewhere.name
         configs = {part: component.config for part, component in model.components.items()}
-        adapters = AdapterFiles(configs).adapters(embeddings)
+        fetch = partial(_adapter_of_hub, local_files_only=local_files_only, progress=progress)
+        adapters = AdapterFiles(configs, fetch).adapters(embeddings)
         notes += adapters.stand(loras)
         how = _How(name, quantize, low_memory, adapters.fold)
         modules: dict[str, nn.Module] = {}
@@ -303,6 +304,17 @@ def _find(
     )
     chosen = None if choice.single else variant or choice.variant
     return _Found(path, name.repo.partition("/")[2], chosen, notes)
+
+
+def _adapter_of_hub(name: str, **options: Any) -> Path | None:
+    """One file of the hub: "owner/name:file.safetensors", or the only one of a repository."""
+    parsed = hub.parse_name(name)
+    if parsed is None:
+        return None
+    path, _, _ = hub.fetch(parsed, **options)
+    if not path.is_file():
+        raise UnsupportedCheckpoint(path, "holds a whole model: name one file, owner/name:file")
+    return path
 
 
 def _demo() -> Path:

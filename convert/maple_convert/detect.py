@@ -539,6 +539,21 @@ def refuse_unknown(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         identify(facts)
     names = [one_line(name, 60) for name in list(tensors)[:3]]
     shown = ", ".join(names + ["…"] * (len(tensors) > len(names)))
+    if _is_list_of_factors(tensors):
+        reason = f"this is a LoRA without names, which changes a model and is none itself ({shown})"
+        raise UnsupportedCheckpoint(path, reason)
     raise UnsupportedCheckpoint(
         path, f"no Stable Diffusion component in its {len(tensors)} tensors ({shown})"
+    )
+
+
+def _is_list_of_factors(tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether a bare list alternates between (outputs, rank) and (rank, inputs)."""
+    shapes = [info.shape for info in tensors.values()]
+    return (
+        len(shapes) > 1
+        and len(shapes) % 2 == 0
+        and list(tensors) == [str(n) for n in range(len(shapes))]
+        and all(len(shape) in (2, 4) for shape in shapes)
+        and all(up[1] == down[0] for up, down in zip(shapes[::2], shapes[1::2], strict=True))
     )

@@ -249,6 +249,24 @@ def test_a_word_of_the_folders_needs_no_option(sd, word, tmp_path, monkeypatch):
     assert np.array_equal(found.latents, sd(f"{LEAF}, noctia", **QUICK).latents)
 
 
+# The hub --------------------------------------------------------------------------------------
+
+
+def test_a_file_of_the_hub_is_fetched_once(sd, lora, monkeypatch):
+    asked = []
+
+    def fetch(name, **options):
+        asked.append((str(name), options["local_files_only"]))
+        return lora, None, []
+
+    monkeypatch.setattr(maple.loading.hub, "fetch", fetch)
+    model = maple.load(TINY, loras=["someone/styles:ink.safetensors:0.8"], local_files_only=True)
+    assert asked == [("someone/styles:ink.safetensors", True)]
+    mine = model(LEAF, loras=[("someone/styles:ink.safetensors", 0.8)], **QUICK)
+    assert len(asked) == 1
+    assert np.array_equal(mine.latents, sd(LEAF, loras=[(lora, 0.8)], **QUICK).latents)
+
+
 # What goes wrong ------------------------------------------------------------------------------
 
 

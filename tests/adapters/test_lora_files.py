@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from maple_convert import inspect
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
 from maple_convert.layouts.lora import PREFIXES, Names
 from maple_convert.lora import open_lora
@@ -73,6 +74,16 @@ def test_a_bare_list_goes_by_the_order_of_its_layers(tmp_path):
         for native in order:
             made = found.updates[component][f"{native}.weight"].difference()
             assert np.allclose(made, difference(component, native), atol=1e-5)
+
+
+def test_a_bare_list_is_named_where_a_model_was_wanted(tmp_path):
+    pairs = [factors("unet", native) for native in unet_attention()]
+    write_torch_zip(tmp_path / "list.pt", [part for down, up in pairs for part in (up, down)])
+    with pytest.raises(UnsupportedCheckpoint, match="this is a LoRA without names"):
+        inspect(tmp_path / "list.pt")
+    write_torch_zip(tmp_path / "other.pt", [np.ones((3, 4), "f4"), np.ones((3, 4), "f4")])
+    with pytest.raises(UnsupportedCheckpoint, match="no Stable Diffusion component"):
+        inspect(tmp_path / "other.pt")
 
 
 def test_an_order_of_another_length_is_not_guessed(tmp_path):
