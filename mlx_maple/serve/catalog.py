@@ -34,6 +34,7 @@ class Entry:
         note: one line for people.
         license: of the weights, where it is known.
         file: name of its file, without folders; "" for a folder or a repository.
+        aliases: what else it goes by, such as the name that its pictures tell.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Entry:
     note: str = ""
     license: str = ""
     file: str = ""
+    aliases: tuple[str, ...] = ()
 
 
 class Catalog:
@@ -88,7 +90,9 @@ class Catalog:
         wanted = self.default if not name else name
         candidates = [wanted, *_spellings(wanted)]
         for look_again in (False, True):
-            entries = {entry.id.lower(): entry for entry in self.entries(again=look_again)}
+            found = self.entries(again=look_again)
+            entries = {name.lower(): entry for entry in reversed(found) for name in entry.aliases}
+            entries |= {entry.id.lower(): entry for entry in reversed(found)}
             for candidate in candidates:
                 if (entry := entries.get(candidate.lower())) is not None:
                     if not entry.is_here:
@@ -172,7 +176,16 @@ def _in_folders() -> list[Entry]:
             size = path.stat().st_size
         except OSError:
             continue
-        found.append(Entry(id=name, source="folder", load=str(path), bytes=size, file=path.name))
+        found.append(
+            Entry(
+                id=name,
+                source="folder",
+                load=str(path),
+                bytes=size,
+                file=path.name,
+                aliases=(path.stem,),
+            )
+        )
     return found
 
 
@@ -196,12 +209,14 @@ def _from_hub() -> list[Entry]:
                 bytes=here[known.repo] if is_here and known.repo else known.bytes,
                 note=known.note,
                 license=known.license,
+                aliases=(known.repo, known.repo.partition("/")[2]) if known.repo else (),
             )
         )
     parts = {known.repo for known in known_models.known_models() if known.kind != "model"}
     for repo, nbytes in here.items():
         if repo not in told | parts and hub.parse_name(repo) is not None:
-            found.append(Entry(id=repo, source="hub", load=repo, bytes=nbytes))
+            name = repo.partition("/")[2]
+            found.append(Entry(id=repo, source="hub", load=repo, bytes=nbytes, aliases=(name,)))
     return found
 
 

@@ -1,0 +1,110 @@
+"""Models, LoRAs, words, ControlNets and autoencoders by their names in the models' folders."""
+
+import base64
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import tiny_model
+from conftest import BASE, TINY
+from PIL import Image
+from starlette.testclient import TestClient
+
+from mlx_maple.serve.app import make_app
+from mlx_maple.serve.config import Config
+from mlx_maple.serve.worker import Worker
+
+SMALL = {"seed": 7, "steps": 1, "width": 64, "height": 64}
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """A server whose models lie as A1111 keeps them; the default one is the embedded model."""
+    folder = tmp_path_factory.mktemp("networks")
+    adapters = tiny_model.Path(__file__).resolve().parent.parent / "data" / "adapters"
+    made = tiny_model.folder()
+    for source, place in (
+        (adapters / "blueprint.safetensors", "Lora/blueprint.safetensors"),
+        (adapters / "noctia.safetensors", "embeddings/noctia.safetensors"),
+        (made / "model.safetensors", "Stable-diffusion/below/noisy.safetensors"),
+        (made / "control.safetensors", "ControlNet/steer.safetensors"),
+        (made / "vae.safetensors", "VAE/other.safetensors"),
+    ):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source, folder / place)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAPLE_MODELS", str(folder))
+        patch.setenv("MAPLE_CACHE", str(folder / "cache"))
+        patch.delenv("MAPLE_MODEL", raising=False)
+        app = make_app(Config(data=folder / "data"))
+        with TestClient(app, base_url=BASE) as started:
+            yield started
+
+
+def picture(client, **values):
+    """The pixels of a drawing through A1111's API, and what it says of itself."""
+    answer = client.post("/sdapi/v1/txt2img", json={**SMALL, **values})
+    assert answer.status_code == 200, answer.text
+    image = Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0])))
+    return np.asarray(image), json.loads(answer.json()["info"])
+
+
+def png():
+    buffer = io.BytesIO()
+    Image.radial_gradient("L").resize((64, 64)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def test_they_are_listed(client):
+    listed = client.get("/api/v1/networks").json()
+    assert listed["loras"] == [{"name": "blueprint"}] and listed["embeddings"] == [
+        {"name": "noctia"}
+    ]
+    assert listed["controlnets"] == [{"name": "steer"}] and listed["vaes"] == [{"name": "other"}]
+    assert client.get("/sdapi/v1/loras").json()[0]["name"] == "blueprint"
+    assert list(client.get("/sdapi/v1/embeddings").json()["loaded"]) == ["noctia"]
+    titles = [model["title"] for model in client.get("/sdapi/v1/sd-models").json()]
+    assert titles[:2] == ["demo", "below/noisy"]
+
+
+def test_a_lora_changes_the_picture(client):
+    plain, _ = picture(client, prompt="a maple leaf")
+    tagged, info = picture(client, prompt="a maple leaf <lora:blueprint:0.8>")
+    assert info["prompt"] == "a maple leaf <lora:blueprint:0.8>"
+    values = {**SMALL, "prompt": "a maple leaf", "noise": "nvidia"}
+    job = client.post(
+        "/api/v1/jobs", json={**values, "loras": [{"name": "blueprint", "weight": 0.8}]}
+    )
+    with client.stream("GET", f"/api/v1/jobs/{job.json()['id']}/events") as stream:
+        stream.read()
+    drawn = client.get(f"/api/v1/jobs/{job.json()['id']}").json()["pictures"][0]
+    listed = np.asarray(Image.open(io.BytesIO(client.get(drawn["url"]).content)))
+    assert np.array_equal(tagged, listed) and not np.array_equal(tagged, plain)
+    assert drawn["draw"]["loras"] == [{"name": "blueprint", "weight": 0.8}]
+
+
+def test_models_swap_and_a_controlnet_steers(client):
+    model = {"override_settings": {"sd_model_checkpoint": "noisy.safetensors [0123456789]"}}
+    plain, info = picture(client, prompt="a leaf", **model)
+    assert info["sd_model_name"] == "noisy"
+    unit = {"image": png(), "model": "steer", "module": "canny", "weight": 1.0}
+    scripts = {"alwayson_scripts": {"ControlNet": {"args": [unit]}}}
+    steered, _ = picture(client, prompt="a leaf", **model, **scripts)
+    assert not np.array_equal(plain, steered)
+    vae = {"override_settings": {**model["override_settings"], "sd_vae": "other"}}
+    _, info = picture(client, prompt="a leaf", **vae)
+    assert info["sd_vae_name"] == "other"
+
+
+def test_models_go_when_there_is_no_room(monkeypatch):
+    from mlx_maple.serve import worker as module
+
+    tiny = {"source": str(TINY), "dtype": None, "quantize": None, "low_memory": False}
+    worker = Worker(None)  # pyright: ignore[reportArgumentType]
+    for room, left in ((float("inf"), ["a", "b"]), (0.0, [])):
+        worker._models.update(dict.fromkeys("ab"))
+        monkeypatch.setattr(module, "_available", lambda room=room: room)
+        worker._make_room(tiny)
+        assert list(worker._models) == left
