@@ -108,6 +108,7 @@ class TextEncoders:
         weights: Sequence[Weights | None],
         clip_skip: int | None = None,
         *,
+        keeps_mean: bool = True,
         together: bool = False,
     ) -> list[Conditioning]:
         """The states of several prompts, as ``encode`` gives each.
@@ -116,6 +117,7 @@ class TextEncoders:
             prompts: for each prompt, for each encoder, its chunks of ids (n, 77).
             weights: for each prompt.
             clip_skip: as for ``encode``.
+            keeps_mean: whether a chunk whose tokens have weights is brought back to its mean.
             together: one call of an encoder for all prompts: faster, and rounded otherwise.
         """
         skip = self.clip_skip if clip_skip is None else clip_skip
@@ -132,7 +134,7 @@ class TextEncoders:
                 each_found = [encode(mx.array(each)) for each in rows]
                 lasts, pools = zip(*((one.last, one.pooled) for one in each_found), strict=True)
             for k, states in enumerate(lasts):
-                states = weighted(states, weights[k])
+                states = weighted(states, weights[k], keeps_mean=keeps_mean)
                 contexts[k].append(states.reshape(1, -1, states.shape[-1]))
                 pooled[k] = None if self.is_normed else pools[k][:1]
         return [
@@ -144,15 +146,18 @@ class TextEncoders:
         ]
 
 
-def weighted(states: mx.array, weights: Weights | None) -> mx.array:
+def weighted(states: mx.array, weights: Weights | None, *, keeps_mean: bool = True) -> mx.array:
     """States (n, T, D), each times its token's weight (n, T), each chunk brought to its old mean.
 
+    Where ``keeps_mean`` is False they stay as the weights make them (A1111's "No norm").
     Without a weight that is not 1 the states come back as they are.
     """
     if weights is None or all(weight == 1 for row in weights for weight in row):
         return states
     wide = states.astype(mx.float32)
     louder = wide * mx.array(weights)[..., None]
+    if not keeps_mean:
+        return louder.astype(states.dtype)
     means = [x.mean(axis=(1, 2), keepdims=True) for x in (wide, louder)]
     # As in the original, which divides by whatever the new mean is; at zero there is nothing to do.
     ratio = mx.where(means[1] == 0, 1.0, means[0] / mx.where(means[1] == 0, 1.0, means[1]))

@@ -28,6 +28,7 @@ from mlx_maple.text.editing import Phase, phase_at
 from mlx_maple.text.language import Prompt
 from mlx_maple.text.prompt import EncodedPrompt, encode_prompt
 
+EMPHASES = ("original", "no norm")
 MODELS_KEPT = 8  # of a prompt that changes; each holds what the network has made of its states
 
 # (positive, negative or None, guidance scale) -> (latents, timestep) -> prediction, float32
@@ -74,6 +75,7 @@ def encoded(
     *,
     syntax: str,
     clip_skip: int | None,
+    emphasis: str = "original",
     together: bool = False,
 ) -> Prompts:
     """Encode a prompt and a negative prompt, whatever forms they take; not evaluated.
@@ -83,6 +85,7 @@ def encoded(
         prompt: what to follow.
         negative: what to avoid, one part; None where the drawing is not guided.
         syntax: how the texts are written.
+        emphasis: "original", which brings a chunk back to its mean, or "no norm".
         clip_skip: the layer that is read, counted from the end; None is the model's own.
         together: one call of an encoder for all texts: faster, and rounded otherwise.
 
@@ -101,7 +104,9 @@ def encoded(
         full = [each.padded(tokenizer, longest) for each, tokenizer in pairs]
         ids.append([each.ids for each in full])
         weights.append(None if syntax == "plain" else full[0].weights)
-    found = encoders.encode_all(ids, weights, clip_skip, together=together)
+    found = encoders.encode_all(
+        ids, weights, clip_skip, keeps_mean=emphasis == "original", together=together
+    )
     states = dict(zip(chunks, found, strict=True))
     ends = {"prompt": chunks[wanted[0].phases[0].text][0].truncated}
     if avoided is not None:

@@ -86,6 +86,7 @@ class Settings:
         noise: whose random numbers: torch, nvidia, numpy or mlx.
         clip_skip: text layer that was read, counted from the end; 1 is the last.
         syntax: how the prompts were read: a1111 or plain.
+        emphasis: what weights on words did: original or no norm, A1111's words.
         loras: that changed the networks, beside those in the prompt: name:weight; name:weight.
         strength: how far the given image was left, 0 to 1; None where there was none.
         fit: how that image came to its size: stretch or crop.
@@ -139,6 +140,7 @@ class Settings:
     noise: str | None = None
     clip_skip: int | None = None
     syntax: str = "a1111"
+    emphasis: str = "original"
     loras: str | None = None
     strength: float | None = None
     fit: str | None = None
@@ -437,6 +439,7 @@ def to_parameters(settings: Settings) -> str:
         ("Window", settings.window),
         ("Window overlap", settings.window_overlap if settings.window else None),
         ("Tiling", {None: None, "xy": "True"}.get(settings.tile, settings.tile)),
+        ("Emphasis", "No norm" if settings.emphasis == "no norm" else None),
         (_SYNTAX, settings.syntax if settings.syntax == "plain" else None),
         ("ENSD", settings.ensd or None),
         ("Eta DDIM" if settings.sampler == "ddim" else "Eta", settings.eta),
@@ -516,6 +519,9 @@ def from_parameters(text: str) -> Recipe:
     values["prompt"], values["negative_prompt"] = prompt, negative
     if (tiling := pairs.get("Tiling", "False")) != "False":
         values["tile"] = "xy" if tiling == "True" else tiling
+    if (emphasis := pairs.get("Emphasis", "Original").lower()) in ("original", "no norm"):
+        used.add("Emphasis")
+        values["emphasis"] = emphasis
     if is_ours and "FreeU" in pairs:
         values["freeu"] = pairs["FreeU"]
         used.add("FreeU")

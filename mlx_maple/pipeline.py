@@ -50,7 +50,7 @@ from mlx_maple.engine.compiled import guided_steps, made_ready, room
 from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.forms import PARTS, PLAIN, Form, freeu_text, read_form
-from mlx_maple.guidance import Prompts, encoded, guided_model
+from mlx_maple.guidance import EMPHASES, Prompts, encoded, guided_model
 from mlx_maple.metadata import Settings, check_number
 from mlx_maple.models import (
     TAESD,
@@ -524,6 +524,7 @@ class StableDiffusion:
         control_preprocess: str | Sequence[str] = "none",
         clip_skip: int | None = None,
         syntax: str = "a1111",
+        emphasis: str = "original",
         loras: Any = None,
         noise: str = "torch",
         variation_seed: int | None = None,
@@ -594,6 +595,8 @@ class StableDiffusion:
             clip_skip: which text layer to read, from the end; 1 is the last.
             syntax: how prompts are written: "a1111" with weights, changes, AND and BREAK, of any
                 length; or "plain", cut to 75 tokens.
+            emphasis: what weights on words do: "original" brings each chunk back to the mean that
+                it had, "no norm" does not, which some prefer for SDXL (A1111's words).
             loras: the LoRAs of this drawing, beside those in the prompt: a list of paths or names,
                 "NAME", "NAME:0.8", "NAME:unet=0.8,te=0.5" or (name, 0.8); or one text with ";"
                 between. None are those that the model was loaded with.
@@ -727,6 +730,7 @@ class StableDiffusion:
             noise=_one_of("noise", noise, NOISE_SOURCES),
             clip_skip=skipped,
             syntax=_one_of("syntax", syntax, SYNTAXES),
+            emphasis=_one_of("emphasis", emphasis, EMPHASES),
             strength=None if picture is None else check_number("strength", strength),
             fit=None if picture is None else _one_of("fit", fit, images.FITS),
             mask_blur=None if mask is None else check_number("mask_blur", mask_blur),
@@ -1165,6 +1169,7 @@ class StableDiffusion:
             job.negative,
             syntax=job.settings[0].syntax,
             clip_skip=job.clip_skip,
+            emphasis=job.settings[0].emphasis,
             together=not _on_cpu(),  # where a text alone is to be the same as beside others
         )
         for name, text in prompts.truncated.items():

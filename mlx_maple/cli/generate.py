@@ -42,7 +42,7 @@ SETTING_OF = {
 }
 OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
-    *("eta", "noise", "clip_skip", "syntax", "variation_seed", "variation_strength"),
+    *("eta", "noise", "clip_skip", "syntax", "emphasis", "variation_seed", "variation_strength"),
     *("guidance_rescale", "guidance_start", "guidance_end", "tile", "freeu", "window"),
     *("window_overlap",),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
@@ -136,6 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("a1111", "plain"),
         help="how prompts are written: a1111 with (word:1.2), [a:b:0.5], AND and BREAK, or plain",
     )
+    add("--emphasis", choices=("original", "no norm"), help="what weights on words do")
     add("--variation-seed", type=int, metavar="N", help="mix in the noise of this seed")
     add("--variation-strength", type=float, metavar="F", help="how much of it, 0 to 1")
 

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_maple.conditioning import Conditioning
+from mlx_maple.conditioning import Conditioning, weighted
 from mlx_maple.guidance import Prompts, Wanted, guided_model
 from mlx_maple.text.editing import phases
 from mlx_maple.text.prompt import encode_prompt
@@ -117,6 +117,31 @@ def test_what_changes_nothing_changes_nothing(sd, leaf, text):
 def test_what_changes_something_does(sd, leaf, text):
     assert not np.array_equal(leaf, drawn(sd, text))
     assert not np.array_equal(drawn(sd, text), drawn(sd, text, syntax="plain"))
+
+
+def test_emphasis_with_and_without_the_mean(sd, leaf, monkeypatch):
+    seen = []
+
+    def spy(states, weights, *, keeps_mean):
+        seen.append(keeps_mean)
+        return weighted(states, weights, keeps_mean=keeps_mean)
+
+    monkeypatch.setattr("mlx_maple.conditioning.weighted", spy)
+    for emphasis in ("original", "no norm"):
+        assert np.array_equal(leaf, drawn(sd, "a leaf", emphasis=emphasis))
+    assert seen == [True, True, False, False]
+    with pytest.raises(ValueError, match="unknown emphasis 'none': choose from original, no norm"):
+        sd("a", emphasis="none")
+
+
+def test_weights_multiply_states_and_keep_the_mean():
+    states = mx.array(np.random.default_rng(0).normal(1, 1, (1, 4, 3)).astype(np.float32))
+    weights = [[1.0, 2.0, 1.0, 0.5]]
+    free = np.array(states) * np.array(weights)[..., None]
+    assert np.allclose(np.array(weighted(states, weights, keeps_mean=False)), free)
+    kept = np.array(weighted(states, weights))
+    assert np.allclose(kept, free * np.array(states).mean() / free.mean(), atol=1e-6)
+    assert weighted(states, [[1.0] * 4]) is states
 
 
 def test_a_second_prompt_of_no_weight_is_not_there(sd, leaf):
