@@ -141,8 +141,8 @@ def unscaled(sd):
 def transposed(sd):
     plain = sd.unet.__call__
 
-    def call(self, latents, timesteps, context):
-        return plain(latents.transpose(0, 2, 1, 3), timesteps, context).transpose(0, 2, 1, 3)
+    def call(self, latents, timesteps, context, *more):
+        return plain(latents.transpose(0, 2, 1, 3), timesteps, context, *more).transpose(0, 2, 1, 3)
 
     return mock.patch.object(type(sd.unet), "__call__", call)
 
@@ -150,7 +150,7 @@ def transposed(sd):
 def one_off(sd):
     plain = sd.unet.__call__
     return mock.patch.object(
-        type(sd.unet), "__call__", lambda self, x, t, context: plain(x, t + 1, context)
+        type(sd.unet), "__call__", lambda self, x, t, *more: plain(x, t + 1, *more)
     )
 
 
