@@ -706,3 +706,24 @@ def test_a_gpu_is_one_step_ahead_and_can_be_cancelled(sd, calls, monkeypatch):
     assert (progress.stage, progress.index, len(calls)) == ("sample", 1, 2)
     drawing.close()
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("prompt", "more"),
+    [
+        ("a [leaf:snow:0.3]", {}),
+        ("a leaf AND snow :0.5", {}),
+        ("a (leaf:1.3)", {"guidance_rescale": 0.7}),
+        ("leaf " * 80, {"guidance_end": 0.6, "window": 64}),
+    ],
+    ids=["changing", "and", "rescaled", "long, in windows"],
+)
+def test_networks_made_ready_read_prompts_the_same(build, prompt, more):
+    arguments = {"seed": 2, "steps": 4, "sampler": "euler", "negative_prompt": "b", **more}
+    sd = build()
+    expected = sd(prompt, **arguments).latents
+    ready = prepare_unet(sd.unet)
+    ready.steps = GuidedSteps(ready, compiles=False)
+    sd.unet = ready
+    assert np.allclose(sd(prompt, **arguments).latents, expected, rtol=0, atol=1e-4)
+    assert not np.allclose(sd("a", **arguments).latents, expected, rtol=0, atol=1e-3)
