@@ -17,7 +17,7 @@ import numpy.typing as npt
 from maple_convert.errors import InvalidCheckpoint
 from maple_convert.half import round_to_half
 from maple_convert.readers.sharded import ShardedCheckpoint
-from maple_convert.readers.source import FileCheckpoint
+from maple_convert.readers.source import FileCheckpoint, Placement
 from maple_convert.tensors import STORAGE, Checkpoint, Tensor
 
 Block = npt.NDArray[Any]
@@ -101,16 +101,17 @@ def _stored_rows(
             yield partial(whole.__getitem__, slice(start, min(start + rows, end)))
         return
     assert isinstance(checkpoint, FileCheckpoint)
+    width = math.prod(info.shape[1:])
     for start in range(first, end, rows):
         shape = (min(rows, end - start), *info.shape[1:])
-        offset = place.offset + start * row
         empty = np.empty if fresh else _scratch.empty
-        yield partial(_read_rows, checkpoint, offset, partial(empty, shape, STORAGE[info.dtype]))
+        new = partial(empty, shape, STORAGE[info.dtype])
+        yield partial(_read_rows, checkpoint, place, start * width, new)
 
 
-def _read_rows(checkpoint: FileCheckpoint, offset: int, empty: Task) -> Block:
+def _read_rows(checkpoint: FileCheckpoint, place: Placement, start: int, empty: Task) -> Block:
     block = empty()
-    checkpoint.file.read_into(offset, block.data.cast("B"))
+    checkpoint.read_elements(place, start, block)
     return block
 
 

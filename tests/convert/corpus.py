@@ -29,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import gguf_files as gf
 import numpy as np
 import torch_files as tf
 from torch_files import Call, Global
@@ -251,10 +252,10 @@ def git_lfs_pointer(folder):
     return write(folder / "model.ckpt", text.encode())
 
 
-@hostile("GGUF")
-def gguf_named_safetensors(folder):
+@hostile("GGML", "not read")
+def ggml_named_safetensors(folder):
     """Another kind of weights file."""
-    return write(folder / "model.safetensors", b"GGUF" + struct.pack("<IQQ", 3, 1 << 60, 1 << 60))
+    return write(folder / "model.safetensors", b"lmgg" + bytes(100))
 
 
 @hostile("gzip")
@@ -531,10 +532,10 @@ def unknown_dtype(folder, dtype):
     return write(folder / "model.safetensors", one_entry(dtype=dtype))
 
 
-@hostile_each(["F8_E4M3", "U16", "C64"], "not supported")
+@hostile_each(["F8_E8M0", "U16", "C64"], "not supported")
 def dtype_that_is_not_computed_with(folder, dtype):
     """Types of the format for which nothing here has arithmetic, refused by name."""
-    size = {"F8_E4M3": 16, "U16": 8, "C64": 2}[dtype]
+    size = {"F8_E8M0": 16, "U16": 8, "C64": 2}[dtype]
     return write(folder / "model.safetensors", one_entry(dtype=dtype, shape=[size]))
 
 
@@ -570,6 +571,200 @@ def name_that_colours_the_terminal(folder):
     name = "\x1b[31m\r\nERROR\u2028fake line\x00" + "A" * 10_000
     entry = {"dtype": "F32", "shape": [5], "data_offsets": [0, 16]}
     return write(folder / "model.safetensors", safetensors_file({name: entry}, 16))
+
+
+# GGUF
+
+
+def gguf(folder: Path, head: bytes, data: int = 128) -> Path:
+    """A GGUF file of that header and so many bytes of tensors."""
+    return write(folder / "model.gguf", gf.padded(head) + bytes(data))
+
+
+def one_gguf_entry(
+    name: str | bytes = "x", shape: Iterable[int] = (4, 8), kind: int = 0, offset: int = 0
+) -> bytes:
+    return gf.header([], [gf.entry(name, shape, kind, offset)])
+
+
+@hostile("truncated")
+def gguf_of_its_magic_only(folder):
+    """Four bytes, and counts that are not there."""
+    return write(folder / "model.gguf", b"GGUF")
+
+
+@hostile("truncated")
+def gguf_cut_in_its_header(folder):
+    """The download stopped within the list of tensors."""
+    return write(folder / "model.gguf", one_gguf_entry()[:-5])
+
+
+@hostile("truncated")
+def gguf_cut_in_its_tensors(folder):
+    """The download stopped within the last tensor."""
+    return gguf(folder, one_gguf_entry(), 127)
+
+
+@hostile_each([0, 1, 4, 0x7FFFFFFF], "version")
+def gguf_of_another_version(folder, version):
+    """Versions whose counts have other widths, or that do not exist."""
+    return gguf(folder, gf.header([], [gf.entry("x", (4, 8), 0, 0)], version=version))
+
+
+@hostile("big-endian")
+def gguf_of_another_byte_order(folder):
+    """A file for a machine that counts bytes the other way round."""
+    return write(folder / "model.gguf", b"GGUF" + struct.pack(">IQQ", 3, 1, 0) + bytes(100))
+
+
+@hostile_each(["tensors", "settings"], "says that it has", "more than")
+def gguf_of_endless_counts(folder, which):
+    """A count for which a list of that length would take all memory."""
+    counts = {"tensors": 1 << 60} if which == "tensors" else {"keys": 1 << 60}
+    return gguf(folder, gf.header(**counts))
+
+
+@hostile("setting's name of 1152921504606846976 bytes")
+def gguf_of_an_endless_key(folder):
+    """A string's length that the file does not have."""
+    return gguf(folder, gf.header([struct.pack("<Q", 1 << 60)], keys=1))
+
+
+@hostile("a setting of 1152921504606846976 bytes")
+def gguf_of_an_endless_string(folder):
+    """The same in a value."""
+    value = gf.text("k") + struct.pack("<IQ", 8, 1 << 60)
+    return gguf(folder, gf.header([value], keys=1))
+
+
+@hostile_each([13, 255, 0xFFFFFFFF], "unknown type")
+def gguf_of_an_unknown_setting(folder, kind):
+    """A type whose values have no known length: nothing behind it can be found."""
+    return gguf(folder, gf.header([gf.text("k") + struct.pack("<IQ", kind, 0)], keys=1))
+
+
+@hostile_each([0, 4, 12], "truncated")
+def gguf_of_an_endless_array(folder, kind):
+    """An array of numbers longer than the file; its bytes overflow 64 bits for wide ones."""
+    value = gf.text("k") + struct.pack("<IIQ", 9, kind, (1 << 64) - 1)
+    return gguf(folder, gf.header([value], keys=1))
+
+
+@hostile_each([8, 9], "more elements")
+def gguf_of_an_endless_array_of_strings(folder, kind):
+    """An array whose elements must be looked at one by one, for hours."""
+    value = gf.text("k") + struct.pack("<IIQ", 9, kind, 1 << 60)
+    return gguf(folder, gf.header([value], keys=1))
+
+
+@hostile("more elements")
+def gguf_of_many_long_arrays(folder):
+    """Empty strings by the million, in arrays that each are within bounds."""
+    one = struct.pack("<IIQ", 9, 8, 700_000) + bytes(8 * 700_000)
+    return gguf(folder, gf.header([gf.text(f"k{n}") + one for n in range(4)]))
+
+
+@hostile("more text")
+def gguf_of_much_text(folder):
+    """Strings that together would fill memory; the file has holes in their place."""
+    path, size = folder / "model.gguf", 8 << 20
+    with path.open("wb") as file:
+        file.write(gf.header(keys=9_000))
+        for n in range(5):
+            file.write(gf.text(f"k{n}") + struct.pack("<IQ", 8, size))
+            file.seek(size, os.SEEK_CUR)
+        file.truncate(10 << 30)
+    return path
+
+
+@hostile("nested deeper")
+def gguf_of_arrays_in_arrays(folder):
+    """Arrays nested deeper than any stack."""
+    nested = struct.pack("<IQ", 9, 1) * 100_000
+    return gguf(folder, gf.header([gf.text("k") + struct.pack("<I", 9) + nested], keys=1))
+
+
+@hostile("twice")
+def gguf_with_a_setting_twice(folder):
+    """Two readers would believe two values."""
+    return gguf(folder, gf.header([gf.setting("a", "b"), gf.setting("a", "c")]))
+
+
+@hostile("twice")
+def gguf_with_a_tensor_twice(folder):
+    """Two tensors of one name."""
+    entries = [gf.entry("x", (4, 8), 0, 0), gf.entry("x", (4, 8), 0, 128)]
+    return gguf(folder, gf.header([], entries), 256)
+
+
+@hostile("not UTF-8")
+def gguf_with_a_name_of_bytes(folder):
+    """A name that is no text."""
+    return gguf(folder, one_gguf_entry(b"\xff\xfe"))
+
+
+@hostile_each([5, 0xFFFFFFFF], "axes")
+def gguf_with_many_axes(folder, axes):
+    """More axes than ggml has, or than there are bytes."""
+    entry = gf.text("x") + struct.pack("<I", axes) + bytes(64)
+    return gguf(folder, gf.header([], [entry]))
+
+
+@hostile_each([(0, 8), (1 << 62, 1 << 62), (1 << 63, 2)], "elements")
+def gguf_with_no_or_endless_elements(folder, shape):
+    """Sizes whose product is zero, or passes for a small one where it overflows."""
+    return gguf(folder, one_gguf_entry(shape=shape))
+
+
+@hostile_each([4, 5, 31, 99, 0xFFFFFFFF], "unknown type")
+def gguf_of_an_unknown_type(folder, kind):
+    """Types that ggml took back, or never had."""
+    return gguf(folder, one_gguf_entry(kind=kind))
+
+
+@hostile("cannot hold")
+def gguf_with_rows_of_half_a_block(folder):
+    """Quantised rows that end within a block."""
+    return gguf(folder, one_gguf_entry(shape=(4, 16), kind=gf.Q4_0))
+
+
+@hostile_each([1, 31, 1 << 40, (1 << 64) - 32], "out of place")
+def gguf_with_a_tensor_elsewhere(folder, offset):
+    """Offsets off their alignment, outside the file, or that wrap round to its start."""
+    return gguf(folder, one_gguf_entry(offset=offset))
+
+
+@hostile("overlaps")
+def gguf_with_overlapping_tensors(folder):
+    """A thousand tensors of the same bytes would fill memory from a small file."""
+    entries = [gf.entry(f"x{n}", (4, 8), 0, 0) for n in range(1000)]
+    return gguf(folder, gf.header([], entries))
+
+
+@hostile("behind its last tensor")
+def gguf_with_something_behind(folder):
+    """Another file hidden behind the tensors."""
+    return gguf(folder, one_gguf_entry(), 4096)
+
+
+@hostile_each([0, 3, 1 << 31], "aligns")
+def gguf_of_a_strange_alignment(folder, alignment):
+    """An alignment to divide by zero with, or to leave any hole."""
+    settings = [gf.setting("general.alignment", alignment)]
+    return gguf(folder, gf.header(settings, [gf.entry("x", (4, 8), 0, 0)]))
+
+
+@hostile_each([[4, 9], [-4, -8], [0, 32], []], "has the shape")
+def gguf_unfolded_to_another_size(folder, shape):
+    """A shape said beside a folded tensor that is not its own."""
+    settings = [gf.setting("comfy.gguf.orig_shape.x", shape)]
+    return gguf(folder, gf.header(settings, [gf.entry("x", (4, 8), 0, 0)]))
+
+
+@hostile("no tensors")
+def gguf_of_nothing(folder):
+    """A vocabulary alone."""
+    return gguf(folder, gf.header([gf.setting("a", ["b", "c"])]))
 
 
 # Sharded

@@ -612,7 +612,6 @@ def test_real_files_open_and_read(weights):
     refused = {
         "silero_vad.jit": "TorchScript",
         "EasyNegative.utf8-damaged.pt": "download it again",
-        "taesd-decoder.sdcpp-2023-11.gguf": "GGUF",
     }
     suffixes = {".ckpt", ".pt", ".pth", ".bin", ".safetensors", ".jit", ".gguf"}
     files = [path for path in sorted(weights.rglob("*")) if path.suffix in suffixes]

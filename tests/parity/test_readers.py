@@ -21,7 +21,7 @@ import torch_files as tf
 pytestmark = pytest.mark.parity
 
 REAL_FOLDERS = ("checkpoints", "lora", "textual_inversion", "taesd", "emoji-trial")
-REFUSED = {"silero_vad.jit", "EasyNegative.utf8-damaged.pt", "taesd-decoder.sdcpp-2023-11.gguf"}
+REFUSED = {"silero_vad.jit", "EasyNegative.utf8-damaged.pt"}
 TORCH_SUFFIXES = {".ckpt", ".pt", ".pth", ".bin"}
 
 

@@ -47,6 +47,10 @@ _CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer."
 # SDXL's refiner has the second of SDXL's encoders, and no other.
 _OPEN_CLIP = ("cond_stage_model.model.",)
 _OPEN_CLIP_2 = ("conditioner.embedders.1.model.", "conditioner.embedders.0.model.")
+_SDCPP_2 = ("cond_stage_model.1.transformer.",)
+# A half of TAESD by itself; stable-diffusion.cpp puts the prefix before it in GGUF files.
+_TAESD_ENCODER = ("", "first_stage_model.encoder.")
+_TAESD_DECODER = ("", "first_stage_model.decoder.")
 
 WHERE = (
     Where("unet", "compvis", _UNET, ("input_blocks", "output_blocks"), _CONTROL_COMPVIS),
@@ -65,13 +69,16 @@ WHERE = (
     ),
     Where("text_encoder", "openclip", _OPEN_CLIP, ("token_embedding",)),
     Where("text_encoder_2", "openclip", _OPEN_CLIP_2, ("token_embedding",)),
+    Where("text_encoder_2", "sdcpp", _SDCPP_2, ("text_model.encoder", "text_model.embeddings")),
     Where("taesd", "diffusers", ("",), ("decoder.layers",)),
     Where("taesd", "upstream", ("",), ("encoder.1.conv", "decoder.3.conv"), ("decoder.2",)),
     Where("taesd", "upstream_from_0", ("",), ("decoder.2.conv",)),
     # One half alone in its file; the other half lies beside it.
-    Where("taesd encoder", "upstream", ("",), ("1.conv",), (), "encoder."),
-    Where("taesd decoder", "upstream", ("",), ("3.conv",), ("1.conv", "2.conv"), "decoder."),
-    Where("taesd decoder", "upstream_from_0", ("",), ("2.conv",), ("1.conv",), "decoder."),
+    Where("taesd encoder", "upstream", _TAESD_ENCODER, ("1.conv",), (), "encoder."),
+    Where(
+        "taesd decoder", "upstream", _TAESD_DECODER, ("3.conv",), ("1.conv", "2.conv"), "decoder."
+    ),
+    Where("taesd decoder", "upstream_from_0", _TAESD_DECODER, ("2.conv",), ("1.conv",), "decoder."),
 )
 
 SCHEDULE_BUFFERS = (
@@ -97,10 +104,13 @@ SCHEDULE_BUFFERS = (
 EMA_PREFIX = "model_ema."
 EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
 POSITION_IDS = tuple(
-    f"{prefix}{inner}embeddings.position_ids" for prefix in _CLIP for inner in ("", "text_model.")
+    f"{prefix}{inner}embeddings.position_ids"
+    for prefix in (*_CLIP, *_SDCPP_2)
+    for inner in ("", "text_model.")
 )
 LOGIT_SCALES = tuple(
-    f"{prefix}logit_scale" for prefix in ("cond_stage_model.", *_CLIP, *_OPEN_CLIP, *_OPEN_CLIP_2)
+    f"{prefix}logit_scale"
+    for prefix in ("cond_stage_model.", "cond_stage_model.1.", *_CLIP, *_OPEN_CLIP, *_OPEN_CLIP_2)
 )
 V_PREDICTION_MARK = "v_pred"
 ZERO_SNR_MARK = "ztsnr"

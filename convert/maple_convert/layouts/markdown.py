@@ -14,6 +14,7 @@ COLUMNS = {
     "transformers": "transformers, CompVis",
     "transformers_flat": "transformers from 5.6",
     "openclip": "OpenCLIP",
+    "sdcpp": "stable-diffusion.cpp",
     "upstream": "upstream",
     "upstream_from_0": "upstream, from 0",
 }

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from maple_convert.errors import InvalidCheckpoint
+from maple_convert.readers.gguf import open_gguf
 from maple_convert.readers.json_text import read_json
 from maple_convert.readers.plain import Stub
 from maple_convert.readers.safetensors_file import open_safetensors
@@ -76,6 +77,7 @@ def _open(path: Path) -> "FileCheckpoint | Kind":
             "safetensors": open_safetensors,
             "zip": open_torch_zip,
             "pickle": open_torch_legacy,
+            "gguf": open_gguf,
         }
         return readers[kind](file)
     except BaseException:

@@ -21,6 +21,7 @@ file into memory. Tests hold this reader against it, on good and on damaged file
 from typing import Any, cast
 
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
+from maple_convert.readers.encodings import EIGHT_BITS, Encoding
 from maple_convert.readers.json_text import JSONFault, parse_object
 from maple_convert.readers.source import FileCheckpoint, Placement, SourceFile
 from maple_convert.tensors import STORAGE, TensorInfo
@@ -40,9 +41,9 @@ DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
-NOT_COMPUTED = frozenset(
-    "U16 U64 C64 F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4".split()
-)
+NOT_COMPUTED = frozenset("U16 U64 C64 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4".split())
+# ComfyUI's 8-bit files whose weights need a scale that lies beside each.
+SCALED_MARK, SCALES = "scaled_fp8", (".scale_weight", ".weight_scale")
 
 
 def open_safetensors(file: SourceFile) -> FileCheckpoint:
@@ -68,9 +69,9 @@ def open_safetensors(file: SourceFile) -> FileCheckpoint:
     ranges: list[tuple[int, int, str]] = []
     places: dict[str, Placement] = {}
     for name, entry in header.items():
-        info, begin, end = _entry(file, name, entry)
+        info, begin, end, encoding = _entry(file, name, entry)
         ranges.append((begin, end, name))
-        places[name] = Placement(info, buffer + begin)
+        places[name] = Placement(info, buffer + begin, encoding=encoding)
     reached = 0
     for begin, end, name in sorted(ranges):
         if begin != reached:
@@ -85,7 +86,17 @@ def open_safetensors(file: SourceFile) -> FileCheckpoint:
         raise InvalidCheckpoint(path, reason)
     if not places:
         raise UnsupportedCheckpoint(path, "holds no tensors")
-    return FileCheckpoint(file, "safetensors", places, metadata=metadata)
+    encoded = {place.encoding.name for place in places.values() if place.encoding is not None}
+    notes: list[str] = []
+    if encoded:
+        if scale := next((n for n in places if n == SCALED_MARK or n.endswith(SCALES)), None):
+            raise UnsupportedCheckpoint(
+                path,
+                f"its 8-bit weights need scales that are not read ({quoted(scale)}): use the "
+                "model in F16",
+            )
+        notes.append(f"Its weights have 8 bits ({', '.join(sorted(encoded))}): read as float16.")
+    return FileCheckpoint(file, "safetensors", places, metadata=metadata, notes=notes)
 
 
 def _metadata(file: SourceFile, value: Any) -> dict[str, str]:
@@ -99,8 +110,8 @@ def _metadata(file: SourceFile, value: Any) -> dict[str, str]:
     return result
 
 
-def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
-    """Check one tensor's description: what it is, and its range in the buffer."""
+def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, int, Encoding | None]:
+    """Check one tensor's description: what it is, its range in the buffer, how it is spelt."""
 
     def malformed(reason: str) -> InvalidCheckpoint:
         return InvalidCheckpoint(file.path, f"tensor {quoted(name)}: {reason}")
@@ -111,7 +122,8 @@ def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, in
     if not _encodable(name):
         raise malformed("its name is not valid Unicode")
     dtype = fields["dtype"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    encoding = EIGHT_BITS.get(dtype) if isinstance(dtype, str) else None
+    if not isinstance(dtype, str) or (dtype not in DTYPES and encoding is None):
         if isinstance(dtype, str) and dtype in NOT_COMPUTED:
             reason = (
                 f"tensor {quoted(name)} has type {dtype}, which is not supported: convert it to F16"
@@ -124,13 +136,14 @@ def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, in
     if offsets is None or len(offsets) != 2:
         raise malformed("its data_offsets are not two non-negative integers")
     begin, end = offsets
-    expected = STORAGE[DTYPES[dtype]].itemsize
+    kind = DTYPES[dtype] if encoding is None else encoding.dtype
+    expected = STORAGE[kind].itemsize if encoding is None else encoding.nbytes
     for n in shape:
         expected *= n
     if end - begin != expected:
         found = f"its range has {end - begin} bytes, its type and shape need {expected}"
         raise malformed(found)
-    return TensorInfo(DTYPES[dtype], shape), begin, end
+    return TensorInfo(kind, shape), begin, end, encoding
 
 
 def _sizes(value: Any) -> tuple[int, ...] | None:

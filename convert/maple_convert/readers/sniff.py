@@ -6,12 +6,11 @@ from typing import Literal
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
 from maple_convert.readers.source import SourceFile
 
-Kind = Literal["safetensors", "zip", "pickle", "json"]
+Kind = Literal["safetensors", "zip", "pickle", "gguf", "json"]
 HEAD = 4096
 
 # (offset, bytes, what the file is and what to do)
 SIGNATURES: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"GGUF", "is a GGUF file, which is not read: use the .safetensors or .ckpt of the model"),
     (0, b"lmgg", "is a GGML file, which is not read: use the .safetensors or .ckpt of the model"),
     (0, b"PK\5\6", "is an empty zip archive"),
     (0, b"PK\7\x08", "is one part of a split zip archive: join the parts first"),
@@ -55,6 +54,8 @@ def sniff(file: SourceFile) -> Kind:
     head = file.read(0, min(HEAD, file.size))
     if head.startswith(b"PK\3\4"):
         return "zip"
+    if head.startswith(b"GGUF"):
+        return "gguf"
     if len(head) > 8 and head[8:9] == b"{" and head[5:8] == b"\0\0\0":
         return "safetensors"
     if (head[0] == 0x80 and len(head) > 1 and head[1] <= 5) or head.startswith(LEGACY_TEXT):

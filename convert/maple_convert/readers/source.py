@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from maple_convert.errors import InvalidCheckpoint, UnreadableFile
+from maple_convert.readers.encodings import Encoding
 from maple_convert.tensors import STORAGE, Tensor, TensorInfo
 
 CHUNK = 1 << 28  # bytes asked of the system at once; macOS refuses reads of 2 GiB and more
 BLOCK = 1 << 26  # bytes of file held while the elements of a strided view are picked out
+BLOCK_DECODED = 1 << 18  # elements decoded at once, which stay in the cache
 AMPLIFICATION = 8  # tensors may share storages, but not claim many times the file's size
 ALLOWANCE = 1 << 26  # bytes that any file, however small, may claim
 
@@ -85,11 +87,20 @@ class Placement:
         info: type and shape.
         offset: of its first element, in bytes from the start of the file.
         strides: elements from one index to the next on each axis; None if contiguous.
+        encoding: how its elements are spelt, in C order, where they are not plain; whole blocks.
     """
 
     info: TensorInfo
     offset: int
     strides: tuple[int, ...] | None = None
+    encoding: Encoding | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that its elements take in the file, if none of them is shared."""
+        if self.encoding is None:
+            return self.info.nbytes
+        return self.info.size // self.encoding.elements * self.encoding.nbytes
 
 
 @dataclass(eq=False)
@@ -106,7 +117,7 @@ class FileCheckpoint:
     def __post_init__(self) -> None:
         self.path = self.file.path
         self.tensors: Mapping[str, TensorInfo] = {n: p.info for n, p in self.places.items()}
-        claimed = sum(info.nbytes for info in self.tensors.values())
+        claimed = sum(place.nbytes for place in self.places.values())
         if claimed > AMPLIFICATION * self.file.size + ALLOWANCE:
             reason = f"claims {claimed} bytes of tensors in a file of {self.file.size} bytes"
             raise InvalidCheckpoint(self.path, reason)
@@ -120,12 +131,32 @@ class FileCheckpoint:
         array = np.empty(shape, stored)
         if array.size:
             if place.strides is None:
-                self.file.read_into(place.offset, array.data.cast("B"))
+                self.read_elements(place, 0, array)
             else:
                 self._gather(array, place.offset, place.strides)
         if dtype == "bool":
             array = np.asarray(array != 0)  # asarray: a zero-dim comparison is no array
         return Tensor(dtype, array)
+
+    def read_elements(self, place: Placement, start: int, out: npt.NDArray[Any]) -> None:
+        """Fill a contiguous array with a contiguous tensor's elements from the ``start``th on."""
+        encoding = place.encoding
+        if encoding is None:
+            self.file.read_into(place.offset + start * out.itemsize, out.data.cast("B"))
+            return
+        flat, end = np.ravel(out), start + out.size  # a view: out is contiguous
+        most = max(BLOCK_DECODED // encoding.elements, 1)
+        last = -(-end // encoding.elements)  # a run may begin and end within a block
+        for block in range(start // encoding.elements, last, most):
+            packed = np.empty((min(most, last - block), encoding.nbytes), np.uint8)
+            self.file.read_into(place.offset + block * encoding.nbytes, packed.data.cast("B"))
+            first = block * encoding.elements
+            with np.errstate(invalid="ignore"):  # scales may be infinite, as any stored value
+                values = np.ravel(encoding.decode(packed))
+            skipped = max(start - first, 0)
+            values = values[skipped : end - first]
+            at = first + skipped - start
+            flat[at : at + values.size] = values
 
     def _gather(self, out: npt.NDArray[Any], offset: int, strides: Sequence[int]) -> None:
         """Fill ``out`` from a strided view, holding at most about BLOCK bytes of the file."""
