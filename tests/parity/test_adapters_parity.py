@@ -11,6 +11,7 @@ import json
 import sys
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -19,11 +20,13 @@ import torch
 import transformers
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
+from diffusers.loaders import lora_conversion_utils as renaming
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
 from maple_convert.embedding import fitted, open_embedding
 from maple_convert.layouts import LAYOUTS
+from maple_convert.layouts.lora import Names, split
 from maple_convert.layouts.parts import AS_IS, OIHW_TO_OHWI, Row
 from maple_convert.lora import open_lora
 from maple_convert.tensors import Tensor
@@ -380,3 +383,33 @@ def test_a_word_speaks_as_in_diffusers(parity_record, weights, file):
     assert error <= 2e-5
     plain = np.array(encoder(mx.array(encode_prompt(mine, prompt).ids)).last)
     assert np.sqrt(np.mean((plain - expected) ** 2)) / expected.std() > 1e-2
+
+
+# Names ----------------------------------------------------------------------------------------
+
+
+def test_sdxls_numbers_are_diffusers_blocks(parity_record):
+    """kohya's names of SDXL's transformers, through diffusers' own renaming and through ours."""
+    config = {
+        **SD1["unet"],
+        "block_out_channels": [320, 640, 1280],
+        "layers_per_block": 2,
+        "transformer_layers": [0, 2, 10],
+        "mid_transformer_layers": 10,
+        "cross_attention_dim": 2048,
+    }
+    own = {native: name for native, (name, _) in names("unet", "compvis", {"unet": config}).items()}
+    layers = [native for native in own if ".transformer_blocks." in native and "norm" not in native]
+    keys = {native: "lora_unet_" + own[native].replace(".", "_") for native in layers}
+    factor = torch.zeros(1, 1)
+    table = Names({"unet": config})
+    for native, key in keys.items():
+        mapped = renaming._maybe_map_sgm_blocks_to_diffusers(
+            {f"{key}.lora_down.weight": factor, f"{key}.lora_up.weight": factor},
+            SimpleNamespace(layers_per_block=2),
+        )
+        converted, _ = renaming._convert_non_diffusers_lora_to_diffusers(mapped)
+        (down,) = [key for key in converted if key.endswith(".down.weight")]
+        for name in (key, split(down)[0]):  # kohya's, and what diffusers has made of it
+            assert table.find(name).native == native, (key, down)
+    parity_record("LoRA names of SDXL, kohya to diffusers", layers=len(keys))
