@@ -10,7 +10,8 @@ polling    each client asks for progress once a second while jobs run: seconds f
 endurance  jobs one after the other on the tiny model: resident memory of the server and of its
            worker after the first 50 jobs and at the end.
 latency    seconds from a request to the picture's bytes, less what the Python API takes for the
-           same picture in the worker (its own timing of that very drawing).
+           same picture in the worker (its own timing of that very drawing); and the processor time
+           that the server takes for one, of this request and one that lists jobs.
 first      seconds from the command to the first picture of the embedded model.
 
 Each prints one JSON object, with the machine's load before and after.
@@ -73,6 +74,12 @@ def worker_of(pid: int) -> int:
     """The server's child that draws: the one with the most memory."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     return max(map(int, children), key=resident)
+
+
+def processor_seconds(pid: int) -> float:
+    """Processor time that a process has taken (Linux)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_for_model(client: httpx2.Client) -> None:
@@ -168,10 +175,12 @@ def endurance(args: argparse.Namespace, folder: Path) -> dict:
 
 
 def latency(args: argparse.Namespace, folder: Path) -> dict:
-    added, whole = [], []
+    added, whole, processor = [], [], 0.0
     with Server(folder, None) as server, httpx2.Client(base_url=server.base, timeout=120) as client:
         wait_for_model(client)
         for number in range(args.pictures + 2):
+            if number == 2:
+                processor = processor_seconds(server.process.pid)
             began = time.perf_counter()
             asked = {**LEAF, "seed": number, "steps": args.steps}
             answer = client.post("/sdapi/v1/txt2img", json=asked).json()
@@ -181,12 +190,15 @@ def latency(args: argparse.Namespace, folder: Path) -> dict:
             if number >= 2:  # the first ones warm up
                 added.append(took - job["timings"]["total"])
                 whole.append(took)
+        processor = processor_seconds(server.process.pid) - processor
     return {
         "pictures": args.pictures,
         "steps": args.steps,
         "request_ms_median": round(1000 * statistics.median(whole), 1),
         "added_ms_median": round(1000 * statistics.median(added), 1),
+        "added_ms_least": round(1000 * min(added), 1),
         "added_ms_most": round(1000 * max(added), 1),
+        "server_processor_ms": round(1000 * processor / args.pictures, 1),
     }
 
 

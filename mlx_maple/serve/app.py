@@ -1,11 +1,13 @@
 """The ASGI application, and the server that runs it."""
 
+import logging
 import socket
 import sys
 import webbrowser
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from urllib.parse import quote
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -131,17 +133,45 @@ def _printable(text: str) -> str:
 class _Server(uvicorn.Server):
     """Says where it is, and opens a browser, when it answers."""
 
-    def __init__(self, config: uvicorn.Config, address: str, *, opens: bool) -> None:
+    def __init__(self, config: uvicorn.Config, addresses: list[str], *, opens: bool) -> None:
         super().__init__(config)
-        self._address = address
+        self._addresses = addresses
         self._opens = opens
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
-            print(f"maple: drawing at {self._address} (Ctrl-C ends it)", file=sys.stderr)
+            where = " and ".join(self._addresses)
+            print(f"maple: drawing at {where} (Ctrl-C ends it)", file=sys.stderr)
             if self._opens:
-                webbrowser.open(self._address)
+                webbrowser.open(self._addresses[0])
+
+
+class _WithoutToken(logging.Filter):
+    """Keeps the token out of the log of requests."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__()
+        self._token = token
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.args = tuple(
+            value.replace(self._token, "…") if isinstance(value, str) else value
+            for value in (record.args if isinstance(record.args, tuple) else ())
+        )
+        return True
+
+
+def _addresses(config: Config, port: int) -> list[str]:
+    """Where a browser finds the page: on this machine, and from the network where that is open."""
+    query = f"/?token={quote(config.token)}" if config.token else "/"
+    hosts = [config.host]
+    if config.host in ("0.0.0.0", "::"):
+        hosts = ["127.0.0.1" if config.host == "0.0.0.0" else "::1"]
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect(("192.0.2.1", 9))  # sends nothing; finds the address that would be used
+            hosts.append(probe.getsockname()[0])
+    return [f"http://{f'[{host}]' if ':' in host else host}:{port}{query}" for host in hosts]
 
 
 def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> None:
@@ -157,10 +187,9 @@ def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> N
         OSError: the folder cannot be written, or the address is taken.
     """
     listener = _listening(config)
-    port = listener.getsockname()[1]
-    host = f"[{config.host}]" if ":" in config.host else config.host
-    shown = "127.0.0.1" if config.host == "0.0.0.0" else "[::1]" if config.host == "::" else host
-    query = f"/?token={config.token}" if config.token else "/"
+    addresses = _addresses(config, listener.getsockname()[1])
+    if config.token:
+        logging.getLogger("uvicorn.access").addFilter(_WithoutToken(config.token))
     with listener:
         PatientProtocol.header_seconds = config.limits.header_seconds
         settings = uvicorn.Config(
@@ -173,7 +202,7 @@ def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> N
             timeout_graceful_shutdown=2,
             h11_max_incomplete_event_size=64 << 10,
         )
-        server = _Server(settings, f"http://{shown}:{port}{query}", opens=opens)
+        server = _Server(settings, addresses, opens=opens)
         server.run(sockets=[listener])
 
 

@@ -116,6 +116,8 @@ class Catalog:
             "dtype": self._config.dtype,
             "quantize": self._config.quantize,
             "low_memory": self._config.low_memory,
+            # Who started the server may have a model fetched; a request may not.
+            "local_files_only": entry.source != "named",
         }
         if vae:
             how["vae"] = str(self.network("vae", vae))

@@ -422,6 +422,7 @@ class Studio:
             self.device, self._is_ready = message, True
         elif kind == "model":
             self.models, self._is_loading = message["models"], False
+            self._next()  # where nothing waits, the time until it is let go begins
         elif message.get("job") == "":
             self._is_loading = kind == "progress"
             if kind == "failed":

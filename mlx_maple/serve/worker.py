@@ -270,7 +270,7 @@ class Worker:
                     detail=label,
                 )
 
-        sd = loading.load(**how, local_files_only=True, progress=progress)
+        sd = loading.load(**how, progress=progress)
         self._models[key] = sd
         self._say("model", models=[model.info.name for model in self._models.values()])
         return sd
@@ -293,7 +293,7 @@ def _skeleton(how: Mapping[str, Any]) -> "StableDiffusion":
     """A model without its weights."""
     from mlx_maple import loading
 
-    return loading.load(**{**how, "low_memory": True}, local_files_only=True)
+    return loading.load(**{**how, "low_memory": True})
 
 
 def _available() -> float:
