@@ -6,9 +6,8 @@ one drawing after another asks for it; a file that has changed since is read aga
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,8 +17,17 @@ from maple_convert.lora import LoraFile, open_lora
 from mlx_maple import model_folders
 from mlx_maple.adapters import Adapters, Lora, Word
 
-KEPT = 8  # files of each kind
+KEPT = 8  # files of each kind, and bytes of them in all, beside what a drawing has
+KEPT_BYTES = 1 << 30
 SHOWN = 3  # names in a message
+
+
+class _Identity(NamedTuple):
+    """A file and its state: equal for two readings of one file that has not changed."""
+
+    path: str
+    size: int
+    changed: int
 
 
 class AdapterFiles:
@@ -43,8 +51,8 @@ class AdapterFiles:
             for part, config in configs.items()
             if part.startswith("text_encoder")
         }
-        self._loras: OrderedDict[object, Lora] = OrderedDict()
-        self._words: OrderedDict[object, list[Word]] = OrderedDict()
+        self._loras: OrderedDict[_Identity, Lora] = OrderedDict()
+        self._words: OrderedDict[_Identity, list[Word]] = OrderedDict()
 
     def adapters(self, embeddings: Iterable[str | Path] = ()) -> Adapters:
         """What the pipeline is handed: nothing on top of the model but these words."""
@@ -58,7 +66,8 @@ class AdapterFiles:
             ConvertError: if it is not there, cannot be read, or is for another model.
         """
         path = self._found("lora", name, "LoRA")
-        return _kept(self._loras, path, partial(self._read_lora, path))
+        identity = _identity(path)
+        return _kept(self._loras, identity, lambda: self._read_lora(path, identity))
 
     def words(self, source: str | Path) -> list[Word]:
         """The words of a file by its path or name; the first is the file's own name.
@@ -67,7 +76,7 @@ class AdapterFiles:
             ConvertError: if it is not there, cannot be read, or is for another model.
         """
         path = self._found("embedding", str(source), "embedding")
-        return _kept(self._words, path, lambda: self._of(open_embedding(path)))
+        return _kept(self._words, _identity(path), lambda: self._of(open_embedding(path)))
 
     def shelf(self) -> dict[str, Callable[[], Word]]:
         """What opens each word in the models' folders, by its name there: nothing is read yet."""
@@ -76,13 +85,13 @@ class AdapterFiles:
             found.setdefault(name.rpartition("/")[2], lambda path=path: self.words(path)[0])
         return found
 
-    def _read_lora(self, path: Path) -> Lora:
+    def _read_lora(self, path: Path, identity: _Identity) -> Lora:
         file = open_lora(path, self._configs)
         vectors = [self._word(path, name, vectors) for name, vectors in file.vectors.items()]
         return Lora(
             name=path.stem,
             updates=file.updates,
-            identity=_identity(path),
+            identity=identity,
             notes=_unmatched(file),
             words=vectors,
         )
@@ -118,23 +127,24 @@ class AdapterFiles:
         raise UnreadableFile(one_line(name, 200) or "''", reason)
 
 
-def _identity(path: Path) -> object:
+def _identity(path: Path) -> _Identity:
     try:
         status = path.stat()
     except OSError as error:
         raise UnreadableFile(path, error.strerror or "cannot be read") from error
-    return str(path.resolve()), status.st_size, status.st_mtime_ns
+    return _Identity(str(path.resolve()), status.st_size, status.st_mtime_ns)
 
 
-def _kept(shelf: "OrderedDict[object, Any]", path: Path, read: Callable[[], Any]) -> Any:
+def _kept(
+    shelf: "OrderedDict[_Identity, Any]", identity: _Identity, read: Callable[[], Any]
+) -> Any:
     """What was read of a file, if it is kept and the file is as it was; else it is read now."""
-    key = _identity(path)
-    if key not in shelf:
-        shelf[key] = read()
-        if len(shelf) > KEPT:
+    if identity not in shelf:
+        shelf[identity] = read()
+        while len(shelf) > 1 and (len(shelf) > KEPT or sum(k.size for k in shelf) > KEPT_BYTES):
             shelf.popitem(last=False)
-    shelf.move_to_end(key)
-    return shelf[key]
+    shelf.move_to_end(identity)
+    return shelf[identity]
 
 
 def _unmatched(file: LoraFile) -> list[str]:

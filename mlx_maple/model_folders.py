@@ -43,6 +43,8 @@ MOST_YAML = 1 << 20  # bytes
 class ModelFoldersError(ValueError):
     """``$MAPLE_MODELS`` cannot be followed; one line that names the file and the reason."""
 
+    exit_code = 3
+
 
 def find(kind: str, name: str) -> Path | None:
     """The file of a kind that goes by a name, or None.
