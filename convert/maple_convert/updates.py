@@ -29,6 +29,7 @@ from maple_convert.tensors import Tensor
 
 Array = npt.NDArray[Any]  # float32
 Shape = tuple[int, ...]
+MOST_RANK = 4_096  # what a Tucker core makes on the way grows with it, and not the file
 
 
 @dataclass(frozen=True)
@@ -174,6 +175,8 @@ def _low_rank(shapes: Mapping[str, Shape]) -> Shape | None:
     up, down, mid = shapes.get("up", ()), shapes["down"], shapes.get("mid")
     if len(up) not in (2, 4) or len(down) not in (2, 4) or math.prod(up[2:]) != 1:
         return None
+    if max(up[1], down[0]) > MOST_RANK:
+        return None
     if mid is None:
         return (up[0], *down[1:]) if up[1] == down[0] else None
     fits = len(mid) == 4 and len(down) == 4 and mid[:2] == (up[1], down[0]) and down[2:] == (1, 1)
@@ -182,7 +185,7 @@ def _low_rank(shapes: Mapping[str, Shape]) -> Shape | None:
 
 def _factored(shapes: Mapping[str, Shape], name: str, core: str) -> Shape | None:
     a, b, t = shapes.get(f"{name}_a", ()), shapes.get(f"{name}_b", ()), shapes.get(core)
-    if len(a) != 2 or len(b) != 2:
+    if len(a) != 2 or len(b) != 2 or max(a[1] if t is None else a[0], b[0]) > MOST_RANK:
         return None
     if t is None:
         return (a[0], b[1]) if a[1] == b[0] else None

@@ -196,6 +196,22 @@ def test_factors_that_do_not_fit_are_seen_before_they_are_used(arrays):
     assert not Update(LINEAR, {k: Tensor("float32", v) for k, v in arrays.items()}).fits()
 
 
+def test_a_rank_that_no_one_has_is_refused():
+    """A small file must not ask for gigabytes on the way."""
+    many = 5_000
+    for arrays in (
+        {"down": np.zeros((many, I), "f4"), "up": np.zeros((O, many), "f4")},
+        {
+            "lokr_w1": random(2, 4),
+            "lokr_t2": np.zeros((1, many, 3, 3), "f4"),
+            "lokr_w2_a": random(1, 3),
+            "lokr_w2_b": np.zeros((many, 2), "f4"),
+        },
+    ):
+        row = CONV if "lokr_t2" in arrays else LINEAR
+        assert not Update(row, {k: Tensor("float32", v) for k, v in arrays.items()}).fits()
+
+
 def test_half_precision_factors_are_multiplied_in_float32():
     down, up = random(R, I).astype(np.float16), random(O, R).astype(np.float16)
     bits = (random(R, I).view(np.uint32) >> 16).astype(np.uint16)
