@@ -1,17 +1,11 @@
 """A server in this process, with a worker of its own that draws with the tiny model."""
 
-from pathlib import Path
-
 import pytest
+from known import BASE, TINY
 from starlette.testclient import TestClient
 
 from mlx_maple.serve.app import make_app
 from mlx_maple.serve.config import Config, Limits
-
-TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-model"
-BASE = "http://127.0.0.1:7860"
-# Two steps of a small picture: enough to be drawn, watched and told of.
-QUICK = {"prompt": "a red maple leaf", "seed": 7, "steps": 2, "width": 64, "height": 64}
 
 
 @pytest.fixture(scope="session")

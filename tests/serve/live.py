@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import httpx2
+from known import TINY
 
-TINY = Path(__file__).resolve().parent.parent / "data" / "tiny-model"
 _ADDRESS = re.compile(r"http://\S+:(\d+)/")
 
 

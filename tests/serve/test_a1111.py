@@ -6,9 +6,8 @@ import json
 import threading
 
 import pytest
-from conftest import QUICK
+from known import QUICK, wait_until
 from PIL import Image
-from test_api_v1 import wait_until
 
 ASKED = {k: v for k, v in QUICK.items()}
 

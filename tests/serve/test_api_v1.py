@@ -9,7 +9,7 @@ import time
 import zipfile
 
 import pytest
-from conftest import QUICK
+from known import QUICK, TINY, wait_until
 from PIL import Image
 
 
@@ -55,7 +55,6 @@ def test_a_drawing_is_told_step_by_step(drawn):
 
 def test_the_picture_is_the_python_apis(client, drawn, tmp_path):
     import numpy as np
-    from conftest import TINY
 
     import mlx_maple as maple
     from mlx_maple import images
@@ -145,14 +144,6 @@ def test_a_running_job_is_cancelled_between_two_steps(client, finished):
     ended = finished(job)
     assert ended["state"] == "cancelled" and ended["pictures"] == []
     assert answered < 5  # it does not wait for the step
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.02)
-    return found
 
 
 def test_the_queue_is_bounded_and_a_waiting_job_is_cancelled_at_once(client, finished):

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny_model
-from conftest import BASE, TINY
+from known import BASE, TINY
 from PIL import Image
 from starlette.testclient import TestClient
 

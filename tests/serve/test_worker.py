@@ -5,7 +5,7 @@ import threading
 from multiprocessing import Pipe
 
 import pytest
-from conftest import QUICK, TINY
+from known import QUICK, TINY
 
 from mlx_maple.serve.worker import Worker
 
