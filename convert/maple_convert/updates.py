@@ -50,9 +50,11 @@ class Update:
 
     def fits(self) -> bool:
         """Whether the factors fit one another and the parameter."""
-        found = difference_shape({role: tensor.shape for role, tensor in self.tensors.items()})
-        wanted = self.row.published_shape
-        if found is None or found[0] != wanted[0] or math.prod(found) != math.prod(wanted):
+        shapes = {role: tensor.shape for role, tensor in self.tensors.items()}
+        if any(0 in shape for shape in shapes.values()):
+            return False
+        found, wanted = difference_shape(shapes), self.row.published_shape
+        if not found or found[0] != wanted[0] or math.prod(found) != math.prod(wanted):
             return False
         if len(found) == len(wanted) and found != wanted:
             return False
