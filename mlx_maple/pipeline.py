@@ -48,7 +48,7 @@ from mlx_maple.control import (
 from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import guided_steps, made_ready, room
 from mlx_maple.engine.low_memory import Networks, Reload
-from mlx_maple.engine.prepare import PreparedUNet
+from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE
 from mlx_maple.forms import PARTS, PLAIN, Form, freeu_text, read_form
 from mlx_maple.guidance import EMPHASES, Prompts, encoded, guided_model
 from mlx_maple.metadata import Settings, check_number
@@ -328,6 +328,7 @@ class StableDiffusion:
         renew: Mapping[str, Reload] | None = None,
         adapters: Adapters | None = None,
         compile: bool = True,
+        max_memory: int | None = None,
     ) -> None:
         """Put a model together from its networks.
 
@@ -357,7 +358,10 @@ class StableDiffusion:
                 put on top of it by then.
             adapters: LoRAs and learned words for this model.
             compile: whether networks may be compiled; they are on a GPU where that works.
+            max_memory: bytes of MLX's in all, above which a GPU is waited for; it stays an
+                attribute. What one operation needs it takes; nothing is refused.
         """
+        self.max_memory = max_memory
         self.tokenizer = tokenizer
         self.noise_schedule = noise_schedule
         self.defaults = {**DEFAULTS, **(defaults or {})}
@@ -599,7 +603,8 @@ class StableDiffusion:
                 it had, "no norm" does not, which some prefer for SDXL (A1111's words).
             loras: the LoRAs of this drawing, beside those in the prompt: a list of paths or names,
                 "NAME", "NAME:0.8", "NAME:unet=0.8,te=0.5" or (name, 0.8); or one text with ";"
-                between. None are those that the model was loaded with.
+                between. None are those that the model was loaded with. The networks keep them until
+                another drawing wants others.
             noise: whose random numbers a seed draws: torch, nvidia, numpy or mlx.
             variation_seed: of a second noise to mix in; it counts up instead of the seed.
             variation_strength: how much of it, 0 to 1.
@@ -1009,9 +1014,15 @@ class StableDiffusion:
 
     # The work ------------------------------------------------------------------------------------
 
+    def _room(self, job: _Job) -> int | None:
+        """Bytes beside the networks that MLX may take before it waits for the device."""
+        if self.max_memory is not None:
+            return self._networks.room_within(self.max_memory)
+        return room(job.largest.shape, job.guidance_scale != 1)
+
     def _run(self, job: _Job) -> Generator[Progress, None, None]:
         """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
-        with self._networks.drawing(room(job.largest.shape, job.guidance_scale != 1)):
+        with self._networks.drawing(self._room(job)):
             try:
                 yield from self._phases(job)
             finally:
@@ -1393,6 +1404,8 @@ class StableDiffusion:
 
     def _decode(self, latents: mx.array, notes: list[str]) -> FloatArray:
         """Latents (1, h, w, C) to pixels (H, W, 3); in float32 where the weights' dtype fails."""
+        if isinstance(self.vae, PreparedVAE):
+            self.vae.decoder.in_turn = self.max_memory is not None
         pixels = np.array(self.vae.decode(latents).astype(mx.float32))[0]
         if fault := _fault(pixels):
             dtype = self._dtype("vae")
