@@ -24,7 +24,7 @@ from PIL import Image
 
 from mlx_maple import images
 from mlx_maple.metadata import check_number
-from mlx_maple.models import ControlNet, TAESDConfig, UNetConfig, VAEConfig
+from mlx_maple.models import ControlNet, T2IAdapter, TAESDConfig, UNetConfig, VAEConfig
 from mlx_maple.preprocess import PREPROCESSORS
 
 FloatArray = NDArray[np.float32]
@@ -219,14 +219,15 @@ class Steering:
 
     Attributes:
         network: gives the ControlNet; it may load it.
-        hint: (1, h, w, C) what it has made of the picture.
+        hint: what it has made of the picture: (1, h, w, C) for the ControlNet to look at in every
+            step, or a T2I-Adapter's features, which stay the same.
         weight: of the maps.
         start: share of the steps from which it steers.
         end: and to which.
     """
 
     network: Callable[[], ControlNet]
-    hint: mx.array
+    hint: mx.array | list[mx.array]
     weight: float
     start: float
     end: float
@@ -288,8 +289,11 @@ class Shown:
             told: dict[str, Any] = {}
             if self.guidance is not None:
                 told["guidance"] = mx.full((latents.shape[0],), self.guidance, mx.float32)
-            if steering:
-                told["control"] = control_maps(steering, latents, timesteps, context, *more)
+            controls = [each for each in steering if not isinstance(each.hint, list)]
+            if controls:
+                told["control"] = control_maps(controls, latents, timesteps, context, *more)
+            if len(controls) < len(steering):
+                told["features"] = features(steering, latents.shape[0])
             return unet(latents, timesteps, context, *more, **told)
 
         return predict
@@ -321,12 +325,33 @@ def control_maps(
     """What all that steers adds to the UNet's kept states, each by its weight."""
     total: list[mx.array] = []
     for each in steering:
+        assert isinstance(each.hint, mx.array)
         network = each.network()
         seen = latents[..., : network.config.in_channels]
         maps = network(seen, timesteps, context, each.hint, *more)
         weighted = [each.weight * one for one in maps]
         total = [a + b for a, b in zip(total, weighted, strict=True)] if total else weighted
     return total
+
+
+def features(steering: Sequence[Steering], batch: int) -> list[mx.array]:
+    """What the T2I-Adapters among what steers add to the UNet's way down, each by its weight."""
+    total: list[mx.array] = []
+    for each in steering:
+        if isinstance(each.hint, list):
+            weighted = [each.weight * one for one in each.hint]
+            total = [a + b for a, b in zip(total, weighted, strict=True)] if total else weighted
+    return [mx.broadcast_to(one, (batch, *one.shape[1:])) for one in total]
+
+
+def read_hint(network: ControlNet | T2IAdapter, picture: Image.Image) -> mx.array | list[mx.array]:
+    """What a network makes of the picture that steers, once a drawing."""
+    if isinstance(network, T2IAdapter):
+        is_grey = network.config.hint_channels == 1
+        pixels = np.asarray(picture.convert("L") if is_grey else picture, np.float32) / 255
+        return network(mx.array(pixels.reshape(1, *pixels.shape[:2], -1)))
+    pixels = (images.to_pixels(picture) + 1) / 2
+    return network.embed_hint(mx.array(pixels)[None])
 
 
 def image_guided(

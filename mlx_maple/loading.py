@@ -47,6 +47,8 @@ from mlx_maple.models import (
     CLIPTextEncoder,
     ControlNet,
     ControlNetConfig,
+    T2IAdapter,
+    T2IAdapterConfig,
     TAESDConfig,
     UNet,
     UNetConfig,
@@ -76,8 +78,13 @@ _MODULES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "vae": (VAEConfig, AutoencoderKL),
     "taesd": (TAESDConfig, TAESD),
     "controlnet": (ControlNetConfig, ControlNet),
+    "t2i_adapter": (T2IAdapterConfig, T2IAdapter),
 }
-_STAND_INS = {"vae": "taesd"}  # what may take a network's place, where the file holds none
+_STEERS = ("controlnet", "t2i_adapter")  # of no use as a part of a model
+_STAND_INS = {
+    "vae": "taesd",
+    "controlnet": "t2i_adapter",
+}  # what may take a network's place, where the file holds none
 
 
 class NoModel(Exception):
@@ -144,7 +151,8 @@ def load(
         vae: take the autoencoder from here instead, named as ``source`` is, or as it is called in
             the models' folders (``model_folders``). A TAESD will do: quick, and less exact.
         taesd: take a small autoencoder for previews from here.
-        controlnet: networks that steer drawings by a picture, named likewise: one, or a list.
+        controlnet: networks that steer drawings by a picture, named likewise: one, or a list;
+            ControlNets or T2I-Adapters.
         loras: that every drawing has unless it says otherwise; see ``StableDiffusion.generate``.
         embeddings: files of learned words (textual inversions), or their names in the models'
             folders; words of those folders are also found when a prompt has them.
@@ -194,7 +202,7 @@ def load(
         sources = {
             part: _Source(_reopening(model, found, ema), found, part)
             for part in model.components
-            if part not in replaced and part != "controlnet"
+            if part not in replaced and part not in _STEERS
         }
         wanted = [(part, part, other) for part, other in replaced.items()]
         several = [controlnet] if isinstance(controlnet, str | Path) else controlnet or ()
@@ -683,6 +691,16 @@ def _check_fit(path: Path, modules: Mapping[str, nn.Module], paths: Mapping[str,
                         f"is for models of another family: {what} {theirs}, and this model's "
                         f"{ours}",
                     )
+        if isinstance(module, T2IAdapter):
+            theirs, ours = module.config.channels, unet.block_out_channels
+            # SDXL's finest level has no transformers: its adapters begin at the next size.
+            cells = 16 if unet.transformer_layers[0] == 0 else 8
+            if theirs[: len(ours)] != ours or module.config.downscale != cells:
+                raise UnsupportedCheckpoint(
+                    paths[part],
+                    f"is for models of another family: its widths are {theirs} on cells of "
+                    f"{module.config.downscale} pixels, and this model's {ours} on {cells}",
+                )
     channels = unet.out_channels
     for part in ("vae", "taesd"):
         if part in modules:
@@ -713,7 +731,7 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
         module: the network.
         one_by_one: each weight before the next, so that no two are read and cast at once.
     """
-    if part not in ("text_encoder", "text_encoder_2", "unet", "controlnet"):
+    if part not in ("text_encoder", "text_encoder_2", "unet", *_STEERS):
         return
     weights = [(f"{part}.{name}", value) for name, value in _parameters(module)]
     try:
@@ -778,11 +796,11 @@ def _assemble(
 
 def _controlnets(
     modules: Mapping[str, nn.Module], names: Mapping[str, str]
-) -> dict[str, ControlNet]:
+) -> dict[str, ControlNet | T2IAdapter]:
     """The networks that steer, in order, by their files' names; a second of a name is numbered."""
-    found: dict[str, ControlNet] = {}
+    found: dict[str, ControlNet | T2IAdapter] = {}
     for part, module in modules.items():
-        if isinstance(module, ControlNet):
+        if isinstance(module, ControlNet | T2IAdapter):
             name = names[part]
             found[name if name not in found else f"{name} ({len(found) + 1})"] = module
     return found

@@ -43,6 +43,7 @@ from mlx_maple.control import (
     image_guided,
     input_channels,
     read_controls,
+    read_hint,
     use_of_channels,
 )
 from mlx_maple.engine import quantize
@@ -57,6 +58,7 @@ from mlx_maple.models import (
     AutoencoderKL,
     CLIPTextEncoder,
     ControlNet,
+    T2IAdapter,
     UNet,
 )
 from mlx_maple.sampling import SAMPLERS, NoiseSchedule, Plan, Step, guided, make_plan
@@ -314,7 +316,7 @@ class StableDiffusion:
         noise_schedule: NoiseSchedule,
         text_encoder_2: CLIPTextEncoder | None = None,
         taesd: TAESD | None = None,
-        controlnets: Mapping[str, ControlNet] | None = None,
+        controlnets: Mapping[str, ControlNet | T2IAdapter] | None = None,
         defaults: Mapping[str, Any] | None = None,
         latent_rgb_factors: Sequence[Sequence[float]] | None = None,
         name: str = "",
@@ -1206,8 +1208,7 @@ class StableDiffusion:
         steering = []
         for each in job.controls:
             picture = images.fitted(each.picture, *job.size)
-            pixels = (images.to_pixels(picture) + 1) / 2
-            hint = self._networks[each.network].embed_hint(mx.array(pixels)[None])
+            hint = read_hint(self._networks[each.network], picture)
             mx.eval(hint)
             steering.append(
                 Steering(

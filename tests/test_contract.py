@@ -20,6 +20,8 @@ from mlx_maple.models import (
     CLIPTextEncoder,
     ControlNet,
     ControlNetConfig,
+    T2IAdapter,
+    T2IAdapterConfig,
     TAESDConfig,
     UNet,
     UNetConfig,
@@ -33,6 +35,7 @@ MODULES = {
     "vae": (VAEConfig, AutoencoderKL),
     "taesd": (TAESDConfig, TAESD),
     "controlnet": (ControlNetConfig, ControlNet),
+    "t2i_adapter": (T2IAdapterConfig, T2IAdapter),
 }
 ODD = {
     "text_encoder": [

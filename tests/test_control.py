@@ -90,6 +90,38 @@ def test_a_control_begins_and_ends(steered):
         assert (early[n] == all_of_it[n]).all() == (n < 2)
 
 
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_a_t2i_adapter_steers(low_memory):
+    folder = tiny_model.folder()
+    sd = load(
+        tiny_model.maple_folder(),
+        controlnet=[folder / "adapter.safetensors", folder / "control.safetensors"],
+        low_memory=low_memory,
+    )
+    assert sd.control_names == {"controlnet": "adapter", "controlnet_2": "control"}
+    photo = Image.open(folder / "photo.png")
+    arguments = {**SMALL, "steps": 2, "count": 2, "control_image": [photo, photo]}
+    found = {
+        weights: sd("a", control_weight=list(weights), **arguments).latents
+        for weights in ((0, 0), (0.3, 0), (0, 0.3), (0.3, 0.3))
+    }
+    plain = sd("a", steps=2, count=2, **SMALL).latents
+    assert (found[0, 0] == plain).all()
+    differences = [np.abs(each - plain).max() for each in list(found.values())[1:]]
+    assert min(differences) > 1e-3 and len(set(differences)) == 3
+
+
+def test_an_adapter_of_another_family_is_refused(tmp_path):
+    settings = {**tiny_model.CONFIGS["t2i_adapter"], "downscale": 16}
+    state = {
+        row.published: np.zeros(row.published_shape, "f")
+        for row in LAYOUTS["t2i_adapter"].rows(settings, "diffusers")
+    }
+    save_file(state, tmp_path / "xl.safetensors")
+    with pytest.raises(ConvertError, match="on cells of 16 pixels, and this model's"):
+        load(tiny_model.maple_folder(), controlnet=tmp_path / "xl.safetensors")
+
+
 def test_two_controlnets_add_up(tmp_path):
     path = control_file(tmp_path / "a.safetensors")
     photo = Image.open(tiny_model.folder() / "photo.png")

@@ -60,6 +60,13 @@ CONFIGS["controlnet"] = {
     "hint_channels": 3,
     "hint_widths": [4, 6, 8, 10],
 }
+CONFIGS["t2i_adapter"] = {
+    "hint_channels": 3,
+    "channels": CONFIGS["unet"]["block_out_channels"],
+    "layers": 2,
+    "downscale": 8,
+    "halves": [1],
+}
 PREFIXES = {
     "text_encoder": ("transformers", "cond_stage_model.transformer."),
     "unet": ("compvis", "model.diffusion_model."),
@@ -102,6 +109,7 @@ def folder() -> Path:
     save_file(weights("taesd", "diffusers"), made / "taesd.safetensors")
     control = weights("controlnet", "compvis", "control_model.")
     save_file(control, made / "control.safetensors")
+    save_file(weights("t2i_adapter", "compvis"), made / "adapter.safetensors")
     ramp = np.linspace(0, 255, 128, dtype=np.uint8)
     photo = np.stack(
         [np.tile(ramp, (128, 1)), np.tile(ramp[:, None], (1, 128)), np.full((128, 128), 90)], -1

@@ -263,7 +263,15 @@ def _why(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-_COMPONENTS = ("text_encoder", "text_encoder_2", "unet", "vae", "taesd", "controlnet")
+_COMPONENTS = (
+    "text_encoder",
+    "text_encoder_2",
+    "unet",
+    "vae",
+    "taesd",
+    "controlnet",
+    "t2i_adapter",
+)
 
 
 def _is_maple_folder(path: Path) -> bool:
@@ -415,6 +423,7 @@ _COMPVIS = {
     "text_encoder": ("transformers", "cond_stage_model.transformer."),
     "taesd": ("upstream", ""),
     "controlnet": ("compvis", "control_model."),
+    "t2i_adapter": ("compvis", ""),
 }
 # Where a family's files hold its text encoders, where that is not where SD 1.x's do.
 _COMPVIS_TEXT = {
@@ -472,6 +481,7 @@ _DIFFUSERS = {
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
     "taesd": ("diffusers", "AutoencoderTiny"),
     "controlnet": ("diffusers", "ControlNetModel"),
+    "t2i_adapter": ("diffusers", "T2IAdapter"),
 }
 
 

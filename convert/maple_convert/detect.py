@@ -208,7 +208,7 @@ OTHERS = (
     ),
     Other("a ControlNet kept as its difference from a model", places=("difference",)),
     Other("a ControlNet of LoRAs", places=("lora_controlnet",), begins=("lllite_unet",)),
-    Other("a T2I adapter", places=("adapter.body", "body.0.block1", "adapter.conv_in")),
+    Other("a light T2I-Adapter", places=("adapter.body.0.out_conv", "body.0.out_conv")),
     Other("an IP-Adapter", places=("image_proj", "ip_adapter")),
     Other(
         "a video model or motion module",

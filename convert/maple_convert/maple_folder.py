@@ -89,6 +89,13 @@ LATER: Mapping[str, tuple[str, ...]] = {
     "controlnet": ("vector_channels",),
 }
 SETTINGS["text_encoder_2"] = SETTINGS["text_encoder"]
+SETTINGS["t2i_adapter"] = {
+    "hint_channels": Count(high=64),
+    "channels": Count(many=True),
+    "layers": Count(high=64),
+    "downscale": Count(high=64),
+    "halves": Count(many=True),
+}
 # A ControlNet is a UNet's way down, and something more.
 SETTINGS["controlnet"] = {
     **{

@@ -42,6 +42,7 @@ KINDS = {
     "UNet2DConditionModel": _Kind("unet", _DIFFUSERS_STEM, diffusers_config.unet),
     "AutoencoderKL": _Kind("vae", _DIFFUSERS_STEM, diffusers_config.vae),
     "AutoencoderTiny": _Kind("taesd", _DIFFUSERS_STEM, diffusers_config.taesd),
+    "T2IAdapter": _Kind("t2i_adapter", _DIFFUSERS_STEM, diffusers_config.t2i_adapter),
     "ControlNetModel": _Kind("controlnet", _DIFFUSERS_STEM, diffusers_config.controlnet),
     "CLIPTextModel": _Kind("text_encoder", _TRANSFORMERS_STEM, diffusers_config.text_encoder),
     "CLIPTextModelWithProjection": _Kind(

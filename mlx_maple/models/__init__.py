@@ -8,6 +8,7 @@ Read in this order: layers, attention, resnet, then unet, vae, clip, taesd and c
 
 from mlx_maple.models.clip import CLIPTextConfig, CLIPTextEncoder, TextStates
 from mlx_maple.models.controlnet import ControlNet, ControlNetConfig
+from mlx_maple.models.t2i_adapter import T2IAdapter, T2IAdapterConfig
 from mlx_maple.models.taesd import TAESD, TAESDConfig
 from mlx_maple.models.unet import UNet, UNetConfig
 from mlx_maple.models.vae import AutoencoderKL, Moments, VAEConfig
@@ -20,6 +21,8 @@ __all__ = [
     "ControlNet",
     "ControlNetConfig",
     "Moments",
+    "T2IAdapter",
+    "T2IAdapterConfig",
     "TAESDConfig",
     "TextStates",
     "UNet",

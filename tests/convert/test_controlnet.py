@@ -102,6 +102,31 @@ def test_a_lost_or_foreign_tensor_is_named(tmp_path):
     assert caught.value.unexpected == ("control_model.input_hint_block.99.weight",)
 
 
+ADAPTERS = {
+    "SD 1": {"hint_channels": 3, "channels": [4, 6, 8, 8], "downscale": 8, "halves": [1, 2, 3]},
+    "SDXL, grey": {"hint_channels": 1, "channels": [4, 6, 8, 8], "downscale": 16, "halves": [2]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("spelling", ["compvis", "diffusers"])
+def test_t2i_adapters(name, spelling, tmp_path):
+    config = {**ADAPTERS[name], "layers": 2}
+    native = tiny.arrays("t2i_adapter", config)
+    state = tiny.published("t2i_adapter", config, native, spelling)
+    source = tmp_path / "adapter.safetensors"
+    tiny.save_safetensors(source, state)
+    outs = {"maple": "maple", "diffusers": "diffusers", "compvis": "compvis.safetensors"}
+    for to, out in outs.items():
+        convert(source, tmp_path / out, to=to)
+    for path in (source, *(tmp_path / out for out in outs.values())):
+        with open_model(path) as model:
+            part = model.components["t2i_adapter"]
+            assert model.family == "t2i_adapter" and part.config == config
+            found = {name: tensor.array for name, tensor in part.tensors()}
+            assert tiny.same_bits({"x": found}, {"x": native})
+
+
 def test_a_guidance_embedding_survives_every_layout(tmp_path):
     """An LCM's UNet: in CompVis files the embedding keeps diffusers' name."""
     changes = {"unet": {"time_cond_dim": 10}}

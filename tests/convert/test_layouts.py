@@ -39,6 +39,7 @@ def view(rows, prefix="", **changes):
         ("vae", 248, 83_653_863),
         ("taesd", 134, 2_445_063),
         ("controlnet", 340, 361_279_120),
+        ("t2i_adapter", 38, 77_369_280),
     ],
 )
 def test_published_sizes(component, keys, parameters):

@@ -398,3 +398,27 @@ def test_a_controlnet_from_a_picture(steering, parts, parity_record):
     result = sd(PROMPT, control_end=0.5, **arguments)
     compare(parity_record, "img2img under control, to half of its steps", result, *reference)
     misses(parity_record, "img2img under control to the end", sd(PROMPT, **arguments), reference)
+
+
+def test_a_t2i_adapter(trial, parts, parity_record, tmp_path):
+    torch.manual_seed(2)
+    adapter = diffusers.T2IAdapter(channels=[64, 128, 64, 64], adapter_type="full_adapter").eval()
+    adapter.save_pretrained(tmp_path / "adapter")
+    sd = load(trial, controlnet=tmp_path / "adapter")
+    taken = {k: v for k, v in parts.items() if k != "image_encoder"}
+    pipe = made("StableDiffusionAdapterPipeline", taken, adapter=adapter)
+    noise = unit_noise(4)
+    reference = drawn(
+        pipe,
+        image=photo(),
+        latents=nchw(noise),
+        height=128,
+        width=128,
+        adapter_conditioning_scale=0.6,
+        **THEIRS,
+    )
+    arguments = {"control_image": photo(), "latents": noise, **OURS}
+    result = sd(PROMPT, control_weight=0.6, **arguments)
+    compare(parity_record, "T2I-Adapter, weight 0.6", result, *reference)
+    broken = sd(PROMPT, control_weight=0.5, **arguments)
+    misses(parity_record, "T2I-Adapter, weight 0.5", broken, reference)

@@ -11,13 +11,22 @@ import pytest
 import recipe
 import reference
 import torch
+from diffusers.models.adapter import T2IAdapter as TorchAdapter
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 from network_parity import NETWORK
 from PIL import Image
 
 from mlx_maple import preprocess
-from mlx_maple.models import ControlNet, ControlNetConfig, UNet, UNetConfig, layers
+from mlx_maple.models import (
+    ControlNet,
+    ControlNetConfig,
+    T2IAdapter,
+    T2IAdapterConfig,
+    UNet,
+    UNetConfig,
+    layers,
+)
 
 pytestmark = pytest.mark.parity
 
@@ -34,6 +43,12 @@ def control_reference(config: dict) -> torch.nn.Module:
     depths, heads = facts.pop("transformer_layers"), facts.pop("num_attention_heads")
     middle = facts.pop("mid_transformer_layers")
     del facts["out_channels"]
+    if (vector := facts.pop("vector_channels", None)) is not None:
+        facts |= {
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 4,
+            "projection_class_embeddings_input_dim": vector,
+        }
     return reference.fill(
         ControlNetModel(
             conditioning_channels=facts.pop("hint_channels"),
@@ -85,6 +100,42 @@ def test_every_map_of_a_controlnet(inputs, expected, parity_record):
     assert len(ours) == len(expected) == 10
     for n, (found, wanted) in enumerate(zip(ours, expected, strict=True)):
         parity.compare(parity_record, f"ControlNet tiny, map {n}", found, wanted, NETWORK)
+
+
+def test_every_map_of_an_sdxl_controlnet(inputs, parity_record):
+    """No transformers on the finest level, deeper ones below, and a vector beside the time."""
+    config = {
+        **CONTROL,
+        "transformer_layers": [0, 1, 2],
+        "mid_transformer_layers": 2,
+        "vector_channels": 8 + 6 * 4,
+    }
+    pooled = np.random.default_rng(9).standard_normal((2, 8), np.float32)
+    sizes = np.array([[64, 48, 0, 8, 40, 48]] * 2, np.float32)
+    with torch.no_grad():
+        model = control_reference(config)
+        down, middle = model(
+            reference.nchw(inputs["latents"]),
+            torch.tensor(TIMES),
+            torch.from_numpy(inputs["context"]),
+            reference.nchw(np.repeat(inputs["hint"], 2, 0)),
+            added_cond_kwargs={
+                "text_embeds": torch.from_numpy(pooled),
+                "time_ids": torch.from_numpy(sizes),
+            },
+            return_dict=False,
+        )
+    waves = layers.sinusoids(mx.array(sizes.reshape(-1)), 4).reshape(2, -1)
+    vector = mx.concatenate([mx.array(pooled), waves], axis=-1)
+    net = parity.fill(ControlNet(ControlNetConfig(**config)))
+    arrays = (mx.array(inputs["latents"]), mx.array(TIMES), mx.array(inputs["context"]))
+    hint = net.embed_hint(mx.array(inputs["hint"]))
+    found = net(*arrays, hint, vector)
+    wanted = [reference.nhwc(each) for each in (*down, middle)]
+    for n, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        parity.compare(parity_record, f"ControlNet of SDXL tiny, map {n}", ours, theirs, NETWORK)
+    other = net(*arrays, hint, vector * 0.5)[-1]
+    parity.control(parity_record, "ControlNet of SDXL, half the vector", other, wanted[-1], NETWORK)
 
 
 @pytest.mark.parametrize("fault", ["hint in [-1, 1]", "hint BGR", "weight 1", "hint mirrored"])
@@ -157,6 +208,37 @@ def test_a_unet_with_an_adapters_features(inputs, parity_record, kind):
     turned = [mx.array(each[::-1].copy()) for each in features]
     found = ours(inputs, config, features=turned)
     parity.control(parity_record, f"UNet, features of {kind} swapped", found, wanted, NETWORK)
+
+
+@pytest.mark.parametrize("kind", ["full_adapter", "full_adapter_xl"])
+def test_a_t2i_adapter(parity_record, kind):
+    is_xl = kind == "full_adapter_xl"
+    config = {
+        "hint_channels": 1 if is_xl else 3,
+        "channels": [8, 12, 16, 16],
+        "layers": 2,
+        "downscale": 16 if is_xl else 8,
+        "halves": [2] if is_xl else [1, 2, 3],
+    }
+    model = reference.fill(
+        TorchAdapter(
+            in_channels=config["hint_channels"],
+            channels=config["channels"],
+            downscale_factor=config["downscale"],
+            adapter_type=kind,
+        ).adapter
+    )
+    random = np.random.default_rng(8)
+    hint = random.uniform(0, 1, (2, 80, 48, config["hint_channels"])).astype(np.float32)
+    net = parity.fill(T2IAdapter(T2IAdapterConfig(**config)))
+    wanted = [reference.nhwc(each) for each in model(reference.nchw(hint))]
+    found = net(mx.array(hint))
+    turned = net(mx.array(hint.transpose(0, 2, 1, 3).copy()))
+    assert len(found) == len(wanted) == 4
+    for n, (ours, theirs) in enumerate(zip(found, wanted, strict=True)):
+        parity.compare(parity_record, f"{kind} tiny, feature {n}", ours, theirs, NETWORK)
+    name = f"{kind}, rows for columns"
+    parity.control(parity_record, name, turned[0].transpose(0, 2, 1, 3), wanted[0], NETWORK)
 
 
 def test_a_guidance_scale_that_is_told(inputs, parity_record, monkeypatch):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maple_convert.layouts import clip, controlnet, taesd, unet, vae
+from maple_convert.layouts import clip, controlnet, t2i_adapter, taesd, unet, vae
 from maple_convert.layouts.parts import NATIVE, Parts, Place, Row, View, rows
 
 __all__ = ["LAYOUTS", "NATIVE", "Layout", "Row", "View"]
@@ -65,6 +65,14 @@ LAYOUTS: Mapping[str, Layout] = {
     ),
     "taesd": Layout(
         "TAESD", taesd.SPELLINGS, taesd.places, taesd.infer, taesd.TABLES, taesd.PUBLISHED_CONFIG
+    ),
+    "t2i_adapter": Layout(
+        "T2I-Adapter",
+        t2i_adapter.SPELLINGS,
+        t2i_adapter.places,
+        t2i_adapter.infer,
+        t2i_adapter.TABLES,
+        t2i_adapter.PUBLISHED_CONFIG,
     ),
     "controlnet": Layout(
         "ControlNet",

@@ -259,6 +259,32 @@ _NOT_A_CONTROLNETS = (
 
 
 # ---------------------------------------------------------------------------------------------
+# T2I-Adapter
+
+
+def t2i_adapter(path: Path, config: Config, found: Config) -> dict[str, Any]:
+    """Complete an adapter's architecture by its config.json, which can only agree."""
+    _check(path, config, {}, frozenset(), _adapter_facts(found))
+    return dict(found)
+
+
+def write_t2i_adapter(config: Config) -> dict[str, Any]:
+    """The config.json of a T2IAdapter for diffusers."""
+    return {"_class_name": "T2IAdapter", **_adapter_facts(config)}
+
+
+def _adapter_facts(config: Config) -> dict[str, Any]:
+    is_xl = list(config["halves"]) == [2] and len(config["channels"]) > 2
+    return {
+        "adapter_type": "full_adapter_xl" if is_xl else "full_adapter",
+        "channels": list(config["channels"]),
+        "downscale_factor": config["downscale"],
+        "in_channels": config["hint_channels"],
+        "num_res_blocks": config["layers"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------
 # Autoencoders
 
 SD1_SCALING_FACTOR = 0.18215  # configs from before 2023 do not state it
@@ -601,6 +627,8 @@ def write(
         return write_controlnet(config, is_linear=is_linear, size_width=width)
     if component == "vae":
         return write_vae(config, size)
+    if component == "t2i_adapter":
+        return write_t2i_adapter(config)
     return write_taesd(config) if component == "taesd" else write_text_encoder(config)
 
 

@@ -55,6 +55,8 @@ _TAESD_DECODER = ("", "first_stage_model.decoder.")
 WHERE = (
     Where("unet", "compvis", _UNET, ("input_blocks", "output_blocks"), _CONTROL_COMPVIS),
     Where("unet", "diffusers", _UNET, ("down_blocks", "up_blocks"), _CONTROL_DIFFUSERS),
+    Where("t2i_adapter", "compvis", ("",), ("body.0.block1",)),
+    Where("t2i_adapter", "diffusers", ("",), ("adapter.body.0.resnets",)),
     Where("controlnet", "compvis", _CONTROLNET, _CONTROL_COMPVIS),
     Where("controlnet", "diffusers", _CONTROLNET, _CONTROL_DIFFUSERS),
     Where("vae", "compvis", _VAE, ("encoder.down", "decoder.up")),

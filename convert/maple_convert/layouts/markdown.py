@@ -24,6 +24,7 @@ FILES = {
     "vae": "vae.md",
     "taesd": "taesd.md",
     "controlnet": "controlnet.md",
+    "t2i_adapter": "t2i_adapter.md",
 }
 
 
