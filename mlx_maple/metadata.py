@@ -471,7 +471,8 @@ def from_parameters(text: str) -> Recipe:
     is_ours = version.startswith(PROGRAM)
     hires = any(key.startswith(("Hires", _FIRST_PASS)) for key in pairs)
     notes: list[str] = []
-    values: dict[str, Any] = {"version": version, "clip_skip": 1}
+    # A layer that is not said is the model's own: the last of SD 1, the one before it of SDXL.
+    values: dict[str, Any] = {"version": version}
     used = {"Version", "Sampler", "Schedule type", "Size", _FIRST_PASS, "RNG", _SYNTAX}
     used.add("Tiling")
 
