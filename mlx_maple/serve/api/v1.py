@@ -534,7 +534,7 @@ async def presets(request: Request) -> schemas.Presets:
     )
 
 
-@router.put("/presets/{name}", tags=["presets"])
+@router.put("/presets/{name:path}", tags=["presets"])
 async def put_preset(
     request: Request, name: PresetName, draw: schemas.PresetDraw
 ) -> schemas.Preset:
@@ -547,7 +547,7 @@ async def put_preset(
     return schemas.Preset(name=name, draw=said, changed=changed)
 
 
-@router.delete("/presets/{name}", tags=["presets"], status_code=204)
+@router.delete("/presets/{name:path}", tags=["presets"], status_code=204)
 async def remove_preset(request: Request, name: PresetName) -> None:
     """Forget a preset."""
     studio = studio_of(request)

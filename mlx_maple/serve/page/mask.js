@@ -21,7 +21,7 @@ let cursor = { x: 0, y: 0 };
 const canvas = () => /** @type {HTMLCanvasElement} */ (byId("mask-canvas"));
 
 function context() {
-  const found = canvas().getContext("2d");
+  const found = canvas().getContext("2d", { willReadFrequently: true });
   if (!found) throw new Error("this browser cannot paint");
   return found;
 }
@@ -218,9 +218,12 @@ function paint(action) {
     brush.beginPath();
     const [[x, y], ...others] = action.points;
     brush.moveTo(x, y);
-    brush.lineTo(x, y); // a dot, where it is all
     for (const [nextX, nextY] of others) brush.lineTo(nextX, nextY);
     brush.stroke();
+    if (!others.length) {
+      brush.arc(x, y, action.radius, 0, 2 * Math.PI); // a dot: a line of no length leaves nothing
+      brush.fill();
+    }
   }
   brush.globalCompositeOperation = "source-over";
 }

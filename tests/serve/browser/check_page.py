@@ -51,8 +51,9 @@ def test_the_picture_forms_as_it_is_drawn(sheet):
             new MutationObserver(() => { const s = document.querySelector('#shown');
                 if (s.dataset.step) window.seen.push([s.dataset.step, s.src]); })
                 .observe(document.querySelector('#shown'), {attributes: true});
-            new MutationObserver(() => window.lines.push(document.querySelector('#telling').textContent))
-                .observe(document.querySelector('#telling'), {childList: true});
+            const telling = document.querySelector('#telling');
+            new MutationObserver(() => window.lines.push(telling.textContent))
+                .observe(telling, {childList: true});
         }"""
     )
     job = sheet.drawn(steps=10)
@@ -69,10 +70,10 @@ def test_the_picture_forms_as_it_is_drawn(sheet):
 def test_escape_cancels_and_the_next_one_draws(sheet):
     page = sheet.page
     [job] = sheet.draw(steps=200)
-    page.wait_for_function("/Step [2-9]/.test(document.querySelector('#telling').textContent)")
+    sheet.until("/Step [2-9]/.test(document.querySelector('#telling').textContent)")
     page.keyboard.press("Escape")
     assert sheet.ended(job["id"])["state"] == "cancelled"
-    page.wait_for_function("document.querySelector('#telling').textContent === 'Cancelled.'")
+    sheet.until("document.querySelector('#telling').textContent === 'Cancelled.'")
     assert sheet.drawn()["state"] == "done"
 
 
@@ -88,7 +89,7 @@ def test_a_batch_and_its_gallery(sheet):
 def test_requests_queue_and_are_cancelled_together(sheet):
     page = sheet.page
     jobs = [sheet.draw(f"leaf {i}", steps=200)[0] for i in range(3)]
-    page.wait_for_function("document.querySelectorAll('#queue li').length === 2")
+    sheet.until("document.querySelectorAll('#queue li').length === 2")
     assert "leaf 1" in page.inner_text("#queue li:nth-child(1)")
     page.click("#cancel-all")
     assert {sheet.ended(job["id"])["state"] for job in jobs} == {"cancelled"}
@@ -129,11 +130,11 @@ def test_text_stays_text(sheet):
 def test_the_memory_verdict_comes_before_the_drawing(sheet):
     page = sheet.page
     sheet.unfold()
-    page.wait_for_function("/Fits: .*MB/.test(document.querySelector('#plan').textContent)")
+    sheet.until("/Fits: .*MB/.test(document.querySelector('#plan').textContent)")
     small = page.inner_text("#plan")
     sheet.set(width=2048, height=2048)
     page.press("#height", "Tab")
-    page.wait_for_function("t => document.querySelector('#plan').textContent !== t", arg=small)
+    sheet.until("t => document.querySelector('#plan').textContent !== t", small)
     assert "GB" in page.inner_text("#plan")
 
 
@@ -150,7 +151,9 @@ def test_a_pictures_settings_can_be_used_again(sheet):
     assert "a blue house" in shown and "euler" in shown and "11" in shown
     page.click("#use")
     assert page.input_value("#prompt") == "a blue house"
-    values = [page.input_value(f"#{name}") for name in ("steps", "guidance_scale", "seed", "sampler")]
+    values = [
+        page.input_value(f"#{name}") for name in ("steps", "guidance_scale", "seed", "sampler")
+    ]
     assert values == ["3", "2.5", "11", "euler"]
     with page.expect_response("**/api/v1/jobs") as told:
         page.click("#draw")
@@ -166,7 +169,7 @@ def test_varied_pictures_keep_the_seed(sheet):
     requests = []
     page.on("request", lambda r: requests.append(r) if r.method == "POST" else None)
     page.click("#vary")
-    page.wait_for_function("document.querySelector('#problem').textContent === ''")
+    sheet.until("document.querySelector('#problem').textContent === ''")
     page.wait_for_timeout(1500)
     draws = [sent(r) for r in requests if r.url.endswith("/jobs")]
     assert len(draws) == 4
@@ -255,7 +258,7 @@ def test_a_picture_dragged_in_restores_its_settings(sheet):
     page.click("#reset")
     page.fill("#prompt", "")
     sheet.drop(data)
-    page.wait_for_function("document.querySelector('#prompt').value === 'a green frog'")
+    sheet.until("document.querySelector('#prompt').value === 'a green frog'")
     assert (page.input_value("#steps"), page.input_value("#seed")) == ("3", "21")
     with page.expect_response("**/api/v1/jobs") as told:
         page.click("#draw")
@@ -270,7 +273,7 @@ def test_a1111s_picture_too(sheet):
     )
     sheet.drop(_png(16, 16, parameters=text))
     page = sheet.page
-    page.wait_for_function("document.querySelector('#prompt').value.startsWith('a castle')")
+    sheet.until("document.querySelector('#prompt').value.startsWith('a castle')")
     sheet.unfold()
     names = ("negative_prompt", "steps", "sampler", "schedule", "guidance_scale", "seed", "height")
     assert [page.input_value(f"#{name}") for name in names] == [
@@ -322,7 +325,7 @@ def test_search_in_the_history(sheet):
     sheet.drawn("a purple octopus")
     page = sheet.page
     page.fill("#search", "octopus")
-    page.wait_for_function(
+    sheet.until(
         "[...document.querySelectorAll('#gallery button')].every(b => b.title.includes('octopus'))"
     )
     assert page.locator("#gallery button").count() >= 1
@@ -342,7 +345,7 @@ def test_a_grid_of_two_settings(sheet):
     page.fill("#y-values", "1, 3")
     page.fill("#prompt", "a red maple leaf")
     page.click("#grid-draw")
-    page.wait_for_function("document.querySelectorAll('#sheet td img').length === 4")
+    sheet.until("document.querySelectorAll('#sheet td img').length === 4")
     heads = page.locator("#sheet th").all_inner_texts()
     assert heads == ["1", "2", "1", "3"]
     settings = [
@@ -389,16 +392,18 @@ def test_presets_are_kept_by_the_server(sheet, open_sheet, server):
     page.click("#preset-save")
     page.fill("#asker-text", "quick / soft")
     page.keyboard.press("Enter")
-    page.wait_for_function("document.querySelector('#preset').value === 'quick / soft'")
+    sheet.until("document.querySelector('#preset').value === 'quick / soft'")
     other = open_sheet(server.base)
     other.unfold()
     other.page.fill("#prompt", "a boat")
     other.page.select_option("#preset", "quick / soft")
-    values = [other.page.input_value(f"#{n}") for n in ("steps", "guidance_scale", "negative_prompt")]
+    values = [
+        other.page.input_value(f"#{n}") for n in ("steps", "guidance_scale", "negative_prompt")
+    ]
     assert values == ["9", "4.5", "fog"]
     assert other.page.input_value("#prompt") == "a boat"
     other.page.click("#preset-delete")
-    other.page.wait_for_function("document.querySelectorAll('#preset option').length === 1")
+    other.until("document.querySelectorAll('#preset option').length === 1")
 
 
 # The server goes and comes -----------------------------------------------------------------------
@@ -413,11 +418,9 @@ def test_history_outlives_the_page_and_the_server(open_sheet, tmp_path):
         sheet.page.wait_for_selector(f"[data-picture='{picture['id']}']")
         assert sheet.page.get_attribute("#shown", "src") == picture["url"]
         [waiting] = sheet.draw("a ship", steps=200)
-        sheet.page.wait_for_function("/Step/.test(document.querySelector('#telling').textContent)")
+        sheet.until("/Step/.test(document.querySelector('#telling').textContent)")
         first.kill()
-        sheet.page.wait_for_function(
-            "/No connection/.test(document.querySelector('#state').textContent)"
-        )
+        sheet.until("/No connection/.test(document.querySelector('#state').textContent)")
         sheet.faults.clear()  # the browser says that nothing answered
         sheet.context.close()
     with Server(tmp_path / "data", model=None) as second:
@@ -434,7 +437,7 @@ def test_with_a_token(open_sheet, browser, tmp_path):
         stranger = browser.new_context()
         assert stranger.request.get(guarded.base).status == 401
         stranger.close()
-        sheet = open_sheet(f"{guarded.base}/?token=a%20token%20of%20tests")
+        sheet = open_sheet(guarded.base, "/?token=a%20token%20of%20tests")
         assert "token" not in sheet.page.url
         assert sheet.page.is_visible("#draw")
         sheet.context.clear_cookies()
@@ -442,7 +445,7 @@ def test_with_a_token(open_sheet, browser, tmp_path):
         sheet.page.wait_for_selector("#asker")
         sheet.page.fill("#asker-text", "a token of tests")
         sheet.page.keyboard.press("Enter")
-        sheet.page.wait_for_function("document.querySelector('#steps')?.placeholder !== ''")
+        sheet.until("document.querySelector('#steps')?.placeholder")
         sheet.faults.clear()  # the browser tells of the 401
 
 
@@ -454,7 +457,7 @@ def test_with_the_keyboard_alone(sheet):
     page.keyboard.type("a red maple leaf")
     with page.expect_response("**/api/v1/jobs") as told:
         page.keyboard.press("Control+Enter")
-    page.wait_for_function("/Step/.test(document.querySelector('#telling').textContent)")
+    sheet.until("/Step/.test(document.querySelector('#telling').textContent)")
     page.keyboard.press("Escape")
     assert sheet.ended(told.value.json()["id"])["state"] == "cancelled"
 
@@ -467,13 +470,15 @@ def test_with_the_keyboard_alone(sheet):
 
     tab_to("#settings > summary")
     page.keyboard.press("Enter")
+    tab_to("#count")
+    page.keyboard.type("2")
     tab_to("#steps")
     page.keyboard.type("2")
     with page.expect_response("**/api/v1/jobs") as told:
         page.keyboard.press("Control+Enter")
     job = sheet.ended(told.value.json()["id"])
     assert job["state"] == "done"
-    tab_to(f"[data-picture='{job['pictures'][0]['id']}']")
+    tab_to(f"[data-picture='{job['pictures'][1]['id']}']")
     page.keyboard.press("Enter")
     assert page.is_visible("#viewer")
     first = page.get_attribute("#viewer-image", "src")
@@ -541,7 +546,7 @@ def test_axe_finds_nothing_serious(open_sheet, server, colours):
     page.click("#mask-cancel")
     page.wait_for_timeout(6500)  # notes are gone
     [job] = sheet.draw(steps=200)
-    page.wait_for_function("/Step/.test(document.querySelector('#telling').textContent)")
+    sheet.until("/Step/.test(document.querySelector('#telling').textContent)")
     check("while it draws")
     page.keyboard.press("Escape")
     sheet.ended(job["id"])

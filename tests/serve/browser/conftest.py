@@ -42,7 +42,7 @@ class Sheet:
         faults: what the browser complained of: errors, refused content, other places asked for.
     """
 
-    def __init__(self, browser: Browser, base: str, **options) -> None:
+    def __init__(self, browser: Browser, base: str, path: str = "/", **options) -> None:
         """Open it; ``options`` are those of a browser context."""
         options.setdefault("viewport", {"width": 1200, "height": 900})
         self.context = browser.new_context(base_url=base, **options)
@@ -53,10 +53,11 @@ class Sheet:
         self.page.on("pageerror", lambda error: self.faults.append(str(error)))
         self.page.on("request", self._see)
         self._base = base
-        self.open()
+        self.open(path)
 
     def _hear(self, message) -> None:
-        if message.type in ("error", "warning"):
+        # A refusal is an answer; the browser writes it down as an error.
+        if message.type in ("error", "warning") and "status of 422" not in message.text:
             self.faults.append(message.text)
 
     def _see(self, request) -> None:
@@ -66,7 +67,18 @@ class Sheet:
     def open(self, path: str = "/") -> None:
         """Go there, and wait until the form knows the model."""
         self.page.goto(path)
-        self.page.wait_for_function("document.querySelector('#steps')?.placeholder !== ''")
+        self.until("document.querySelector('#steps')?.placeholder")
+
+    def until(self, script: str, argument: object = None) -> None:
+        """Wait until JavaScript is true.
+
+        Playwright's own wait_for_function has the page evaluate text, which its policy forbids.
+        """
+        for _ in range(600):
+            if self.page.evaluate(script, argument):
+                return
+            self.page.wait_for_timeout(50)
+        raise AssertionError(f"it does not come: {script}")
 
     def unfold(self) -> None:
         """Open every folded part."""
@@ -137,8 +149,8 @@ def open_sheet(browser):
     """Opens tabs; the browser must have had nothing to complain of."""
     sheets = []
 
-    def open_one(base: str, **options) -> Sheet:
-        sheets.append(Sheet(browser, base, **options))
+    def open_one(base: str, path: str = "/", **options) -> Sheet:
+        sheets.append(Sheet(browser, base, path, **options))
         return sheets[-1]
 
     yield open_one
@@ -149,5 +161,15 @@ def open_sheet(browser):
 
 @pytest.fixture
 def sheet(open_sheet, server):
-    """One tab of the shared server, with nothing queued before."""
+    """One tab of the shared server."""
     return open_sheet(server.base)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(server):
+    """What one test leaves in the queue is not in the next one's way."""
+    yield
+    with server.client() as client:
+        for job in client.get("/api/v1/jobs").json()["jobs"]:
+            if job["state"] in ("queued", "running", "offered"):
+                client.post(f"/api/v1/jobs/{job['id']}/cancel")
