@@ -8,6 +8,7 @@ from mlx_maple import enlarge
 from mlx_maple.serve.config import Limits
 
 LIMITS = Limits()
+MOST_CONTROLS = 3
 PICTURES = ("image", "mask")  # fields that are pictures; those of ``controls`` come beside them
 # Fields that ``generate`` does not take as they are.
 OTHERS = ("model", "vae", "loras", "controls", "previews")
@@ -113,7 +114,7 @@ class Draw(BaseModel):
     mask: PictureIn | None = None
     mask_blur: float | None = Field(None, ge=0, le=64)
     image_guidance_scale: float | None = Field(None, ge=0, le=100)
-    controls: list[Control] | None = Field(None, max_length=3)
+    controls: list[Control] | None = Field(None, max_length=MOST_CONTROLS)
     previews: bool = True
 
     def said(self) -> dict[str, Any]:

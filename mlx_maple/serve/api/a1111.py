@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from mlx_maple import images, metadata
 from mlx_maple.metadata import Settings
 from mlx_maple.serve.api import client_of, drawn, studio_of
-from mlx_maple.serve.draw import LIMITS, Draw
+from mlx_maple.serve.draw import LIMITS, MOST_CONTROLS, Draw
 from mlx_maple.serve.errors import ApiError
 from mlx_maple.serve.store import Picture
 from mlx_maple.serve.studio import Job, Studio
@@ -346,8 +346,8 @@ def _info(asked: _Asked, job: Job) -> dict[str, Any]:
         "all_negative_prompts": [settings.negative_prompt for settings in every],
         "seed": first.seed,
         "all_seeds": [settings.seed for settings in every],
-        "subseed": first.variation_seed,
-        "all_subseeds": [settings.variation_seed for settings in every],
+        "subseed": _subseed(first),
+        "all_subseeds": [_subseed(settings) for settings in every],
         "subseed_strength": first.variation_strength,
         "width": first.width,
         "height": first.height,
@@ -373,6 +373,10 @@ def _info(asked: _Asked, job: Job) -> dict[str, Any]:
         "is_using_inpainting_conditioning": False,
         "version": first.version,
     }
+
+
+def _subseed(settings: Settings) -> int:
+    return -1 if settings.variation_seed is None else settings.variation_seed
 
 
 def _settings(picture: Picture) -> Settings:
@@ -612,6 +616,25 @@ async def controlnet_models(request: Request) -> dict[str, list[str]]:
 async def controlnet_modules() -> dict[str, list[str]]:
     """Preprocessors."""
     return {"module_list": list(PREPROCESSORS)}
+
+
+@controlnet.get("/control_types")
+async def control_types(request: Request) -> dict[str, dict[str, Any]]:
+    """ControlNets and preprocessors by kind; they are not sorted here."""
+    found = await asyncio.to_thread(studio_of(request).catalog.networks, "controlnet")
+    every = {
+        "module_list": list(PREPROCESSORS),
+        "model_list": ["None", *found],
+        "default_option": "none",
+        "default_model": "None",
+    }
+    return {"control_types": {"All": every}}
+
+
+@controlnet.get("/settings")
+async def controlnet_settings() -> dict[str, int]:
+    """How many ControlNets one drawing takes."""
+    return {"control_net_unit_count": MOST_CONTROLS}
 
 
 @router.post("/refresh-checkpoints")
