@@ -139,7 +139,8 @@ def _open_diffusers(path: Path, stack: ExitStack, variant: str | None) -> Source
         )
     _plan_parts(model, sections)
     _read_scheduler(model, path / "scheduler" / "scheduler_config.json")
-    _find_tokenizer(model, path / "tokenizer")
+    words = path / "tokenizer"
+    _find_tokenizer(model, words if words.is_dir() else path / "tokenizer_2")
     for name in detect.TEXT_ENCODERS:
         if name in model.components:
             _read_padding(model, name, path / name.replace("text_encoder", "tokenizer"))

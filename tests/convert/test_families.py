@@ -236,6 +236,13 @@ def test_the_padding_is_the_tokenizers(tmp_path, token, number):
         assert "pad_token_id" not in model.components["text_encoder"].config
 
 
+def test_the_refiners_words_are_the_seconds(tmp_path):
+    folder = families.save_diffusers(tmp_path / "refiner", "sdxl-refiner")
+    tiny.save_tokenizer(folder / "tokenizer_2", families.TOKENS)
+    with open_model(folder) as model:
+        assert model.tokenizer_files["vocab"] == folder / "tokenizer_2" / "vocab.json"
+
+
 # Distilled networks
 
 
