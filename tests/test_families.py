@@ -9,7 +9,7 @@ import pytest
 
 import mlx_maple
 from maple_convert import UnsupportedCheckpoint, convert
-from mlx_maple import metadata
+from mlx_maple import hub, metadata
 from mlx_maple.conditioning import Conditioning
 from mlx_maple.models import UNetConfig
 from mlx_maple.predictions import seen_prediction
@@ -240,3 +240,22 @@ def test_a_model_that_lacks_a_network(tmp_path):
     state = {k: v for k, v in state.items() if not k.startswith("conditioner.")}
     with pytest.raises(UnsupportedCheckpoint, match="no text_encoder_2"):
         mlx_maple.load(tiny.save_safetensors(tmp_path / "x.safetensors", state), cache=False)
+
+
+# From the hub
+
+
+@pytest.mark.parametrize("encoders", [(), ("text_encoder",), ("text_encoder", "text_encoder_2")])
+def test_what_is_fetched_of_a_diffusers_repository(encoders):
+    """SDXL has two text encoders, its refiner the second alone; one there must be."""
+    stems = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+    stems |= dict.fromkeys(encoders or ("text_encoder_2",), "model")
+    present = {f"{part}/{stem}.fp16.safetensors" for part, stem in stems.items()}
+    present |= {f"{part}/config.json" for part in stems}
+    words = {part.replace("text_encoder", "tokenizer") for part in stems if "text" in part}
+    present |= {f"{folder}/vocab.json" for folder in words} | {"model_index.json"}
+    chosen = hub._choose_diffusers(hub.HubName("a/b"), present, "float16", None)
+    assert set(chosen.files) == present
+    without = {file for file in present if "text_encoder" not in file}
+    with pytest.raises(hub.HubError, match="no weights that can be read in text_encoder/"):
+        hub._choose_diffusers(hub.HubName("a/b"), without, "float16", None)
