@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what
 
-CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+CHECKPOINTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
 RESUMED_FROM = 8 << 20  # smaller files are not worth a partial file
 TRIES_IN_VAIN = 2  # at a broken connection, after each 2, 4, … seconds
 
@@ -71,7 +71,7 @@ def parse_name(text: str) -> HubName | None:
     A text that ends as a checkpoint file does ("models/some.ckpt") is a path, missing or not.
     """
     match = _NAME.fullmatch(text)
-    if match is None or (match["file"] is None and text.lower().endswith((*CHECKPOINTS, ".gguf"))):
+    if match is None or (match["file"] is None and text.lower().endswith(CHECKPOINTS)):
         return None
     if match["file"] and ".." in PurePosixPath(match["file"]).parts:
         return None
@@ -100,6 +100,8 @@ def choose(name: HubName, files: Collection[str], dtype: str, variant: str | Non
         if weights := _best_weights(present, "", dtype, variant):
             return Choice(("config.json", *weights[0]), variant=weights[1])
     single = sorted(f for f in present if "/" not in f and f.lower().endswith(CHECKPOINTS))
+    # A quantised copy is taken only where there is nothing else, or where it is named.
+    single = [f for f in single if not f.lower().endswith(".gguf")] or single
     if len(single) == 1:
         return Choice((single[0],), single=single[0])
     if single:

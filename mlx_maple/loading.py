@@ -38,7 +38,8 @@ from mlx_maple.engine import quantize as quantizing
 from mlx_maple.engine.attention import in_chunks
 from mlx_maple.engine.low_memory import Reload, set_environment
 from mlx_maple.engine.tiling import in_stripes
-from mlx_maple.hub import Progress
+from mlx_maple.hub import HubError, Progress
+from mlx_maple.known_models import KnownModel
 from mlx_maple.metadata import check_number
 from mlx_maple.models import (
     TAESD,
@@ -105,6 +106,7 @@ class _Found:
         variant: which files of a folder.
         notes: what happened on the way.
         is_finite: whether a conversion has already looked at every value in the run's dtype.
+        known: its entry in the table of short names.
     """
 
     path: Path
@@ -112,6 +114,7 @@ class _Found:
     variant: str | None = None
     notes: list[str] = field(default_factory=list)
     is_finite: bool = True
+    known: KnownModel | None = None
 
 
 def load(
@@ -120,6 +123,7 @@ def load(
     dtype: str | mx.Dtype | None = None,
     quantize: int | None = None,
     low_memory: bool = False,
+    max_memory: int | None = None,
     vae: str | Path | None = None,
     taesd: str | Path | None = None,
     controlnet: str | Path | Sequence[str | Path] | None = None,
@@ -139,15 +143,18 @@ def load(
     draw there.
 
     Args:
-        source: a checkpoint file, a diffusers folder, a maple folder, a hub name: "owner/name",
-            "owner/name@revision", "owner/name:file.safetensors", or a short name such as "sd15"
-            (``known_models``). None is the embedded model, "demo".
+        source: a checkpoint file, a diffusers folder, a maple folder, a checkpoint's name in the
+            models' folders (``model_folders``), a hub name: "owner/name", "owner/name@revision",
+            "owner/name:file.safetensors", or a short name such as "sd15" (``known_models``). None
+            is the embedded model, "demo".
         dtype: of weights and activations; None is float16 on a GPU and float32 on the CPU, where
             16-bit matrix products are slow.
         quantize: 8 or 4: the bits in which the weights of the text encoder and the UNet are kept;
             None keeps them as they are stored, which may be quantised.
         low_memory: hold only the network that is in use, draw guidance halves one after the other
             and decode in stripes: less memory, the same pictures, more time.
+        max_memory: bytes of MLX's above which a drawing waits for the GPU; None is as many as do
+            not cost time.
         vae: take the autoencoder from here instead, named as ``source`` is, or as it is called in
             the models' folders (``model_folders``). A TAESD will do: quick, and less exact.
         taesd: take a small autoencoder for previews from here.
@@ -188,7 +195,9 @@ def load(
             what = model_folders.find(kind, what) or what
         return _find(what, name, variant, local_files_only, progress)
 
-    found = find(source, variant)
+    found = find(source, variant, "checkpoint")
+    if vae is None:
+        vae = _known_vae(found, name)
     with _open(found, name, ema=ema, cache=cache, progress=progress) as model:
         if lacking := _lacking(model):
             if lacking != ["vae"] or vae is None:
@@ -197,6 +206,8 @@ def load(
                     found.path,
                     f"holds {there} but no {' and no '.join(lacking)}: not a whole model",
                 )
+        if found.known is not None:
+            model.defaults |= found.known.settings
         notes = [*found.notes, *model.notes]
         replaced = {part: other for part, other in (("vae", vae), ("taesd", taesd)) if other}
         sources = {
@@ -233,7 +244,9 @@ def load(
             _see_prediction(model, cast(UNet, unet), notes)
             del unet
         loads = {"reload" if low_memory else "renew": again}
-        return _assemble(model, modules, found, names, notes, adapters, compile, **loads)
+        sd = _assemble(model, modules, found, names, notes, adapters, compile, **loads)
+        sd.max_memory = max_memory
+        return sd
 
 
 def _lacking(model: SourceModel) -> list[str]:
@@ -311,18 +324,38 @@ def _find(
         progress=progress,
     )
     chosen = None if choice.single else variant or choice.variant
-    return _Found(path, name.repo.partition("/")[2], chosen, notes)
+    known = known if known is not None or name.file else known_models.of_repo(name.repo)
+    return _Found(path, name.repo.partition("/")[2], chosen, notes, known=known)
 
 
 def _adapter_of_hub(name: str, **options: Any) -> Path | None:
-    """One file of the hub: "owner/name:file.safetensors", or the only one of a repository."""
-    parsed = hub.parse_name(name)
+    """One file of the hub: "owner/name:file.safetensors", a repository's only one, a known one."""
+    known = known_models.find(name)
+    parsed = hub.parse_name(known.hub if known is not None and known.hub is not None else name)
     if parsed is None:
         return None
     path, _, _ = hub.fetch(parsed, **options)
     if not path.is_file():
         raise UnsupportedCheckpoint(path, "holds a whole model: name one file, owner/name:file")
     return path
+
+
+def _known_vae(found: _Found, dtype: str) -> str | None:
+    """The autoencoder that a known model is best drawn with, where it is on this disk."""
+    wanted = None if found.known is None else found.known.vae
+    known = None if wanted is None else known_models.find(wanted)
+    name = None if known is None or known.hub is None else hub.parse_name(known.hub)
+    if wanted is None or name is None:
+        return None
+    try:
+        hub.fetch(name, dtype=dtype, local_files_only=True)
+    except HubError:
+        found.notes.append(
+            f"{found.name} is best drawn with --vae {wanted}: `maple models pull {wanted}`"
+        )
+        return None
+    found.notes.append(f"{found.name} is drawn with {wanted}, as its makers recommend")
+    return wanted
 
 
 def _demo() -> Path:

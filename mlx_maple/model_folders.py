@@ -28,7 +28,7 @@ SUBFOLDERS: dict[str, tuple[str, ...]] = {
 }
 KINDS = tuple(SUBFOLDERS)
 SUFFIXES: dict[str, tuple[str, ...]] = {
-    "checkpoint": (".safetensors", ".ckpt", ".pt", ".pth", ".bin"),
+    "checkpoint": (".safetensors", ".ckpt", ".gguf", ".pt", ".pth", ".bin"),
     "lora": (".safetensors", ".pt", ".ckpt", ".bin"),
     "embedding": (".safetensors", ".pt", ".bin"),
     "vae": (".safetensors", ".pt", ".ckpt", ".pth", ".bin"),

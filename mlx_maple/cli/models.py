@@ -1,7 +1,8 @@
 """`maple models`: what is kept on this disk, what can be fetched, and the default model.
 
 Two kinds are kept: twins, which raw checkpoints were converted into when they were first drawn
-with, and what was downloaded from the hub, in huggingface_hub's cache, which others share.
+with, and what was downloaded from the hub, in huggingface_hub's cache, which others share. The
+folders of ``$MAPLE_MODELS`` are a third place, whose files are listed and never touched.
 """
 
 import argparse
@@ -12,8 +13,9 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from mlx_maple import known_models
+from mlx_maple import hub, known_models, model_folders
 from mlx_maple.cli import DONE, FAULT, USAGE, Failure, _default_model, _terminal
+from mlx_maple.cli._loose import OPTIONS, Loose, family_of, list_loose
 from mlx_maple.cli._terminal import Screen
 from mlx_maple.known_models import KnownModel
 
@@ -29,6 +31,7 @@ class Kept:
         nbytes: what it takes.
         detail: what a person would want to know of it.
         remove: takes it away.
+        family: of what was downloaded, by evidence; "" where it is no model that can be used.
     """
 
     kind: str
@@ -37,6 +40,7 @@ class Kept:
     nbytes: int
     detail: str
     remove: Callable[[], None]
+    family: str = ""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,13 +100,14 @@ def run(args: argparse.Namespace) -> int:
 def _list(as_json: bool) -> int:
     from mlx_maple import twins
 
-    kept, known = list_kept(), known_models.known_models()
+    kept, known, loose = list_kept(families=True), known_models.known_models(), list_loose()
     default, _ = _default_model.chosen()
     here = {model.name for model in kept if model.kind == "hub"}
     if as_json:
         report = {
             "folder": str(twins.twins_folder()),
             "models": [{k: v for k, v in vars(model).items() if k != "remove"} for model in kept],
+            "files": [vars(one) for one in loose],
             "known": [{**asdict(m), "is_here": m.hub is None or m.repo in here} for m in known],
             "default": default or "demo",
         }
@@ -111,10 +116,12 @@ def _list(as_json: bool) -> int:
     width = max((len(model.name) for model in kept), default=0)
     for model in kept:
         size = _terminal.size(model.nbytes)
-        print(f"{model.kind:<5} {size:>8}  {model.name:<{width}}  {model.detail}")
+        family = f"{model.family}, " if model.family else ""
+        print(f"{model.kind:<5} {size:>8}  {model.name:<{width}}  {family}{model.detail}")
     total = _terminal.size(sum(model.nbytes for model in kept))
     print(f"{len(kept)} kept, {total}; twins in {twins.twins_folder()}")
 
+    _print_loose(loose)
     print("\nknown by name (`maple models pull NAME` downloads, the option draws with it):")
     width = max(len(model.name) for model in known)
     for model in known:
@@ -126,6 +133,17 @@ def _list(as_json: bool) -> int:
     return DONE
 
 
+def _print_loose(loose: list[Loose]) -> None:
+    if not loose:
+        return
+    print(f"\nfiles in ${model_folders.VARIABLE} (the option takes the name):")
+    width = max(len(f"{OPTIONS[one.kind]} {one.name}") for one in loose)
+    for one in loose:
+        what = one.family or (one.fault and f"cannot be used: {one.fault}")
+        line = f"{f'{OPTIONS[one.kind]} {one.name}':<{width}}  {what}"
+        print(f"{_terminal.size(one.nbytes):>14}  {line}".rstrip())
+
+
 def _download_size(model: KnownModel) -> str:
     size = _terminal.size(model.bytes)
     if model.bytes_in_float32 == model.bytes:
@@ -135,7 +153,7 @@ def _download_size(model: KnownModel) -> str:
 
 def _pull(args: argparse.Namespace) -> int:
     """Download what drawing with a model needs, and say where it is."""
-    from mlx_maple import hub, loading
+    from mlx_maple import loading
 
     known = known_models.find(args.name)
     if known is not None and known.hub is None:
@@ -155,6 +173,8 @@ def _pull(args: argparse.Namespace) -> int:
             path, choice, notes = hub.fetch(
                 name, dtype=dtype, variant=args.variant, progress=progress
             )
+            if (vae := _vae_of(known)) is not None:
+                hub.fetch(vae, dtype=dtype, progress=progress)
         finally:
             screen.clear()
         files, license = choice.files, known.license if known else ""
@@ -166,6 +186,12 @@ def _pull(args: argparse.Namespace) -> int:
     else:
         print(path)
     return DONE
+
+
+def _vae_of(known: KnownModel | None) -> hub.HubName | None:
+    """Where the autoencoder lies that a known model is best drawn with, if it is not its own."""
+    vae = None if known is None or known.vae is None else known_models.find(known.vae)
+    return None if vae is None or vae.hub is None else hub.parse_name(vae.hub)
 
 
 def _use(name: str | None, as_json: bool) -> int:
@@ -186,11 +212,11 @@ def _use(name: str | None, as_json: bool) -> int:
 
 def _default_for(name: str) -> str | None:
     """What to keep for ``name``: a path in full, a name as it is; None for the embedded model."""
-    from mlx_maple import hub
-
     path = Path(name).expanduser() if name.startswith("~") else Path(name)
     if path.exists():
         return str(path.resolve())
+    if model_folders.find("checkpoint", name) is not None:
+        return name
     known = known_models.find(name)
     if known is None:
         if hub.parse_name(name) is None:
@@ -207,9 +233,13 @@ def _unknown(name: str) -> str:
     return f"{name}: not a hub name (owner/name), and no model is known by it: {names}"
 
 
-def list_kept() -> list[Kept]:
-    """Twins, unfinished conversions and the models in the hub's cache."""
-    return [*_twins(), *_unfinished(), *_from_hub()]
+def list_kept(*, families: bool = False) -> list[Kept]:
+    """Twins, unfinished conversions and the models in the hub's cache.
+
+    Args:
+        families: look into the downloads for their families, too.
+    """
+    return [*_twins(), *_unfinished(), *_from_hub(families)]
 
 
 def _twins() -> list[Kept]:
@@ -244,7 +274,7 @@ def _unfinished() -> list[Kept]:
     return found
 
 
-def _from_hub() -> list[Kept]:
+def _from_hub(families: bool) -> list[Kept]:
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -263,15 +293,29 @@ def _from_hub() -> list[Kept]:
         def remove(hashes: list[str] = hashes) -> None:
             cache.delete_revisions(*hashes).execute()
 
-        found.append(Kept("hub", repo.repo_id, repo.repo_path, repo.size_on_disk, detail, remove))
+        family = ""
+        if families:
+            newest = max(repo.revisions, key=lambda revision: revision.last_modified)
+            family = _family(newest.snapshot_path)
+        path, nbytes = repo.repo_path, repo.size_on_disk
+        found.append(Kept("hub", repo.repo_id, path, nbytes, detail, remove, family))
     return found
+
+
+def _family(snapshot: Path) -> str:
+    """The family of a download: of the whole folder, or of its one file; "" for several."""
+    family, _ = family_of(snapshot)
+    if not family:
+        files = [path for path in snapshot.iterdir() if path.name.endswith(hub.CHECKPOINTS)]
+        family = family_of(files[0])[0] if len(files) == 1 else ""
+    return family
 
 
 def _is_ours(files: set[str]) -> bool:
     """Whether a cached repository looks like one to draw with: language models are not listed."""
     for file in files:
         language = file.startswith(("model", "pytorch_model", "adapter_model"))
-        if file == "model_index.json" or file.endswith(".ckpt"):
+        if file == "model_index.json" or file.endswith((".ckpt", ".gguf")):
             return True
         if file.endswith(".safetensors") and "/" not in file and not language:
             return True

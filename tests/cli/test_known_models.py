@@ -2,21 +2,24 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_model
 from safetensors.numpy import save_file
 
-from maple_convert import convert
+from maple_convert import convert, detect
 from mlx_maple import hub as hub_module
 from mlx_maple import known_models, loading
 from mlx_maple.cli import _default_model, main
 
 SD15 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+FAMILIES = {family.name for family in detect.FAMILIES if not family.refusal}
 SMALL = ("-s", "1", "-W", "64", "-H", "64", "--seed", "1", "--json")
 
 
@@ -65,6 +68,17 @@ def test_every_entry_of_the_table_can_be_used():
         assert model.kind in known_models.OPTIONS and model.family and model.license and model.note
         assert 0 < model.bytes <= model.bytes_in_float32
         assert known_models.find(model.name.upper()) == model
+        assert model.family in FAMILIES
+        assert model.settings.keys() <= set(known_models.SETTINGS)
+        defaults = {"width": 512, "height": 512, "steps": 20, "guidance_scale": 7.5}
+        usual = {**defaults, "sampler": "ddim", "schedule": "trailing"}
+        assert loading._defaults({**usual, **model.settings})["steps"] > 0
+        vae = None if model.vae is None else known_models.find(model.vae)
+        assert vae is None if model.vae is None else vae and vae.kind == "vae"
+        # A name that goes to another option never reads as a whole model.
+        assert (known_models.of_repo(model.repo or "") == model) == (
+            model.kind == "model" and model.hub is not None
+        )
         if model.hub is None:
             assert model.name == "demo"
         else:
@@ -101,6 +115,34 @@ def test_a_short_name_draws(maple, shelf):
     convert(tiny_model.folder() / "model.ckpt", "sd15")  # a path that exists goes before a name
     shelf.down = True
     assert loading.load("sd15", cache=False).info.layout == "maple"
+
+
+def test_settings_and_autoencoder_that_are_recommended(maple, shelf, tmp_path, monkeypatch):
+    """They are what is drawn with where nothing is said, by short name and by hub name alike."""
+    table = json.loads(known_models.TABLE.read_text("utf-8"))
+    mine = next(entry for entry in table if entry["name"] == "sd15")
+    mine |= {"settings": {"steps": 3, "sampler": "lcm", "width": 64}, "vae": "sd-vae-ft-mse"}
+    (tmp_path / "table.json").write_text(json.dumps(table))
+    monkeypatch.setattr(known_models, "TABLE", tmp_path / "table.json")
+    known_models.known_models.cache_clear()
+    try:
+        model = loading.load("sd15", cache=False)
+        assert (model.defaults["steps"], model.defaults["width"]) == (3, 64)
+        assert model.defaults["sampler"] == "lcm"
+        assert any("--vae sd-vae-ft-mse: `maple models pull" in n for n in model.info.notes)
+
+        save_file(tiny_model.weights("vae", "diffusers"), tmp_path / "vae.safetensors")
+        shelf.repos["stabilityai/sd-vae-ft-mse"] = {
+            "config.json": (tmp_path / "diffusers" / "vae" / "config.json").read_bytes(),
+            "diffusion_pytorch_model.safetensors": (tmp_path / "vae.safetensors").read_bytes(),
+        }
+        assert maple("models", "pull", "sd15")[0] == 0
+        notes = loading.load(SD15, cache=False).info.notes
+        assert any("is drawn with sd-vae-ft-mse" in note for note in notes)
+        own = loading.load("sd15", cache=False, vae=tmp_path / "diffusers" / "vae")
+        assert not any("sd-vae-ft-mse" in note for note in own.info.notes)
+    finally:
+        known_models.known_models.cache_clear()
 
 
 def test_pull_goes_on_where_it_was_cut_off(maple, shelf, monkeypatch):
@@ -218,3 +260,69 @@ def test_the_table_needs_no_mlx():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert asdict(known_models.known_models()[0])["name"] == "demo"
+
+
+def test_the_list_tells_the_family_of_every_file_in_the_folders(maple, tmp_path, monkeypatch):
+    """A1111's folder, ComfyUI's file of folders beside it, and what cannot be used, by name."""
+    web, comfy = tmp_path / "webui", tmp_path / "comfy"
+    checkpoints = web / "models" / "Stable-diffusion"
+    (checkpoints / "styles").mkdir(parents=True)
+    shutil.copy(tiny_model.folder() / "model.ckpt", checkpoints / "styles" / "leaf.ckpt")
+    save_file({"x.lora_up.weight": np.zeros(4, "f4")}, checkpoints / "no.safetensors")
+    (web / "models" / "Lora").mkdir()
+    save_file({"x": np.zeros(4, "f4")}, web / "models" / "Lora" / "ink.safetensors")
+    (comfy / "vae").mkdir(parents=True)
+    vae = tiny_model.weights("vae", "diffusers")
+    save_file(vae, comfy / "vae" / "soft.safetensors")
+    (web / "extra_model_paths.yaml").write_text(f"comfyui:\n  base_path: {comfy}\n  vae: vae\n")
+    monkeypatch.setenv("MAPLE_MODELS", str(web))
+
+    files = {one["name"]: one for one in json.loads(maple("models", "list", "--json")[1])["files"]}
+    assert set(files) == {"styles/leaf", "no", "ink", "soft"}
+    assert (files["styles/leaf"]["kind"], files["styles/leaf"]["family"]) == ("checkpoint", "sd1")
+    assert files["no"]["family"] == "" and "LoRA" in files["no"]["fault"]
+    assert (files["soft"]["kind"], files["soft"]["family"]) == ("vae", "vae")
+    assert files["soft"]["nbytes"] == (comfy / "vae" / "soft.safetensors").stat().st_size
+    lines = maple("models")[1].splitlines()
+    assert any("-m styles/leaf" in line and line.endswith("sd1") for line in lines)
+    assert any("--lora ink" in line for line in lines)
+
+    report = json.loads(maple("generate", "x", "-m", "leaf", *SMALL)[1])
+    assert report["model"]["name"] == "leaf"
+    assert maple("models", "use", "styles/leaf")[0] == 0
+    assert json.loads(maple("generate", "x", *SMALL)[1])["model"]["name"] == "leaf"
+    assert maple("models", "clear", "styles/leaf")[0] == 1, "what is another program's stays"
+    assert (checkpoints / "styles" / "leaf.ckpt").exists()
+
+
+def test_loras_and_controlnets_by_short_name(maple, shelf, tmp_path):
+    """Each is pulled as a model is: one file of a repository, or a config and weights."""
+    shelf.repos["latent-consistency/lcm-lora-sdv1-5"] = {
+        "pytorch_lora_weights.safetensors": b"weights",
+        "README.md": b"x",
+    }
+    path = Path(maple("models", "pull", "lcm-lora-sd15")[1].strip())
+    assert path.name == "pytorch_lora_weights.safetensors" and path.read_bytes() == b"weights"
+    assert loading._adapter_of_hub("lcm-lora-sd15", local_files_only=True) == path
+    shelf.repos["lllyasviel/control_v11p_sd15_canny"] = {
+        "config.json": b"{}",
+        "diffusion_pytorch_model.safetensors": b"full",
+        "diffusion_pytorch_model.fp16.safetensors": b"half",
+        "diffusion_pytorch_model.bin": b"no",
+    }
+    report = json.loads(maple("models", "pull", "control-canny", "--dtype", "float16", "--json")[1])
+    assert report["files"] == ["config.json", "diffusion_pytorch_model.fp16.safetensors"]
+    code, _, err = maple("models", "use", "lcm-lora-sd15")
+    assert code == 2 and "give it to --lora" in err
+
+
+def test_a_quantised_file_of_a_repository(shelf):
+    """It is read where it is named or alone, and never preferred to the weights beside it."""
+    both = {"model.safetensors": 1, "model-q8.gguf": 1}
+    name = hub_module.HubName("a/b")
+    assert hub_module.choose(name, both, "float16").single == "model.safetensors"
+    assert hub_module.choose(name, ["m-q8.gguf"], "float16").single == "m-q8.gguf"
+    named = hub_module.parse_name("a/b:model-q8.gguf")
+    assert named and hub_module.choose(named, both, "float16").single == "model-q8.gguf"
+    with pytest.raises(hub_module.HubError, match="several"):
+        hub_module.choose(name, ["q4.gguf", "q8.gguf"], "float16")
