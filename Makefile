@@ -12,7 +12,7 @@ BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
 EXTRA    = $(if $(filter metal,$(BACKEND)),,$(BACKEND))
 comma   := ,
 
-.PHONY: help demo gallery test breakage serve-check parity parity-full lint types format check wheel-check docs clean
+.PHONY: help demo gallery test breakage serve-check browser parity parity-full lint types format check wheel-check docs clean
 
 help:
 	@echo "make demo         set up, draw a picture with the model that ships here, print its path"
@@ -20,6 +20,7 @@ help:
 	@echo "make test         set up and run the tests (no network, no torch)"
 	@echo "make breakage     break one thing at a time and list the tests that fail"
 	@echo "make serve-check  call maple serve with other people's clients, attack it, kill it"
+	@echo "make browser      use the page of maple serve in a real browser (a Chromium, and node)"
 	@echo "make parity       compare live with torch, diffusers, transformers and k-diffusion"
 	@echo "make parity-full  the same at true Stable Diffusion 1.4 size (12 GB of memory, minutes)"
 	@echo "make lint types   ruff and pyright, as pre-commit and CI run them"
@@ -39,6 +40,10 @@ $(VENV)/.dev: $(VENV)/.run
 
 $(VENV)/.serve-check: $(VENV)/.dev
 	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,serve-check]"
+	@touch $@
+
+$(VENV)/.browser: $(VENV)/.dev
+	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,browser]"
 	@touch $@
 
 # k-diffusion asks for wandb and torchvision, which its samplers do not use, lycoris-lora for a
@@ -65,6 +70,10 @@ breakage: $(VENV)/.dev
 
 serve-check: $(VENV)/.serve-check
 	$(BIN)/python -m pytest -q tests/serve/check_*.py
+
+browser: $(VENV)/.browser
+	node --test tests/serve/page/
+	$(BIN)/python -m pytest -q tests/serve/browser/check_*.py
 
 parity: $(VENV)/.parity
 	$(BIN)/python -m pytest -q tests/parity -m "parity and not slow"
