@@ -423,6 +423,8 @@ class StableDiffusion:
     @property
     def text_encoder(self) -> CLIPTextEncoder:
         """Ids (B, 77) to states; in low-memory mode it is loaded when it is asked for."""
+        if "text_encoder" not in self._networks:
+            raise AttributeError("this model has no text_encoder: see text_encoder_2")
         return self._networks["text_encoder"]
 
     @text_encoder.setter

@@ -129,6 +129,12 @@ def test_both_encoders_are_there_and_fill_up_differently(models):
     assert set(sd.info.components) == {"text_encoder", "text_encoder_2", "unet", "vae"}
 
 
+def test_the_refiner_has_the_second_encoder_alone(models):
+    refiner = models("sdxl-refiner")
+    assert refiner.text_encoder_2 is not None and not hasattr(refiner, "text_encoder")
+    assert models("sd2").text_encoder_2 is None and len(refiner.tokenize("a leaf")) == 1
+
+
 # Forms of a model --------------------------------------------------------------------------------
 
 
