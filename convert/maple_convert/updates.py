@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maple_convert.layouts import Row
+from maple_convert.layouts.parts import TRANSPOSED
 from maple_convert.tensors import Tensor
 
 Array = npt.NDArray[Any]  # float32
@@ -102,6 +103,23 @@ class Update:
             difference = merged * (wanted / lengths) - before
         after: Array = before + difference * strength
         return np.ascontiguousarray(weights.to_native(after), np.float32)
+
+    def low_rank(self) -> tuple[Array, Array] | None:
+        """Factors (O, r) and (r, n) of a plain low-rank difference, its scale in the first one.
+
+        Their product, in the native shape, is what ``changed`` adds; so that who has a faster
+        product than numpy's can use it. None for other forms.
+        """
+        if set(self.tensors) != {"down", "up"} or self.row.weights is TRANSPOSED:
+            return None
+        up, down = self._array("up"), self._array("down")
+        up = np.reshape(up, (len(up), -1)) * np.float32(self.scale)
+        index, count = self.row.share
+        rows = len(up) // count
+        # A factor's inputs lie as the weight's do: moved alike, the product needs no moving.
+        published = (len(down), *self.row.published_shape[1:])
+        native = self.row.weights.to_native(np.reshape(down, published))
+        return up[index * rows : (index + 1) * rows], np.reshape(native, (len(down), -1))
 
     # Private ----------------------------------------------------------------------------------
 

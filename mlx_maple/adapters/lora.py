@@ -30,6 +30,10 @@ class Update(Protocol):
         """The parameter's values (float32, native layout) with the difference in them."""
         ...
 
+    def low_rank(self) -> tuple[NDArray[Any], NDArray[Any]] | None:
+        """Two factors whose product, in the native shape, is all that is added; or None."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Lora:
@@ -173,10 +177,19 @@ def fold(network: nn.Module, part: str, chosen: Sequence[tuple[Lora, Choice]]) -
     for name, updates in changes.items():
         path, _, leaf_name = name.rpartition(".")
         leaf: Any = leaves[path]
-        values = np.array(_values(leaf, leaf_name).astype(mx.float32))
+        values = _values(leaf, leaf_name).astype(mx.float32)
         for update, strength in updates:
-            values = update.changed(values, strength)
-        _put(leaf, leaf_name, mx.array(values))
+            values = _changed(values, update, strength)
+        _put(leaf, leaf_name, values)
+
+
+def _changed(values: mx.array, update: Update, strength: float) -> mx.array:
+    """A parameter with one difference in it; a low-rank one's product is the device's to make."""
+    factors = update.low_rank()
+    if factors is None:
+        return mx.array(update.changed(np.array(values), strength))
+    up, down = (mx.array(factor) for factor in factors)
+    return values + strength * (up @ down).reshape(values.shape)
 
 
 def changed_parts(lora: Lora) -> Iterator[str]:

@@ -144,6 +144,16 @@ def test_a_form_adds_what_its_sum_says(form, strength):
     assert np.array_equal(made.changed(before, 0.0), before)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_the_factors_of_a_low_rank_make_the_same_difference(form):
+    made, difference = FORMS[form]()
+    factors = made.low_rank()
+    assert (factors is not None) == (set(made.tensors) == {"down", "up"})
+    if factors is not None:
+        product = (factors[0] @ factors[1]).reshape(made.row.native_shape)
+        assert np.allclose(product, native(made.row, difference), atol=2e-5)
+
+
 def test_a_convolutions_axes_are_not_mixed_up():
     """The control: the same numbers laid out as torch has them are another weight."""
     made, difference = FORMS["3x3 convolution"]()
