@@ -724,6 +724,10 @@ def _check_fit(path: Path, modules: Mapping[str, nn.Module], paths: Mapping[str,
                         f"is for models of another family: {what} {theirs}, and this model's "
                         f"{ours}",
                     )
+            if (factor := module.config.downscale) != (cells := modules["vae"].config.downscale):
+                raise UnsupportedCheckpoint(
+                    paths[part], f"makes {factor} pixels a latent cell, and this model {cells}"
+                )
         if isinstance(module, T2IAdapter):
             theirs, ours = module.config.channels, unet.block_out_channels
             # SDXL's finest level has no transformers: its adapters begin at the next size.

@@ -711,6 +711,10 @@ class StableDiffusion:
             size=size,
             fit=_one_of("fit", fit, images.FITS),
         )
+        for each in controls:
+            if any(side % (cells := self.configs[each.network].downscale) for side in size):
+                name = self.control_names[each.network]
+                raise ValueError(f"{name} steers sizes in multiples of {cells} pixels.")
         if self.control_names and not controls:
             notes.append("no control_image: the ControlNet is not used")
         told = None
