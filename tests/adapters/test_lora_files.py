@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from maple_convert import inspect
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
@@ -390,3 +390,25 @@ def test_a_real_file_matches_in_every_layer(weights, name, configs, modules):
     theirs = "Stable Diffusion 1" if configs is SD1 else "Stable Diffusion 2"
     with pytest.raises(UnsupportedCheckpoint, match=f"is for {theirs}"):
         open_lora(weights / "lora" / name, other)
+
+
+@pytest.mark.weights
+def test_a_real_files_numbers_mean_these_layers(weights):
+    """By number: attention to itself, the feed-forward's gate, attention to the text; k, v, q."""
+    path = weights / "lora" / "cloneofsimo_analog_svd_rank4.safetensors"
+    raw, found = load_file(path), open_lora(path, SD1)
+    first = "down_blocks.0.attentions.0.transformer_blocks.0"
+    last = "mid_block.attentions.0.transformer_blocks.0"
+    for place, native in {
+        "unet:0": f"{first}.attn1.to_q",
+        "unet:4": f"{first}.ff.proj_in",
+        "unet:6": f"{first}.attn2.to_k",
+        "unet:143": f"{last}.attn2.to_out",
+        "text_encoder:0": "encoder.layers.0.self_attn.k_proj",
+        "text_encoder:2": "encoder.layers.0.self_attn.q_proj",
+        "text_encoder:47": "encoder.layers.11.self_attn.out_proj",
+    }.items():
+        expected = raw[f"{place}:up"].astype(float) @ raw[f"{place}:down"].astype(float)
+        update = found.updates[place.partition(":")[0]][f"{native}.weight"]
+        assert np.allclose(update.difference(), expected, atol=1e-6), place
+        assert np.abs(expected).max() > 1e-4
