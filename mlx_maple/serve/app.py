@@ -7,6 +7,7 @@ import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import uvicorn
@@ -57,11 +58,11 @@ def make_app(config: Config) -> FastAPI:
         redoc_url=None,
     )
     app.state.studio = studio
-    for router in (v1.router, a1111.router, a1111.controlnet, openai.router):
+    for router in (v1.router, a1111.router, a1111.controlnet, a1111.root, openai.router):
         app.include_router(router)
     _answer_errors(app)
     if (PAGE / "index.html").is_file():
-        app.mount("/page", StaticFiles(directory=PAGE), name="page")
+        app.mount("/page", _PageFiles(directory=PAGE), name="page")
 
         @app.get("/", include_in_schema=False)
         async def index() -> FileResponse:
@@ -69,6 +70,18 @@ def make_app(config: Config) -> FastAPI:
 
     app.add_middleware(Security, config=config, secret=lambda: studio.secret)
     return app
+
+
+class _PageFiles(StaticFiles):
+    """The page's files, of which a browser asks each time whether they are still the same.
+
+    Without this it may keep some from before an update, and those of one version fit together.
+    """
+
+    def file_response(self, *args: Any, **values: Any) -> Response:
+        response = super().file_response(*args, **values)
+        response.headers["cache-control"] = "no-cache"
+        return response
 
 
 def _answer_errors(app: FastAPI) -> None:

@@ -1,28 +1,18 @@
 // The form as a Draw, and a Draw as the form.
 
 import * as api from "./api.js";
+import { setUpControl } from "./control.js";
 import { byId, button, input, isPressed, make, select, setOptions, setPressed } from "./dom.js";
+import { FormError } from "./say.js";
 import { isSeed, rollSeed } from "./seeds.js";
 import { hasStart } from "./start.js";
 
 /** @typedef {import("./types.js").Draw} Draw */
 
-/** A field that cannot be used; the message is for the reader. */
-export class FormError extends Error {
-  /**
-   * @param {string} field
-   * @param {string} message
-   */
-  constructor(field, message) {
-    super(message);
-    this.field = field;
-  }
-}
-
 // Pictures are not filled in: the server sends `true` for them.
-const PICTURES = ["image", "mask", "control_image", "depth_image"];
+const PICTURES = ["image", "mask"];
 // Of a drawing, but not a field of this form.
-const BESIDE = [...PICTURES, "loras", "previews"];
+const BESIDE = [...PICTURES, "loras", "controls", "previews"];
 
 /** @type {import("./types.js").Sampler[]} */
 let samplers = [];
@@ -77,16 +67,12 @@ export async function setUpForm() {
   setLimits(system.limits);
   setOptions(select("noise"), own("torch", known.noise));
   setOptions(select("vae"), own("the model's", names(networks.vaes)));
-  setOptions(select("controlnet"), [
-    { value: "", label: "none" },
-    ...plain(names(networks.controlnets)),
-  ]);
+  setUpControl(names(networks.controlnets));
   setOptions(select("lora-add"), [
     { value: "", label: "choose…" },
     ...plain(names(networks.loras)),
   ]);
   byId("lora-box").hidden = !networks.loras.length;
-  if (!networks.controlnets.length) byId("control-box").hidden = true;
   setModels(list);
   await showModel();
 }
@@ -217,8 +203,6 @@ export function read() {
     } else if (text !== "") draw[field.name] = text;
   }
   draw.prompt = input("prompt").value;
-  if (!draw.controlnet)
-    for (const name of Object.keys(draw)) if (/^control/.test(name)) delete draw[name];
   if (loras.length) addLoras(draw);
   return draw;
 }
@@ -239,10 +223,10 @@ function labelOf(field) {
 
 /**
  * Show where the form is wrong: its box opens and takes the focus.
- * @param {string} name of a field of a Draw
+ * @param {string} name of a field of a Draw, which is its id too
  */
 export function pointAt(name) {
-  const field = fields().find((one) => one.name === name.split(".")[0]);
+  const field = document.getElementById(name.split(".")[0]);
   if (!field) return;
   for (
     let box = field.closest("details");

@@ -2,6 +2,18 @@
 
 import { byId, dialog, input, make } from "./dom.js";
 
+/** A field that cannot be used; the message is for the reader. */
+export class FormError extends Error {
+  /**
+   * @param {string} field
+   * @param {string} message
+   */
+  constructor(field, message) {
+    super(message);
+    this.field = field;
+  }
+}
+
 /**
  * A note that goes by itself.
  * @param {string} text

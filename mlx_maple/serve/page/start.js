@@ -1,4 +1,4 @@
-// The picture that a drawing starts from, its mask, and the picture that a ControlNet follows.
+// The picture that a drawing starts from, and its mask.
 
 import { byId, dataUrl, image, input } from "./dom.js";
 import { paintMask } from "./mask.js";
@@ -13,29 +13,22 @@ import { complain } from "./say.js";
 let start = null;
 /** @type {string | null} */
 let mask = null;
-/** @type {Source | null} */
-let control = null;
 /** @type {() => void} */
 let onChange = () => {};
 
 /** @param {() => void} changed called when there is another picture, or none */
 export function setUpStart(changed) {
   onChange = changed;
-  input("start-file").addEventListener("change", () => fromInput("start-file", setStart));
-  input("control-file").addEventListener("change", () => fromInput("control-file", setControl));
+  input("start-file").addEventListener("change", fromInput);
   byId("start-clear").addEventListener("click", () => setStart(null));
   byId("start-mask").addEventListener("click", () => editMask().catch(complain));
 }
 
-/**
- * @param {string} id
- * @param {(source: Source | null) => void} take
- */
-async function fromInput(id, take) {
-  const file = input(id).files?.[0];
+async function fromInput() {
+  const file = input("start-file").files?.[0];
   if (!file) return;
   try {
-    take(await sourceOf(file));
+    setStart(await sourceOf(file));
   } catch (error) {
     complain(error);
   }
@@ -63,14 +56,6 @@ export function setStart(source) {
   show();
 }
 
-/** @param {Source | null} source */
-function setControl(source) {
-  control = source;
-  image("control-shown").hidden = source === null;
-  if (source) image("control-shown").src = source.url;
-  onChange();
-}
-
 /** Let the reader paint a mask over the picture to start from. */
 export async function editMask() {
   if (!start) return;
@@ -93,11 +78,10 @@ function show() {
 
 export const hasStart = () => start !== null;
 
-/** @returns {{image?: string, mask?: string, control_image?: string}} fields of a Draw */
+/** @returns {{image?: string, mask?: string}} fields of a Draw */
 export function startFields() {
   return {
     ...(start && { image: start.sent }),
     ...(start && mask && { mask }),
-    ...(control && { control_image: control.sent }),
   };
 }

@@ -1,10 +1,11 @@
 // From the form to jobs: choices in prompts, grids, and patience with a full queue.
 
 import * as api from "./api.js";
+import { controlFields } from "./control.js";
 import { input, kept } from "./dom.js";
-import { FormError, pointAt, read, takeSeed } from "./form.js";
+import { pointAt, read, takeSeed } from "./form.js";
 import { expand, expandAll, isDynamic, linesIn } from "./prompts.js";
-import { announce, showProblem } from "./say.js";
+import { announce, FormError, showProblem } from "./say.js";
 import { seedAfter, seededRandom } from "./seeds.js";
 import { startFields } from "./start.js";
 
@@ -39,7 +40,7 @@ export function wordLists() {
  * @returns {Draw}
  */
 export function drawing() {
-  return { ...read(), seed: takeSeed(), ...startFields() };
+  return { ...read(), ...startFields(), ...controlFields(), seed: takeSeed() };
 }
 
 /**

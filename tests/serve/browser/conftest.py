@@ -18,12 +18,16 @@ from live import Server
 NAMES = ("chromium", "chromium-browser", "google-chrome", "microsoft-edge")
 
 
+def find_browser() -> str | None:
+    """A browser's program; None is Playwright's own."""
+    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+
+
 @pytest.fixture(scope="session")
 def browser():
-    found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     with sync_playwright() as playwright:
         # Without a sandbox, since tests may run as root in a container; only our page is opened.
-        launched = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        launched = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
         yield launched
         launched.close()
 

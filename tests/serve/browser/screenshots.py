@@ -1,0 +1,68 @@
+"""Draw the pictures of the page that docs/server.md shows.
+
+Run as `python tests/serve/browser/screenshots.py docs/images` with what `make browser` installs.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+from conftest import Sheet, find_browser
+from live import Server
+from playwright.sync_api import sync_playwright
+
+PROMPTS = (
+    ("a green frog on a light blue background", 3),
+    ("a rocket on a dark blue background", 11),
+    ("an octopus, flat style", 4),
+    ("a pink cat face on a yellow background", 9),
+    ("a red maple leaf on a yellow background", 7),
+)
+
+
+def main(folder: Path) -> None:
+    """Write page-light.png, page-dark.png, page-narrow.png and page-mask.png into ``folder``."""
+    with (
+        tempfile.TemporaryDirectory() as data,
+        Server(Path(data) / "data", model=None) as server,
+        sync_playwright() as playwright,
+    ):
+        browser = playwright.chromium.launch(executable_path=find_browser(), args=["--no-sandbox"])
+        wide = Sheet(browser, server.base, viewport={"width": 1120, "height": 860})
+        for prompt, seed in PROMPTS:
+            wide.drawn(prompt, seed=seed, steps=12)
+        page = wide.page
+        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
+        page.click("#reset", force=True) if page.is_visible("#reset") else None
+        page.evaluate("scrollTo(0, 0)")
+        page.wait_for_timeout(500)
+        page.screenshot(path=folder / "page-light.png")
+        dark = Sheet(
+            browser, server.base, viewport={"width": 1120, "height": 860}, color_scheme="dark"
+        )
+        dark.page.click("#settings > summary")
+        dark.page.fill("#prompt", "a rocket on a dark blue background")
+        dark.page.fill("#steps", "60")
+        dark.until("/Fits/.test(document.querySelector('#plan').textContent)")
+        dark.page.click("#draw")
+        dark.until("/Step [34][0-9]/.test(document.querySelector('#telling').textContent)")
+        dark.page.screenshot(path=folder / "page-dark.png")
+        dark.page.keyboard.press("Escape")
+        narrow = Sheet(browser, server.base, viewport={"width": 390, "height": 780})
+        narrow.page.wait_for_timeout(500)
+        narrow.page.screenshot(path=folder / "page-narrow.png")
+        page.locator("#gallery button").first.click()
+        page.click("#to-mask")
+        box = page.locator("#mask-canvas").bounding_box()
+        assert box is not None
+        page.mouse.move(box["x"] + box["width"] * 0.3, box["y"] + box["height"] * 0.3)
+        page.mouse.down()
+        page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.4, steps=9)
+        page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.6, steps=9)
+        page.mouse.up()
+        page.screenshot(path=folder / "page-mask.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
