@@ -356,9 +356,9 @@ def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Req
 
 
 def _drawable(written: "Settings") -> tuple["Settings", list[str]]:
-    """A picture's settings less the LoRAs in its prompt that are not here, and notes on those."""
+    """A picture's settings less what they name and is not here, and notes on that."""
     from maple_convert.errors import one_line
-    from mlx_maple import model_folders
+    from mlx_maple import enlarge, model_folders
     from mlx_maple.text.language import without_tags
 
     def is_missing(tag: Any) -> bool:
@@ -371,7 +371,12 @@ def _drawable(written: "Settings") -> tuple["Settings", list[str]]:
     where = f"which is not in ${model_folders.VARIABLE}"
     names = [one_line(tag.name, 80) for tag in tags]
     notes = [f"was drawn with the LoRA {name}, {where}: left out" for name in names]
-    return (replace(written, prompt=prompt) if tags else written), notes
+    upscaler = written.hires_upscaler
+    if upscaler not in (None, *enlarge.BUILT_IN) and not Path(upscaler).is_file():
+        if model_folders.find("upscaler", upscaler) is None:
+            notes.append(f"was enlarged by {one_line(upscaler, 80)}, {where}: here by lanczos")
+            upscaler = "lanczos"
+    return replace(written, prompt=prompt, hires_upscaler=upscaler), notes
 
 
 def _lines(path: str, given: Mapping[str, Any]) -> list[_Request]:

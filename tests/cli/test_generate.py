@@ -137,6 +137,19 @@ def test_what_cannot_be_brought_back_is_said(draw):
     assert any("was drawn with the model other 0123456789" in note for note in notes)
 
 
+def test_an_upscaler_that_is_not_here_is_replaced(draw):
+    image, info = Image.new("RGB", (64, 64)), images.PngImagePlugin.PngInfo()
+    text = "a leaf\nSteps: 1, Sampler: Euler, CFG scale: 7, Seed: 5, Size: 64x64, RNG: CPU, "
+    more = "Denoising strength: 0.5, Hires upscale: 1.5, Hires steps: 1, Hires upscaler: 4x-Fine"
+    info.add_text("parameters", text + more)
+    image.save("theirs.png", pnginfo=info)
+    code, out, err = draw("--from-image", "theirs.png", small=False)
+    assert code == 0 and images.open_image(out.strip()).size == (96, 96), err
+    assert "was enlarged by 4x-Fine, which is not in $MAPLE_MODELS: here by lanczos" in err
+    code, _, err = draw("x", "--hires-scale", 1.5, "--hires-upscaler", "4x-Fine")
+    assert code == 1 and "no network that enlarges by that name" in err
+
+
 def test_a_file_of_prompts(draw):
     lines = ["first", "", '{"prompt": "second", "seed": 3, "width": 72, "steps": 1}', "third"]
     Path("prompts.txt").write_text("\n".join(lines))
