@@ -1,7 +1,8 @@
-"""ControlNets in every layout in which they are published, read and written."""
+"""ControlNets and adapters in every published layout, and UNets with more than latents as input."""
 
 import json
 
+import families
 import numpy as np
 import pytest
 import tiny
@@ -139,3 +140,39 @@ def test_a_guidance_embedding_survives_every_layout(tmp_path):
         back = load_file(tmp_path / f"{to}.safetensors")
         name = "model.diffusion_model.time_embedding.cond_proj.weight"
         assert np.array_equal(back[name], load_file(tmp_path / "lcm.safetensors")[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "channels", "found"),
+    [
+        ("sd1", 9, "sd1-inpainting"),
+        ("sd1", 8, "sd1-pix2pix"),
+        ("sd2", 9, "sd2-inpainting"),
+        ("sd2", 5, "sd2-depth"),
+        ("sdxl", 9, "sdxl-inpainting"),
+        ("sdxl", 8, "sdxl-pix2pix"),
+    ],
+)
+def test_more_input_channels_tell_what_a_model_is_for(
+    family, channels, found, tmp_path, monkeypatch
+):
+    unet = {"in_channels": channels}
+    if family == "sd1":
+        state = tiny.compvis(unet=unet)
+    else:
+        changed = {**families.FAMILIES[family]}
+        changed["unet"] = {**changed["unet"], **unet}
+        monkeypatch.setitem(families.FAMILIES, family, changed)
+        state = families.compvis(family)
+    if channels == 5:  # Stability's file brings the network that estimates depth
+        state["depth_model.model.pretrained.cls_token"] = np.zeros((1, 1, 8), np.float32)
+    path = tmp_path / "model.safetensors"
+    tiny.save_safetensors(path, state)
+    for to in ("maple", "diffusers"):
+        convert(path, tmp_path / to, to=to)
+    for place in (path, tmp_path / "maple", tmp_path / "diffusers"):
+        with open_model(place) as model:
+            assert model.family == found
+            assert model.components["unet"].config["in_channels"] == channels
+            if place == path:
+                assert any(f"takes {channels} channels" in line for line in model.evidence)
