@@ -115,12 +115,13 @@ class Worker:
         self, *, request: str, model: Mapping[str, Any], arguments: Mapping[str, Any]
     ) -> None:
         """Say what a drawing will take in memory."""
-        from mlx_maple.cli import _plan, _terminal
-        from mlx_maple.engine.memory import Plan, advice
+        from mlx_maple.cli import _memory, _plan, _terminal
+        from mlx_maple.engine.memory import advice
 
         try:
             low = bool(model.get("low_memory"))
-            plan = Plan(_plan.request_of(_skeleton(model), arguments, low_memory=low))
+            drawing = _plan.request_of(_skeleton(model), arguments, low_memory=low)
+            plan = _memory.plan_of(drawing)
             free = _plan.device_memory()
             fits = None if free is None else plan.peak <= free
             of = "" if free is None else f" of {_terminal.size(free)}"
@@ -277,13 +278,12 @@ class Worker:
 
     def _make_room(self, how: Mapping[str, Any]) -> None:
         """Let the models go that were not used for longest, until the new one has room."""
-        from mlx_maple.cli import _plan
-        from mlx_maple.engine.memory import Plan
+        from mlx_maple.cli import _memory, _plan
 
         if not self._models:
             return
         low = bool(how.get("low_memory"))
-        needed = Plan(_plan.request_of(_skeleton(how), {}, low_memory=low)).peak
+        needed = _memory.plan_of(_plan.request_of(_skeleton(how), {}, low_memory=low)).peak
         while self._models and needed > _available():
             self._models.popitem(last=False)
             _free()

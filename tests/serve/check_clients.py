@@ -1,7 +1,7 @@
 """Clients that other people wrote, unmodified: what they call must work.
 
-Run by `make serve-check`. `openai` (PyPI), `webuiapi` (PyPI, A1111's API) against the embedded
-model; each test is one of their calls.
+Run by `make serve-check`. `openai`, `webuiapi` and `sd-backend-client` (A1111's API), all from
+PyPI, against the embedded model; each test is one of their calls.
 """
 
 import base64
@@ -14,6 +14,8 @@ import pytest
 import webuiapi
 from live import Server
 from PIL import Image
+from sd_backend_client.api.a1111_webservice import A1111Webservice
+from sd_backend_client.api.webui.diffusion_request_body import DiffusionRequestBody
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of their own
 
@@ -196,3 +198,39 @@ def test_openai_token(tmp_path):
             answer = known.images.generate(prompt="a leaf", size="128x128", response_format="url")
         with server.client() as browser:  # the address brings its own signature
             assert browser.get(answer.data[0].url).status_code == 200
+
+
+# sd-backend-client -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def backend(server):
+    return A1111Webservice(server.base)
+
+
+@pytest.mark.parametrize(
+    "name",
+    """login_check get_config get_styles get_scripts get_script_info get_samplers get_upscalers
+    get_latent_upscale_modes get_hypernetworks get_models get_vae get_controlnet_version
+    get_controlnet_models get_controlnet_modules get_controlnet_control_types
+    get_controlnet_settings get_controlnet_preprocessors get_controlnet_type_categories get_loras
+    list_checkpoints list_vaes list_loras list_hypernetworks list_samplers list_schedulers
+    list_upscalers list_controlnet_models get_soft_inpainting_parameters get_capabilities
+    refresh_checkpoints refresh_vae refresh_loras progress_check interrupt""".split(),
+)
+def test_sd_backend_client_lists(backend, name):
+    assert getattr(backend, name)() is not None
+
+
+def test_sd_backend_client_draws(backend):
+    body = DiffusionRequestBody()
+    for name, value in LEAF.items():
+        setattr(body, name, value)
+    drawn = backend.txt2img(body)
+    assert drawn["images"][0].size == (128, 128)
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 32, 96, 96))
+    for covered in (None, mask):
+        again = backend.img2img(drawn["images"][0], covered, body)
+        assert again["images"][0].size == (128, 128)
+    assert backend.submit_txt2img(body).wait().seeds == [7]

@@ -27,9 +27,12 @@ def before_call(context, case, kwargs):
 
 
 def _is_drawable(name, value):
-    if value is None or isinstance(value, str):
-        return name == "size" or value is None
-    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= 2048
+    if value is None or name == "size":
+        return True
+    try:
+        return 0 < float(value) <= 2048  # "64" is as good as 64
+    except (TypeError, ValueError):
+        return False
 
 
 def names(path):

@@ -85,6 +85,17 @@ def test_a_word_to_cancel_counts_for_its_own_job_only(line, tmp_path):
         assert told(ours)[-1]["kind"] == kind
 
 
+def test_a_plan_is_made_once(model):
+    """Each new one takes memory that MLX keeps: a thousand drawings would take 400 MB."""
+    from mlx_maple.cli import _memory, _plan
+
+    plans = [
+        _memory.plan_of(_plan.request_of(model, {"width": width}, low_memory=True))
+        for width in (64, 64, 128)
+    ]
+    assert plans[0] is plans[1] and plans[0] is not plans[2]
+
+
 def test_it_ends_when_the_server_is_gone(model):
     ours, theirs = Pipe()
     worker = Worker(theirs)

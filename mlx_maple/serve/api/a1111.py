@@ -78,6 +78,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=RESPONSES)
+root = APIRouter(include_in_schema=False)
 controlnet = APIRouter(prefix="/controlnet", tags=["AUTOMATIC1111"], responses=RESPONSES)
 
 
@@ -580,6 +581,12 @@ async def styles(request: Request) -> list[dict[str, Any]]:
         }
         for name, draw, _ in await studio.stored(studio.store.presets)
     ]
+
+
+@root.get("/login_check")
+async def login_check() -> bool:
+    """Whether a client is let in; who is not has had a 401 already."""
+    return True
 
 
 @router.get("/hypernetworks")
