@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -186,21 +185,21 @@ def test_in_low_memory_mode_it_is_the_same(sd, lora, word):
         assert np.allclose(low(text, loras=loras, **QUICK).latents, mine.latents, atol=1e-4)
 
 
-def test_prepared_networks_carry_it_too(sd, lora):
-    """What a GPU draws with is made from the changed weights."""
-    from mlx_maple.engine.prepare import PreparedUNet, Recipe
+def test_networks_made_ready_for_a_gpu_carry_it_and_lose_it(sd, lora, monkeypatch):
+    """Their weights are joined and rearranged: the difference goes in before, and out with them."""
+    from mlx_maple.engine import attention, compiled, prepare
 
-    sd(LEAF, loras=[lora], **QUICK)
-    prepared = PreparedUNet(sd.unet, Recipe.usual(mx.float32))
-    generator = np.random.default_rng(3)
-    latents = mx.array(generator.standard_normal((1, 8, 8, 4)).astype(np.float32))
-    context = mx.array(generator.standard_normal((1, 77, 32)).astype(np.float32))
-    times = mx.array([500.0])
-    assert np.allclose(
-        np.array(prepared(latents, times, context)),
-        np.array(sd.unet(latents, times, context)),
-        atol=1e-3,
-    )
+    for module in (attention, compiled, prepare):
+        monkeypatch.setattr(module, "running_backend", lambda: "metal", raising=False)
+    monkeypatch.setenv("MAPLE_KERNELS", "0")
+    ready = maple.load(TINY, dtype="float32", compile=False)
+    plain = ready(LEAF, **QUICK)
+    styled = ready(LEAF, loras=[lora], **QUICK)
+    assert type(ready.unet) is prepare.PreparedUNet
+    assert np.array_equal(ready(LEAF, **QUICK).latents, plain.latents)
+    monkeypatch.undo()
+    assert np.allclose(styled.latents, sd(LEAF, loras=[lora], **QUICK).latents, atol=5e-3)
+    assert not np.allclose(styled.latents, plain.latents, atol=5e-2)
 
 
 def test_quantised_weights_are_changed_before_they_are_quantised(sd, lora, plain):
