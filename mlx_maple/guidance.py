@@ -17,7 +17,7 @@ The networks are the pipeline's business: it brings a function that makes a mode
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import mlx.core as mx
@@ -29,6 +29,7 @@ from mlx_maple.text.language import Prompt
 from mlx_maple.text.prompt import EncodedPrompt, encode_prompt
 
 EMPHASES = ("original", "no norm")
+NO_TEXT = "\0no text"  # stands where a text would; no one can write it
 MODELS_KEPT = 8  # of a prompt that changes; each holds what the network has made of its states
 
 # (positive, negative or None, guidance scale) -> (latents, timestep) -> prediction, float32
@@ -61,6 +62,13 @@ class Prompts:
     def arrays(self) -> list[mx.array]:
         """All that is there, to be evaluated."""
         return [array for each in self.states.values() for array in each.arrays()]
+
+    def avoiding_nothing(self, zeroed: Callable[[Conditioning], Conditioning]) -> "Prompts":
+        """The same with no text in place of the negative prompt, which is not the empty text."""
+        if self.avoided is None:
+            return self
+        states = {**self.states, NO_TEXT: zeroed(self.states[self.avoided[0].text])}
+        return replace(self, avoided=[self.avoided[0]._replace(text=NO_TEXT)], states=states)
 
     @property
     def is_single(self) -> bool:

@@ -71,7 +71,7 @@ from mlx_maple.sampling.noise import (
 )
 from mlx_maple.sampling.schedule import SigmaGrid
 from mlx_maple.sampling.windows import windowed
-from mlx_maple.sizes import Sizes, read_pair, with_vector, zeroed
+from mlx_maple.sizes import REFINER, Sizes, read_pair, with_vector, zeroed
 from mlx_maple.text.language import SYNTAXES, Prompt, left_out, read_prompt
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
@@ -1196,6 +1196,9 @@ class StableDiffusion:
                 end = " ".join(text.split())
                 end = end if len(end) <= LEFT_OUT else f"{end[:LEFT_OUT]}…"
                 notes.append(f"the {name} is too long; left out: {end}")
+        # The refiner was not trained so: with it an empty text is avoided, as in diffusers.
+        if job.settings[0].zeroed_negative and self.info.family != REFINER:
+            prompts = prompts.avoiding_nothing(zeroed)
         mx.eval(prompts.arrays())
         return prompts
 
@@ -1305,7 +1308,6 @@ class StableDiffusion:
         numbers = partial(job.sizes.numbers, job.size, self.info.family)
         positive = with_vector(positive, numbers(), channels)
         if negative is not None:
-            negative = zeroed(negative) if job.settings[0].zeroed_negative else negative
             negative = with_vector(negative, numbers(is_negative=True), channels)
         return positive, negative
 
@@ -1412,7 +1414,7 @@ class StableDiffusion:
     def _decode(self, latents: mx.array, notes: list[str]) -> FloatArray:
         """Latents (1, h, w, C) to pixels (H, W, 3); in float32 where the weights' dtype fails."""
         if isinstance(self.vae, PreparedVAE):
-            self.vae.decoder.in_turn = self.max_memory is not None
+            self.vae.decoder.wait(self.max_memory is not None)
         pixels = np.array(self.vae.decode(latents).astype(mx.float32))[0]
         if fault := _fault(pixels):
             dtype = self._dtype("vae")

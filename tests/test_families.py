@@ -109,6 +109,12 @@ def test_nothing_at_all_is_not_an_empty_text(models):
     assert not np.array_equal(empty.latents, none.latents)
     read = metadata.from_json(metadata.to_json(none.settings[0])).settings
     assert np.array_equal(sd(**read.arguments()).latents, none.latents)
+    # By another road: with rescaled guidance both halves are asked alone.
+    rescaled = [
+        sd("a leaf", **SMALL, negative_prompt=text, guidance_rescale=1e-6) for text in ("", None)
+    ]
+    assert np.abs(rescaled[0].latents - empty.latents).max() < 1e-3
+    assert np.abs(rescaled[1].latents - none.latents).max() < 1e-3
     nothing = zeroed(Conditioning(context=mx.ones((1, 2, 3)), pooled=mx.ones((1, 4))))
     assert not np.array(nothing.context).any() and not np.array(nothing.pooled).any()
 
@@ -225,6 +231,12 @@ def test_a_refiner_draws_the_last_part(models):
     recipe = metadata.from_json(metadata.to_json(half.settings[0]))
     assert any("was refined by sdxl-refiner from 0.5 on" in note for note in recipe.notes)
     assert "refiner" not in recipe.settings.arguments()
+
+
+def test_a_refiner_avoids_an_empty_text_where_sdxl_avoids_nothing(models):
+    refiner = models("sdxl-refiner")
+    empty, none = (refiner("a leaf", **SMALL, negative_prompt=text) for text in ("", None))
+    assert np.array_equal(empty.latents, none.latents)
 
 
 def test_a_refiner_sees_its_score(models):

@@ -341,10 +341,12 @@ def test_noise_taken_for_velocity_is_seen(models, parity_record):
     assert not pictures.passes(found)
 
 
-def refined(models: Models, start: float) -> tuple[np.ndarray, list]:
+def refined(
+    models: Models, start: float, negative: str | None = NEGATIVE
+) -> tuple[np.ndarray, list]:
     """diffusers' base up to ``start``, then its refiner."""
     base, refiner = models.theirs("sdxl"), models.theirs("sdxl-refiner")
-    steps = {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
+    steps = {"num_inference_steps": 6, "guidance_scale": 5.0, "negative_prompt": negative}
     begun = base(
         PROMPT,
         latents=pictures.nchw(NOISE),
@@ -368,6 +370,9 @@ def test_a_drawing_that_is_refined(models, parity_record):
         return our_drawing(sd, NOISE, refiner=refiner, **{"refiner_start": 0.5, **more})
 
     pictures.compare(parity_record, "sdxl: refined from 0.5 on", drawn(), *expected)
+    unguarded = refined(models, 0.5, None)
+    result = drawn(negative_prompt=None)
+    pictures.compare(parity_record, "sdxl: refined, avoiding nothing", result, *unguarded)
     breaks: dict[str, Callable[[], Any]] = {
         "refined a step later": lambda: drawn(refiner_start=0.67),
         "not refined": lambda: drawn(refiner_start=1.0),
