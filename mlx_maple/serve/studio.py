@@ -532,6 +532,8 @@ class Studio:
         request = secrets.token_hex(8)
         future = asyncio.get_running_loop().create_future()
         self._asked[request] = future
+        if self._planner_timer is not None:  # else it could end it before it has answered
+            self._planner_timer.cancel()
         self._planner.send(kind, request=request, **question)
         try:
             with anyio.fail_after(ANSWER_SECONDS):

@@ -447,6 +447,7 @@ def test_with_a_token(open_sheet, browser, tmp_path):
         sheet.page.keyboard.press("Enter")
         sheet.until("document.querySelector('#steps')?.placeholder")
         sheet.faults.clear()  # the browser tells of the 401
+        sheet.context.close()
 
 
 # Everybody ---------------------------------------------------------------------------------------
