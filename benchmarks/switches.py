@@ -19,14 +19,12 @@ from test_embedded_model import STEPS, WANTED
 
 import mlx_maple
 
+PROMPTS = dict(list(WANTED.items())[:3])
 SWITCHES = {
     "none": {},
     "guidance_end=0.8": {"guidance_end": 0.8},
-    "guidance_start=0.2, guidance_end=0.8": {"guidance_start": 0.2, "guidance_end": 0.8},
     "guidance_end=0.5": {"guidance_end": 0.5},
     "guidance_rescale=0.7": {"guidance_rescale": 0.7},
-    "guidance 9": {"guidance_scale": 9},
-    "guidance 9, guidance_rescale=0.7": {"guidance_scale": 9, "guidance_rescale": 0.7},
     "freeu=(1.2, 1.4, 0.9, 0.2)": {"freeu": (1.2, 1.4, 0.9, 0.2)},
 }
 
@@ -54,13 +52,13 @@ def main() -> None:
     print("| switch | passes | PSNR to none, dB | names read | score |\n|---|---|---|---|---|")
     for label, arguments in SWITCHES.items():
         passes, near, read, score = 0, [], 0, []
-        for seed, (prompt, (name, _, _)) in enumerate(WANTED.items()):
+        for seed, (prompt, (name, _, _)) in enumerate(PROMPTS.items()):
             picture = sd(prompt, seed=seed, steps=STEPS, **arguments).images[0]
             near.append(psnr(picture, first.setdefault(prompt, picture)))
             read += name in judge.best(picture)
             score.append(judge.scores(picture)[name])
         likeness = "" if label == "none" else f"{np.mean(near):.1f}"
-        row = f"{passes // len(WANTED)} | {likeness} | {read} of {len(WANTED)}"
+        row = f"{passes // len(PROMPTS)} | {likeness} | {read} of {len(PROMPTS)}"
         print(f"| {label} | {row} | {np.mean(score):.2f} |", flush=True)
 
 

@@ -104,6 +104,7 @@ def request_of(
         bits=unet.bits,
         low_memory=low_memory,
         backend=running_backend(),
+        max_memory=sd.max_memory,
     )
 
 

@@ -57,6 +57,14 @@ PREVIEW_SECONDS = 0.25  # between two previews
 MOST_PROMPTS = 1 << 24  # characters of a file of prompts
 
 
+def _gigabytes(text: str) -> int:
+    """Bytes of so many gigabytes."""
+    found = float(text)
+    if not 0.1 <= found <= 10_000:
+        raise ValueError(text)
+    return int(found * 1e9)
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options; what is left out comes from the model."""
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what to draw")
@@ -97,6 +105,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--low-memory",
         action="store_true",
         help="hold one network at a time and decode in stripes: less memory, more time",
+    )
+    add(
+        "--max-memory",
+        type=_gigabytes,
+        metavar="GB",
+        help="wait for the GPU rather than take more than this: some time for some memory",
     )
     add("--variant", metavar="NAME", help="which weights of a diffusers folder, such as fp16")
     add("--ema", action="store_true", help="use the EMA copy of the UNet's weights")
@@ -541,6 +555,7 @@ def _load(
             dtype=dtype,
             quantize=bits,
             low_memory=args.low_memory,
+            max_memory=args.max_memory,
             vae=args.vae,
             taesd=args.taesd,
             controlnet=args.controlnet,

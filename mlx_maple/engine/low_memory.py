@@ -35,6 +35,8 @@ ENVIRONMENT = {
     "MLX_CONV_WINOGRAD_WORKING_SET": str(128 << 20),
 }
 
+USUAL = {"MLX_MAX_OPS_PER_BUFFER": "20"}  # of mlx_maple/__init__.py, which is not the user's
+
 Reload = Callable[[], nn.Module]
 
 
@@ -45,7 +47,8 @@ def set_environment() -> None:
     batches.
     """
     for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+        if os.environ.get(name) in (None, USUAL.get(name)):
+            os.environ[name] = value
 
 
 class Networks:
@@ -148,6 +151,10 @@ class Networks:
     def _bound(self) -> None:
         if self._bounded:
             mx.set_memory_limit(self._held_bytes() + AHEAD_BYTES)
+
+    def room_within(self, bytes_in_all: int) -> int:
+        """What is left of so many bytes beside the networks, and no less than it takes to work."""
+        return max(bytes_in_all - self._held_bytes(), AHEAD_BYTES)
 
     def _held_bytes(self) -> int:
         return sum(_bytes(module) for module in self._held.values())

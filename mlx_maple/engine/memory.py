@@ -39,11 +39,12 @@ from mlx_maple.engine.tiling import striped_bytes
 from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
 
 # Operations between the last use of an array and its memory's return. On the CPU MLX is a hundred
-# dispatches ahead of the work, two an operation and more; on CUDA (Hopper and later) a graph of 100
-# operations is built before it is run; on Metal a command buffer holds 40 to 50.
-LAG = {"cpu": 48, "cuda": 100, "metal": 50}
+# dispatches ahead of the work, two an operation and more; on CUDA the package asks for batches of
+# 20; on Metal a command buffer holds 40 to 50.
+LAG = {"cpu": 48, "cuda": 20, "metal": 50}
 # A batch also ends when its operations have read so many numbers.
 TOUCHED = {"cuda": 1000 << 20, "metal": 50 << 20}
+WHOLE = 200  # nothing that a step makes is given back before half of it is done
 STAGE_LAG = 12  # of an autoencoder that works in stages: two residual blocks' operations
 
 TOKENS = 77
@@ -101,6 +102,7 @@ class Request:
         bits: of the quantised weights: 8, 4 or None.
         low_memory: whether only the network in use is held.
         backend: "metal", "cuda" or "cpu".
+        max_memory: bytes above which a GPU is waited for, as far as an operation lets it.
     """
 
     configs: Mapping[str, Any]
@@ -113,6 +115,7 @@ class Request:
     bits: int | None = None
     low_memory: bool = False
     backend: str = ""
+    max_memory: int | None = None
 
     @property
     def encoders(self) -> list[str]:
@@ -210,6 +213,8 @@ class Plan:
             )
 
         bound = room((request.batch, rows, columns, 0), False, request.backend)
+        if request.max_memory is not None:
+            bound = max(request.max_memory - sum(self.components.values()), low_memory.AHEAD_BYTES)
         given = (latents, mx.zeros((1,)), context, *told.values())
         return self._peak("unet", call, *given, bound=bound)
 
@@ -264,8 +269,10 @@ class Plan:
             network.update(tree_unflatten(parameters))
         if not self.request.low_memory:
             staged = backend != "cpu" and part == "vae"
-            usual = trace.peak(STAGE_LAG if staged else LAG[backend])
-            return usual if bound is None else max(usual, min(trace.peak(2 * LAG[backend]), bound))
+            stage = STAGE_LAG if self.request.max_memory is None else STAGE_LAG // 2
+            usual = trace.peak(stage if staged else LAG[backend])
+            # A step is under way while the next is prepared.
+            return usual if bound is None else max(usual, min(2 * trace.peak(WHOLE), bound))
         if backend == "cpu":  # which waits where more than the bound would be taken
             return max(trace.peak(0), min(trace.peak(LAG[backend]), low_memory.AHEAD_BYTES))
         return trace.peak(2 * low_memory.BATCH)  # one batch runs while the next is prepared
@@ -351,11 +358,16 @@ def _recipe(request: Request) -> Recipe:
 @contextmanager
 def _as_on(backend: str) -> Iterator[None]:
     """Describe fused operations as the one operation that they are on a GPU, wherever this is."""
-    if backend in ("cpu", running_backend()):
+    if backend == "cpu":
         yield
         return
-    with as_on_a_gpu():
-        yield
+    before = mx.default_device()
+    mx.set_default_device(mx.Device(mx.DeviceType.cpu))  # a description is the same everywhere
+    try:
+        with as_on_a_gpu():
+            yield
+    finally:
+        mx.set_default_device(before)
 
 
 def _kernel(

@@ -269,6 +269,7 @@ class Resnet(nn.Module):
 
     Attributes:
         owed: (C_out,) float32: what the output owes.
+        in_turn: wait for the first convolution before the second is prepared.
     """
 
     def __init__(
@@ -281,6 +282,7 @@ class Resnet(nn.Module):
     ) -> None:
         super().__init__()
         self._recipe = recipe
+        self.in_turn = False
         self._start = start
         self.norm1, self.norm2 = MapNorm(block.norm1), MapNorm(block.norm2)
         self.conv1, self.conv2 = Convolution(block.conv1), Convolution(block.conv2)
@@ -309,6 +311,8 @@ class Resnet(nn.Module):
             shift=self.shift1,
             skip=None if skip is None else skip.value,
         )
+        if self.in_turn:
+            mx.eval(y, x.value)
         shift, start = (self.shift2, 0) if self._start is None else (times, self._start)
         assert shift is not None
         y = self._convolved(self.conv2, self.norm2, Map(y, None, x.size), shift=shift, start=start)
@@ -834,7 +838,7 @@ class Half(nn.Module):
 
     Attributes:
         in_stages: evaluate large maps as they are made, one ahead of the device: MLX gives no map
-            back before a hundred operations are done, which is most of a decoding.
+            back before many operations are done, which are most of a decoding.
     """
 
     def __init__(self, half: Encoder | Decoder, recipe: Recipe) -> None:
@@ -872,8 +876,15 @@ class Half(nn.Module):
         self.conv_out = Convolution(half.conv_out)
         self.bias_out = half.conv_out.bias
 
+    def wait(self, in_turn: bool) -> None:
+        """Whether to have no large map prepared before the last is done: less memory, more time."""
+        for step in self.steps:
+            if isinstance(step, Resnet):
+                step.in_turn = in_turn
+
     def __call__(self, x: mx.array) -> mx.array:
         x_map = _map(self.conv_in(x))
+        in_turn = any(step.in_turn for step in self.steps if isinstance(step, Resnet))
         running: list[mx.array] = []
         for step in self.steps:
             if isinstance(step, Resample) and self._doubles:
@@ -883,7 +894,7 @@ class Half(nn.Module):
             if self.in_stages and x_map.value.nbytes >= STAGE_BYTES:
                 made = [each for each in (x_map.value, x_map.residual) if each is not None]
                 mx.async_eval(made)
-                mx.eval(running)
+                mx.eval(made if in_turn else running)
                 running = made
         y, _ = self._recipe.kernels.group_norm(
             x_map.value,
