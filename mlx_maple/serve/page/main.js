@@ -35,7 +35,8 @@ setUpJobs({
   state: (text) => (text ? showState(text) : showDevice()),
 });
 showLatest().catch(complain);
-byId("prompt").focus();
+// Not on a phone, where it would bring up the keyboard before anything was read.
+if (matchMedia("(pointer: fine)").matches) byId("prompt").focus();
 document.documentElement.dataset.ready = "true";
 
 /** The picture that was drawn last, so that the page does not begin empty. */

@@ -13,6 +13,7 @@ import { settingRows } from "./words.js";
 
 const VARIATION = 0.2; // near enough to be the same picture, far enough to differ
 const VARIATIONS = 4;
+const DELETE = "Delete";
 
 /** @type {Picture[]} */
 let all = [];
@@ -40,13 +41,7 @@ export function setUpViewer() {
     start(all[place]);
     editMask().catch(complain);
   });
-  byId("viewer-delete").addEventListener("click", () => {
-    const picture = all[place];
-    removePicture(picture).then(() => {
-      box.close();
-      toast("The picture is deleted.");
-    }, complain);
-  });
+  byId("viewer-delete").addEventListener("click", deleteShown);
 }
 
 /**
@@ -70,11 +65,25 @@ function go(by) {
   show();
 }
 
+/** The file goes for good, so that it takes a second press. */
+function deleteShown() {
+  const press = button("viewer-delete");
+  if (press.textContent === DELETE) {
+    press.textContent = "Really delete it?";
+    return;
+  }
+  removePicture(all[place]).then(() => {
+    dialog("viewer").close();
+    toast("The picture is deleted.");
+  }, complain);
+}
+
 function show() {
   const picture = all[place];
   const shown = image("viewer-image");
   shown.src = picture.url;
   shown.alt = String(picture.settings.prompt ?? "A picture");
+  button("viewer-delete").textContent = DELETE;
   button("viewer-previous").disabled = place === 0;
   button("viewer-next").disabled = place === all.length - 1;
   const link = /** @type {HTMLAnchorElement} */ (byId("viewer-download"));

@@ -316,6 +316,8 @@ def test_deleted_pictures_are_gone(sheet):
     page = sheet.page
     page.locator("#gallery button").first.click()
     page.click("#viewer-delete")
+    assert sheet.context.request.get(job["pictures"][0]["url"]).ok  # it asks first
+    page.click("#viewer-delete")
     picture = job["pictures"][0]
     page.wait_for_selector(f"[data-picture='{picture['id']}']", state="detached")
     assert sheet.context.request.get(picture["url"]).status == 404

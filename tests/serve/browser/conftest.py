@@ -78,7 +78,7 @@ class Sheet:
 
         Playwright's own wait_for_function has the page evaluate text, which its policy forbids.
         """
-        for _ in range(600):
+        for _ in range(1200):
             if self.page.evaluate(script, argument):
                 return
             self.page.wait_for_timeout(50)
