@@ -119,6 +119,23 @@ def test_nothing_at_all_is_not_an_empty_text(models):
     assert not np.array(nothing.context).any() and not np.array(nothing.pooled).any()
 
 
+@pytest.mark.parametrize("negative", ["", None], ids=["empty", "nothing"])
+def test_sdxl_reads_the_prompt_language(models, negative):
+    """With two encoders, a vector beside the time, and a second drawing at another size."""
+    sd = models("sdxl")
+    small = {**SMALL, "negative_prompt": negative}
+    leaf = sd("a leaf", **small).latents
+    assert np.array_equal(leaf, sd("[a leaf:snow:9.5]", **small).latents)
+    assert np.allclose(leaf, sd("a leaf AND snow :0", **small).latents, atol=1e-3)
+    for other in ("a (leaf:1.4)", "a leaf AND snow", "[a leaf:snow:-1]", "a leaf BREAK snow"):
+        assert not np.array_equal(leaf, sd(other, **small).latents)
+    second = sd("a leaf", **small, hires_scale=1.5, hires_steps=1)
+    assert second.images[0].size == tuple(
+        int(1.5 * side) for side in sd("a", **small).images[0].size
+    )
+    assert np.isfinite(second.latents).all()
+
+
 def test_the_layer_before_the_last_is_sdxls_own(models):
     sd = models("sdxl")
     own = sd("a leaf", **SMALL)
