@@ -24,6 +24,7 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 
 import corpus
+import gguf_files as gf
 import numpy as np
 import torch_files as tf
 
@@ -75,8 +76,14 @@ def seeds(folder: Path) -> dict[str, bytes]:
         "legacy1": tf.write_legacy(folder / "x", tree, protocol=1).read_bytes(),
         "oldest": tf.write_legacy(folder / "x", {"w": np.ones(3)}, oldest=True).read_bytes(),
         "safetensors": corpus.good_safetensors(),
+        "eight bits": corpus.one_entry(dtype="F8_E4M3", shape=[4, 4]),
         "index": json.dumps({"metadata": {}, "weight_map": {"w": "x.safetensors"}}).encode(),
     }
+    arrays = {"w": np.ones((2, 256), np.float32), "c": np.ones((4, 8, 3, 3), np.float16)}
+    for name, kind in (("gguf", None), ("gguf q8", gf.Q8_0), ("gguf q4", gf.Q4_K)):
+        said = {"general.architecture": "sd1", "words": ["a", "b"]}
+        gf.save(folder / "x", arrays, kind, folded=kind == gf.Q8_0, settings=said)
+        found[name] = (folder / "x").read_bytes()
     (folder / "x").unlink()
     return found
 
