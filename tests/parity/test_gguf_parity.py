@@ -9,8 +9,10 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
 
+import mlx_maple as maple
 from maple_convert.readers import open_checkpoint
 from maple_convert.readers.encodings import EIGHT_BITS, GGML
+from maple_convert.tensors import FLOATS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
 import gguf_files
@@ -76,3 +78,43 @@ def test_the_real_file(weights, parity_record):
             assert ours.array.dtype == theirs.data.dtype
             assert ours.array.tobytes() == theirs.data.tobytes()
     parity_record("GGUF, a real file", tensors=len(tensors), differing=0, bar="bit for bit")
+
+
+@pytest.mark.weights
+def test_a_trained_model_quantised_draws_its_picture(weights, tmp_path, parity_record):
+    """The trial model as the package packs it: F32 is the same picture, Q8_0 nearly, Q4_0 less."""
+    source = weights / "emoji-trial" / "emoji-trial.ckpt"
+    steps = {"seed": 7, "steps": 4, "width": 64, "height": 64}
+    latents = {}
+    for form in ("", "F32", "Q8_0", "Q4_0"):
+        path = write_quantised(source, tmp_path / f"{form}.gguf", form) if form else source
+        latents[form] = np.array(maple.load(path, cache=False)("a red maple leaf", **steps).latents)
+    cosines = {form: cosine(latents[form], latents[""]) for form in ("F32", "Q8_0", "Q4_0")}
+    assert np.array_equal(latents["F32"], latents[""])
+    assert cosines["Q8_0"] > 0.999 > cosines["Q4_0"] > 0.9
+    parity_record("GGUF, a trained model's latents", **cosines, bar="F32 bit for bit, Q8_0 0.999")
+
+
+def write_quantised(source, path, form):
+    """A checkpoint as GGUF, whole rows in a form, all else in F32."""
+    kind = GGMLQuantizationType[form]
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    writer = gguf.GGUFWriter(path, "sd1")
+    with open_checkpoint(source) as checkpoint:
+        for name, info in checkpoint.tensors.items():
+            if info.dtype not in FLOATS:
+                continue
+            values = checkpoint.read(name).astype("float32").array
+            if block > 1 and values.ndim > 1 and not values.shape[-1] % block:
+                writer.add_tensor(name, quants.quantize(values, kind), raw_dtype=kind)
+            else:
+                writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def cosine(one, other):
+    return float((one * other).sum() / np.sqrt((one**2).sum() * (other**2).sum()))
