@@ -245,8 +245,6 @@ def _without_meta(model: Any) -> None:
 
 def ours(name: str) -> Iterator[tuple[str, np.ndarray, float]]:
     """The same of mlx_maple's networks."""
-    import mlx.core as mx
-
     from mlx_maple.conditioning import Conditioning
     from mlx_maple.models import (
         AutoencoderKL,
@@ -259,6 +257,8 @@ def ours(name: str) -> Iterator[tuple[str, np.ndarray, float]]:
     from mlx_maple.sizes import with_vector
 
     component, _, parameters, config = NETWORKS[name]
+    import mlx.core as mx  # after ours, which bring a quick BLAS along on Linux
+
     settings, kind = {
         "unet": (UNetConfig, UNet),
         "vae": (VAEConfig, AutoencoderKL),
