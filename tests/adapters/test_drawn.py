@@ -19,7 +19,7 @@ DATA = Path(__file__).resolve().parent.parent / "data"
 STYLE, WORD = DATA / "adapters" / "blueprint.safetensors", DATA / "adapters" / "noctia.safetensors"
 TINY = DATA / "tiny-model"
 SEEN = {"sampler": "lcm", "steps": 2, "guidance_scale": 1, "seed": 7}
-QUICK = {**SEEN, "width": 64, "height": 64}
+QUICK = {**SEEN, "steps": 1, "width": 64, "height": 64}
 LEAF = "a maple leaf"
 
 # What is seen, with the model that ships -------------------------------------------------------
@@ -304,7 +304,7 @@ def test_layers_that_do_not_fit_are_told(sd, lora, tmp_path):
 
 # The command ----------------------------------------------------------------------------------
 
-FLAGS = ("--sampler", "lcm", "-s", "2", "-g", "1", "--seed", "7", "-W", "64", "-H", "64", "--json")
+FLAGS = ("--sampler", "lcm", "-s", "1", "-g", "1", "--seed", "7", "-W", "64", "-H", "64", "--json")
 
 
 @pytest.fixture
