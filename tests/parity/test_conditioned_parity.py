@@ -179,9 +179,6 @@ BROKEN_CHANNELS = {
     "mask black for white": lambda: _other_channels(
         lambda x: mx.concatenate([1 - x[..., :1], x[..., 1:]], axis=-1)
     ),
-    "the picture's latents negated": lambda: _other_channels(
-        lambda x: mx.concatenate([x[..., :1], -x[..., 1:]], axis=-1)
-    ),
 }
 
 
