@@ -123,12 +123,12 @@ def _list(as_json: bool) -> int:
 
     _print_loose(loose)
     print("\nknown by name (`maple models pull NAME` downloads, the option draws with it):")
-    width = max(len(model.name) for model in known)
+    options = {model.name: f"{known_models.OPTIONS[model.kind]} {model.name}" for model in known}
+    width = max(map(len, options.values()))
     for model in known:
         state = "here" if model.hub is None or model.repo in here else ""
-        option = f"{known_models.OPTIONS[model.kind]} {model.name}"
-        print(f"{state:<5} {_download_size(model):>29}  {option:<{width + 6}}  ", end="")
-        print(f"{model.note}; {model.license}")
+        words = "; ".join(filter(None, (model.note, _recommended(model), model.license)))
+        print(f"{state:<5} {_download_size(model):>29}  {options[model.name]:<{width}}  {words}")
     print(f"default: {default or 'demo'} (`maple models use`)")
     return DONE
 
@@ -142,6 +142,16 @@ def _print_loose(loose: list[Loose]) -> None:
         what = one.family or (one.fault and f"cannot be used: {one.fault}")
         line = f"{f'{OPTIONS[one.kind]} {one.name}':<{width}}  {what}"
         print(f"{_terminal.size(one.nbytes):>14}  {line}".rstrip())
+
+
+def _recommended(model: KnownModel) -> str:
+    """What a model's name stands for beside its files, in a few words."""
+    said = dict(model.settings)
+    words = [f"{said['steps']} steps"] if "steps" in said else []
+    if "guidance_scale" in said:
+        words.append(f"guidance {said['guidance_scale']:g}")
+    words += [said[name] for name in ("sampler", "schedule") if name in said]
+    return ", ".join(words + ([f"with {model.vae}"] if model.vae else []))
 
 
 def _download_size(model: KnownModel) -> str:
