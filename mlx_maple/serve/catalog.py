@@ -226,5 +226,5 @@ def _spellings(name: str) -> list[str]:
     """What else a name may mean: without A1111's hash, without a file's ending."""
     bare = name.partition(" [")[0].strip()
     stem, _, ending = bare.rpartition(".")
-    is_file = ending.lower() in ("safetensors", "ckpt", "pt", "pth", "bin")
+    is_file = ending.lower() in ("safetensors", "ckpt", "gguf", "pt", "pth", "bin")
     return [bare, stem] if is_file else [bare]
