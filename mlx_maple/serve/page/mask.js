@@ -7,7 +7,8 @@ import { button, byId, dialog, image, input, isPressed, setPressed } from "./dom
  * @typedef {Stroke | {kind: "invert"} | {kind: "clear"}} Action
  */
 
-const SHOWN = "#ff2a00"; // seen on most pictures; only its coverage is sent
+// A chequer, seen on pictures of any colour; only where it lies is sent.
+const SHOWN = ["#ff2a00", "#00c8ff"];
 
 /** @type {Action[]} */
 let done = [];
@@ -205,7 +206,7 @@ function repaint() {
 function paint(action) {
   const brush = context();
   const { width, height } = canvas();
-  brush.fillStyle = brush.strokeStyle = SHOWN;
+  brush.fillStyle = brush.strokeStyle = chequer(Math.ceil(Math.max(width, height) / 64));
   if (action.kind === "clear") {
     brush.clearRect(0, 0, width, height);
   } else if (action.kind === "invert") {
@@ -226,6 +227,27 @@ function paint(action) {
     }
   }
   brush.globalCompositeOperation = "source-over";
+}
+
+/**
+ * @param {number} side of a square, in pixels of the picture
+ * @returns {CanvasPattern | string}
+ */
+function chequer(side) {
+  const tile = document.createElement("canvas");
+  tile.width = tile.height = 2 * side;
+  const brush = tile.getContext("2d");
+  for (const [x, y] of [
+    [0, 0],
+    [0, 1],
+    [1, 0],
+    [1, 1],
+  ]) {
+    if (!brush) continue;
+    brush.fillStyle = SHOWN[(x + y) % 2];
+    brush.fillRect(x * side, y * side, side, side);
+  }
+  return context().createPattern(tile, "repeat") ?? SHOWN[0];
 }
 
 function showButtons() {
