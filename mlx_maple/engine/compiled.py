@@ -20,8 +20,8 @@ from mlx_maple.engine.kernels import Size
 from mlx_maple.engine.prepare import Map, PreparedUNet, PreparedVAE, Recipe
 from mlx_maple.models import AutoencoderKL, UNet
 
-ROOM = 160 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
-ROOM_PER_CELL = 54 << 10
+ROOM = 256 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
+ROOM_PER_CELL = 88 << 10
 
 # (latents (B, h, w, C) at the network's input scale, timestep) -> guided prediction, float32
 Model = Callable[[mx.array, float], mx.array]

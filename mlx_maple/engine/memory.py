@@ -39,12 +39,12 @@ from mlx_maple.engine.tiling import striped_bytes
 from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
 
 # Operations between the last use of an array and its memory's return. On the CPU MLX is a hundred
-# dispatches ahead of the work, two an operation and more; on CUDA the package asks for batches of
-# 20; on Metal a command buffer holds 40 to 50.
-LAG = {"cpu": 48, "cuda": 20, "metal": 50}
+# dispatches ahead of the work, two an operation and more; on CUDA the host is some batches of 20
+# ahead of the device; on Metal a command buffer holds 40 to 50.
+LAG = {"cpu": 48, "cuda": 100, "metal": 50}
+BOUNDED_LAG = 20  # where a drawing waits for the device
 # A batch also ends when its operations have read so many numbers.
 TOUCHED = {"cuda": 1000 << 20, "metal": 50 << 20}
-WHOLE = 200  # nothing that a step makes is given back before half of it is done
 STAGE_LAG = 12  # of an autoencoder that works in stages: two residual blocks' operations
 
 TOKENS = 77
@@ -269,10 +269,11 @@ class Plan:
             network.update(tree_unflatten(parameters))
         if not self.request.low_memory:
             staged = backend != "cpu" and part == "vae"
-            stage = STAGE_LAG if self.request.max_memory is None else STAGE_LAG // 2
-            usual = trace.peak(stage if staged else LAG[backend])
-            # A step is under way while the next is prepared.
-            return usual if bound is None else max(usual, min(2 * trace.peak(WHOLE), bound))
+            lag, stage = LAG[backend], STAGE_LAG
+            if self.request.max_memory is not None and backend != "cpu":
+                lag, stage = BOUNDED_LAG, STAGE_LAG // 2
+            usual = trace.peak(stage if staged else lag)
+            return usual if bound is None else max(usual, min(trace.peak(2 * LAG[backend]), bound))
         if backend == "cpu":  # which waits where more than the bound would be taken
             return max(trace.peak(0), min(trace.peak(LAG[backend]), low_memory.AHEAD_BYTES))
         return trace.peak(2 * low_memory.BATCH)  # one batch runs while the next is prepared
