@@ -724,7 +724,8 @@ def _check_fit(path: Path, modules: Mapping[str, nn.Module], paths: Mapping[str,
                         f"is for models of another family: {what} {theirs}, and this model's "
                         f"{ours}",
                     )
-            if (factor := module.config.downscale) != (cells := modules["vae"].config.downscale):
+            cells = cast("AutoencoderKL | TAESD", modules["vae"]).config.downscale
+            if (factor := module.config.downscale) != cells:
                 raise UnsupportedCheckpoint(
                     paths[part], f"makes {factor} pixels a latent cell, and this model {cells}"
                 )
