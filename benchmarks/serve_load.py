@@ -105,19 +105,25 @@ async def polled(server: Server, clients: int, jobs: int, steps: int) -> dict:
             await asyncio.sleep(number / clients)  # not all in the same moment
             while not is_over.is_set():
                 began = time.perf_counter()
-                answer = await http.get("/sdapi/v1/progress")
-                seconds.append(time.perf_counter() - began)
-                if answer.status_code != 200:
-                    wrong.append(answer.text[:100])
+                try:
+                    answer = await http.get("/sdapi/v1/progress")
+                    seconds.append(time.perf_counter() - began)
+                    if answer.status_code != 200:
+                        wrong.append(answer.text[:100])
+                except httpx2.TransportError as error:
+                    wrong.append(repr(error))
                 await asyncio.sleep(max(0.0, 1 - (time.perf_counter() - began)))
 
         tasks = [asyncio.create_task(poll(number)) for number in range(clients)]
         began, left = time.perf_counter(), list(ids)
         cancelled = []
         while left:
-            state = (await http.get(f"/api/v1/jobs/{left[0]}")).json()["state"]
-            if state in ("done", "failed", "cancelled"):
-                left.pop(0)
+            try:
+                state = (await http.get(f"/api/v1/jobs/{left[0]}")).json()["state"]
+                if state in ("done", "failed", "cancelled"):
+                    left.pop(0)
+            except httpx2.TransportError as error:
+                wrong.append(repr(error))
             await asyncio.sleep(0.2)
         took = time.perf_counter() - began
         # One more, to be cancelled: how long the answer takes while it is drawn.
@@ -138,6 +144,7 @@ async def polled(server: Server, clients: int, jobs: int, steps: int) -> dict:
         "seconds": round(took, 2),
         "polls": len(seconds),
         "wrong": len(wrong),
+        "first_wrong": wrong[:1],
         "p50_ms": round(1000 * seconds[len(seconds) // 2], 2),
         "p99_ms": round(1000 * seconds[int(len(seconds) * 0.99)], 2),
         "most_ms": round(1000 * seconds[-1], 2),

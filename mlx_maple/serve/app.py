@@ -212,6 +212,8 @@ def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> N
             log_level="info" if is_verbose else "warning",
             access_log=is_verbose,
             server_header=False,
+            # Longer than clients keep a connection: of two that give up at once one is surprised.
+            timeout_keep_alive=30,
             timeout_graceful_shutdown=2,
             h11_max_incomplete_event_size=64 << 10,
         )
