@@ -423,8 +423,8 @@ def test_history_outlives_the_page_and_the_server(open_sheet, tmp_path):
         sheet.until("/Step/.test(document.querySelector('#telling').textContent)")
         first.kill()
         sheet.until("/No connection/.test(document.querySelector('#state').textContent)")
-        sheet.faults.clear()  # the browser says that nothing answered
         sheet.context.close()
+        sheet.faults.clear()  # the browser says that nothing answered
     with Server(tmp_path / "data", model=None) as second:
         sheet = open_sheet(second.base)
         sheet.page.wait_for_selector(f"[data-picture='{picture['id']}']")
@@ -432,6 +432,7 @@ def test_history_outlives_the_page_and_the_server(open_sheet, tmp_path):
         assert "a ship" in sheet.page.inner_text("#queue")
         sheet.page.click("#queue button:has-text('Forget it')")
         assert sheet.ended(waiting["id"])["state"] == "cancelled"
+        sheet.context.close()
 
 
 def test_with_a_token(open_sheet, browser, tmp_path):
@@ -448,8 +449,8 @@ def test_with_a_token(open_sheet, browser, tmp_path):
         sheet.page.fill("#asker-text", "a token of tests")
         sheet.page.keyboard.press("Enter")
         sheet.until("document.querySelector('#steps')?.placeholder")
-        sheet.faults.clear()  # the browser tells of the 401
         sheet.context.close()
+        sheet.faults.clear()  # the browser tells of the 401
 
 
 # Everybody ---------------------------------------------------------------------------------------

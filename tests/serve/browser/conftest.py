@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Error, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -79,8 +79,12 @@ class Sheet:
         Playwright's own wait_for_function has the page evaluate text, which its policy forbids.
         """
         for _ in range(1200):
-            if self.page.evaluate(script, argument):
-                return
+            try:
+                if self.page.evaluate(script, argument):
+                    return
+            except Error as error:  # on its way to another page
+                if "context was destroyed" not in error.message:
+                    raise
             self.page.wait_for_timeout(50)
         raise AssertionError(f"it does not come: {script}")
 
