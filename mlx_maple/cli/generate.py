@@ -472,7 +472,8 @@ def _open_pictures(request: _Request) -> None:
     for name in PICTURES:
         given = request.arguments.get(name)
         if given is not None:
-            paths = given if isinstance(given, list) and name == "control_image" else [given]
+            several = isinstance(given, list) and name == "control_image"
+            paths: list[Any] = list(given) if several else [given]
             if not all(isinstance(path, str) for path in paths):
                 raise _refused(ValueError(f"{name} must be a file's name"), request)
             opened = [images.open_image(path) for path in paths]

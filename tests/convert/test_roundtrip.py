@@ -525,8 +525,9 @@ def test_write_safetensors_as_the_library_reads_it(tmp_path):
         assert header[name]["data_offsets"][0] % array.itemsize == 0
 
 
-def test_rows_are_written_in_order_though_made_at_the_same_time(tmp_path):
+def test_rows_are_written_in_order_though_made_at_the_same_time(tmp_path, monkeypatch):
     """The first rows wait for the second: one worker alone would never end, and rows stay few."""
+    monkeypatch.setattr("maple_convert.write.WORKERS", 2)
     second, made, written = threading.Event(), [], []
 
     def rows(number):
