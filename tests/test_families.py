@@ -6,9 +6,11 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from PIL import Image
 
 import mlx_maple
 from maple_convert import UnsupportedCheckpoint, convert
+from maple_convert.layouts import LAYOUTS
 from mlx_maple import hub, metadata
 from mlx_maple.conditioning import Conditioning
 from mlx_maple.models import UNetConfig
@@ -268,6 +270,36 @@ def test_a_refiner_sees_its_score(models):
 def test_a_model_that_cannot_go_on(models):
     with pytest.raises(ValueError, match="the refiner predicts v_prediction"):
         models("sdxl")("a leaf", **SMALL, refiner=models("sd2"))
+
+
+def test_a_refiner_does_not_go_with_tile(models):
+    with pytest.raises(ValueError, match="tile does not go with a refiner"):
+        models("sdxl")("a leaf", **SMALL, refiner=models("sdxl-refiner"), tile="xy")
+
+
+def test_what_steers_a_model_leaves_a_refiner_of_another_shape_alone(files, models, tmp_path):
+    config = {**families.FAMILIES["sdxl"]["unet"], "hint_channels": 3, "hint_widths": [4, 6, 8, 10]}
+    del config["out_channels"]
+    random = np.random.default_rng(3)
+    state = {
+        f"control_model.{row.published}": random.normal(0, 0.1, row.published_shape).astype("f")
+        for row in LAYOUTS["controlnet"].rows(config, "compvis_linear")
+    }
+    path = tiny.save_safetensors(tmp_path / "edges.safetensors", state)
+    sd, refiner = (
+        mlx_maple.load(files("sdxl"), cache=False, controlnet=path),
+        models("sdxl-refiner"),
+    )
+    steps = {**SMALL, "steps": 4, "sampler": "ddim", "schedule": "leading"}
+    hint = Image.new("RGB", (64, 64), "red")
+
+    def drawn(start: float, **more):
+        return sd("a leaf", **steps, refiner=refiner, refiner_start=start, **more)
+
+    refined = drawn(0, control_image=hint)
+    assert np.array_equal(refined.latents, refiner("a leaf", **steps).latents)
+    assert "the refiner draws without the ControlNet" in " ".join(refined.notes)
+    assert not np.array_equal(drawn(0.5, control_image=hint).latents, drawn(0.5).latents)
 
 
 def test_a_model_that_lacks_a_network(tmp_path):

@@ -761,6 +761,13 @@ def gguf_unfolded_to_another_size(folder, shape):
     return gguf(folder, gf.header(settings, [gf.entry("x", (4, 8), 0, 0)]))
 
 
+@hostile_each(["4, 8", 32], "no list of whole numbers")
+def gguf_unfolded_to_no_shape(folder, shape):
+    """A text or one number where the shape of a folded tensor should be."""
+    settings = [gf.setting("comfy.gguf.orig_shape.x", shape)]
+    return gguf(folder, gf.header(settings, [gf.entry("x", (4, 8), 0, 0)]))
+
+
 @hostile("no tensors")
 def gguf_of_nothing(folder):
     """A vocabulary alone."""

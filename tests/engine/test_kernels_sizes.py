@@ -38,3 +38,13 @@ def test_a_map_of_more_than_31_bits_goes_to_plain(kernels, calls, side, is_ours)
     half = (1, side // 2, side // 2)
     y = kernels.total(empty(*half, CHANNELS), None, row, half, (side, side))
     assert y.shape == (*size, CHANNELS) and bool(calls) == is_ours
+
+
+@pytest.mark.parametrize(("rows", "is_ours"), [((1 << 21) - 1, True), (1 << 21, False)])
+def test_as_many_numbers_of_tokens_go_to_plain(kernels, calls, rows, is_ours):
+    row = mx.zeros((1024,))
+    y = kernels.layer_norm(empty(rows, 1024), row, row, row, 1e-5)
+    assert y.shape == (rows, 1024) and bool(calls) == is_ours
+    calls.clear()
+    y = kernels.gate(empty(rows, 1024), row)
+    assert y.shape == (rows, 512) and bool(calls) == (is_ours and kernels.has_gate)
