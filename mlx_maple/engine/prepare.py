@@ -727,6 +727,8 @@ class PreparedUNet(nn.Module):
         stack = list(reversed(prompt[self.first_blocks :]))
         self._descend(self.down[1:], skips, times, stack, features)
         x = skips[-1]
+        if not self.mid:
+            x.settle()  # it is also the first skip that is joined to it
         for step in self.mid:
             x = self._step(step, x, times, stack)
         if features:

@@ -77,10 +77,11 @@ def test_unets_of_other_structures(facts, batch, rows, columns):
         {"vector_channels": 24},
         {"mid_transformer_layers": 0},
         {"mid_transformer_layers": None},
+        {"mid_transformer_layers": None, "transformer_layers": (1, 1, 0)},  # small-sd
         {"up_transformer_layers": (1, 2, 3, 1, 2, 1, 0, 0, 0)},
         {"time_cond_dim": 8},
     ],
-    ids=["vector", "one-block-middle", "no-middle", "depths", "told-guidance"],
+    ids=["vector", "one-block-middle", "no-middle", "plain-below", "depths", "told-guidance"],
 )
 def test_networks_of_other_families(facts):
     plain = unet(**{**XL, **facts})
