@@ -200,7 +200,7 @@ class _Header:
         kind, count = self.number("<I"), self.number("<Q")
         if kind in SCALARS:
             form = SCALARS[kind]
-            if key.startswith(FOLDED) and count <= MAX_FOLDED_AXES:
+            if key.startswith(FOLDED) and count <= MAX_FOLDED_AXES and form[-1] not in "fd":
                 return tuple(self.number(form) for _ in range(count))
             self.skip(count * struct.calcsize(form))
             return None
@@ -250,12 +250,13 @@ def _entry(header: _Header, known: Mapping[str, Any]) -> _Listed:
     shape = tuple(reversed(lengths))
     folded = known.get(FOLDED + name)
     if folded is not None:
-        unfolded = 1
-        for length in folded:
+        if not isinstance(folded, tuple):
+            raise malformed("has a shape that is no list of whole numbers")
+        shape, unfolded = cast("tuple[int, ...]", folded), 1
+        for length in shape:
             unfolded *= length
-        if unfolded != count or min(folded, default=1) < 1:
-            raise malformed(f"has the shape {folded} and {count} elements")
-        shape = tuple(folded)
+        if unfolded != count or min(shape, default=1) < 1:
+            raise malformed(f"has the shape {shape} and {count} elements")
     if kind in PLAIN:
         info = TensorInfo(PLAIN[kind], shape)
         return _Listed(name, info, None, offset, count * STORAGE[info.dtype].itemsize)
