@@ -65,9 +65,10 @@ def open_embedding(path: Path | str) -> EmbeddingFile:
     with open_checkpoint(path) as checkpoint:
         words = vectors_of(checkpoint)
         if not words:
-            shown = ", ".join(one_line(key, 60) for key in list(checkpoint.tensors)[:2])
-            reason = f"is no textual inversion: it holds {len(checkpoint.tensors)} tensors ({shown}"
-            raise UnsupportedCheckpoint(path, reason + ("…)" if len(words) > 2 else ")"))
+            tensors = list(checkpoint.tensors)
+            shown = ", ".join(one_line(key, 60) for key in tensors[:2])
+            reason = f"is no textual inversion: it holds {len(tensors)} tensors ({shown}"
+            raise UnsupportedCheckpoint(path, reason + ("…)" if tensors[2:] else ")"))
         return EmbeddingFile(path, words)
 
 
