@@ -252,6 +252,8 @@ def _checked(values: Mapping[str, Any]) -> Recipe:
         elif not isinstance(value, bool if name in _FLAGS else str):
             kind = "true or false" if name in _FLAGS else "text"
             raise ValueError(f"{name} must be {kind}, got {_short(value)}.")
+        if isinstance(value, str):  # JSON can hold halves of characters, which no one can write
+            value = value.encode("utf-8", "replace").decode()
         chosen[name] = value
     settings = Settings(**chosen)
     notes = _what_was_given(settings)
@@ -426,7 +428,10 @@ def to_parameters(settings: Settings) -> str:
             ("Variation seed strength", settings.variation_strength),
         ]
     pairs += [
-        ("Denoising strength", settings.strength or settings.hires_strength),
+        (
+            "Denoising strength",
+            settings.hires_strength if settings.strength is None else settings.strength,
+        ),
         ("Mask blur", settings.mask_blur),
         ("Clip skip", settings.clip_skip if settings.clip_skip != 1 else None),
         ("Hires upscale", settings.hires_scale),
