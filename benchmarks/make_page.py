@@ -61,6 +61,7 @@ WORDS = {
     "unet-512-b8": "guided step, 512x512, 4 pictures",
     "unet-768-b2": "guided step, 768x768",
     "unet-1024-b2": "guided step, 1024x1024",
+    "xl-1024-b2": "guided step of SDXL, 1024x1024",
     "vae-512": "decoding to 512x512",
     "text": "prompt and negative prompt",
     "image-512": "whole picture, 512x512, 20 steps",
