@@ -1108,6 +1108,8 @@ class Kernels:
         self, x: mx.array, weight: mx.array, bias: mx.array, shift: mx.array, eps: float
     ) -> mx.array:
         """As ``Plain.layer_norm``."""
+        if x.size > LARGEST:
+            return Plain().layer_norm(x, weight, bias, shift, eps)
         channels = x.shape[-1]
         rows = x.size // channels
         kernel = self._kernel(
@@ -1132,7 +1134,7 @@ class Kernels:
     @_for_checked_types
     def gate(self, x: mx.array, bias: mx.array, beside: mx.array | None = None) -> mx.array:
         """As ``Plain.gate``."""
-        if not self.has_gate:
+        if not self.has_gate or x.size > LARGEST:
             return Plain().gate(x, bias, beside)
         width = x.shape[-1] // 2
         rows = x.size // (2 * width)

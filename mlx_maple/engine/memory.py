@@ -341,7 +341,7 @@ def _networks(request: Request) -> dict[str, Any]:
         recipe = _recipe(request)
         found["unet"] = prepare_unet(found["unet"], recipe)
         if not request.low_memory:
-            found["vae"] = prepare_vae(found["vae"], recipe)  # float32 maps: the plain kernels
+            found["vae"] = prepare_vae(found["vae"], recipe)
     return found
 
 
