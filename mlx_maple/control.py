@@ -66,6 +66,12 @@ def use_of_channels(config: UNetConfig) -> str:
     return uses[more]
 
 
+def steers_alike(one: UNetConfig, other: UNetConfig) -> bool:
+    """Whether what steers one UNet can steer another: whether they keep the same states."""
+    names = ("block_out_channels", "layers_per_block", "cross_attention_dim", "vector_channels")
+    return all(getattr(one, name) == getattr(other, name) for name in names)
+
+
 # What is given -----------------------------------------------------------------------------------
 
 

@@ -44,6 +44,7 @@ from mlx_maple.control import (
     input_channels,
     read_controls,
     read_hint,
+    steers_alike,
     use_of_channels,
 )
 from mlx_maple.engine import quantize
@@ -653,6 +654,8 @@ class StableDiffusion:
         refiner_start = check_number("refiner_start", refiner_start)
         if refiner is not None:
             self._check_refiner(refiner)
+            if tile is not None:
+                raise ValueError("tile does not go with a refiner, whose edges stay open.")
         if mask is not None and image is None:
             raise ValueError("a mask needs the image that it covers.")
         if sample_posterior and (variation_strength or ensd):
@@ -711,12 +714,11 @@ class StableDiffusion:
             size=size,
             fit=_one_of("fit", fit, images.FITS),
         )
-        for each in controls:
-            if any(side % (cells := self.configs[each.network].downscale) for side in size):
-                name = self.control_names[each.network]
-                raise ValueError(f"{name} steers sizes in multiples of {cells} pixels.")
+        self._check_steered(controls, size)
         if self.control_names and not controls:
             notes.append("no control_image: the ControlNet is not used")
+        if controls and refiner is not None and not self._steers(refiner):
+            notes.append("the refiner draws without the ControlNet, which is not made for it")
         told = None
         if self.configs["unet"].time_cond_dim is not None:
             told, guidance = guidance, 1.0
@@ -871,6 +873,22 @@ class StableDiffusion:
                 f"the refiner predicts {theirs.prediction} in {theirs.train_steps} steps, "
                 f"this model {ours.prediction} in {ours.train_steps}."
             )
+        told = {sd.configs["unet"].time_cond_dim is not None for sd in (self, refiner)}
+        if len(told) > 1:
+            raise ValueError("of this model and the refiner only one is told its guidance.")
+
+    def _check_steered(self, controls: Sequence[Control], size: tuple[int, int]) -> None:
+        """Raise unless all that steers can steer a drawing of this size."""
+        for each in controls:
+            if any(side % (cells := self.configs[each.network].downscale) for side in size):
+                name, (width, height) = self.control_names[each.network], size
+                raise ValueError(
+                    f"{name} steers sizes in multiples of {cells} pixels, not {width}x{height}."
+                )
+
+    def _steers(self, refiner: "StableDiffusion") -> bool:
+        """Whether what steers this model can steer its refiner, too."""
+        return steers_alike(self.configs["unet"], refiner.configs["unet"])
 
     def _plan(self, settings: Settings) -> Plan:
         """The sampler's plan, with the model's own sampler and schedule where none is named."""
@@ -962,6 +980,7 @@ class StableDiffusion:
         width, height = enlarge.larger(job.size, said["hires_scale"], vae.downscale)
         for name, value in (("width", width), ("height", height)):
             check_number(name, value)
+        self._check_steered(job.controls, (width, height))
         kept, strength = _whole("hires_steps", said["hires_steps"]), said["hires_strength"]
         assert own.sampler is not None and own.steps is not None
         plan = make_plan(
@@ -1142,6 +1161,8 @@ class StableDiffusion:
                 )
         del model, steps
         self._networks.release("unet", *self.control_names)
+        if job.refiner is not None:
+            job.refiner._networks.release("unet")
         clock.mark("sample")
         return latents, previews
 
@@ -1282,19 +1303,20 @@ class StableDiffusion:
             return model
         prompts = refiner._prompts(job, notes)
         refiner._networks.release(*refiner.text_encoders.tokenizers)
+        shown = shown if self._steers(refiner) else replace(shown, steering=())
         steps = self.noise_schedule.train_steps
         border = steps - round(job.refiner_start * steps)
-        calls, later = 0, None
+        calls, is_refining = 0, False
 
         def call(latents: mx.array, timestep: float) -> mx.array:
-            nonlocal calls, later
+            nonlocal calls, is_refining, model
             calls += 1
-            if later is None and timestep >= border:
-                return model(latents, timestep)
-            if later is None:
+            if not is_refining and timestep < border:
+                is_refining = True
+                del model  # which holds our UNet
                 self._networks.release("unet")
-                later = refiner._model(job, prompts, shown, first=calls - 1)
-            return later(latents, timestep)
+                model = refiner._model(job, prompts, shown, first=calls - 1)
+            return model(latents, timestep)
 
         return call
 
