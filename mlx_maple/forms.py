@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_maple.metadata import check_number
-from mlx_maple.models import AutoencoderKL, UNet
+from mlx_maple.models import TAESD, AutoencoderKL, UNet
 from mlx_maple.models.freeu import Factors, set_freeu
 from mlx_maple.models.seamless import AXES, wrap
 
 PARTS = ("unet", "vae")  # that have other forms
+HAVE_FORMS = (UNet, AutoencoderKL, TAESD)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Form:
 
     def apply(self, network: Any) -> Any:
         """Bring a plain network into this form, in place."""
-        if isinstance(network, UNet | AutoencoderKL):
+        if isinstance(network, HAVE_FORMS):
             wrap(network, self.tile)
         if isinstance(network, UNet):
             set_freeu(network, self.freeu)

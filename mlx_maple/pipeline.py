@@ -51,7 +51,7 @@ from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import guided_steps, made_ready, room
 from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE
-from mlx_maple.forms import PARTS, PLAIN, Form, freeu_text, read_form
+from mlx_maple.forms import HAVE_FORMS, PARTS, PLAIN, Form, freeu_text, read_form
 from mlx_maple.guidance import EMPHASES, Prompts, encoded, guided_model
 from mlx_maple.metadata import Settings, check_number
 from mlx_maple.models import (
@@ -472,7 +472,7 @@ class StableDiffusion:
         """A network as the device that runs draws fastest with."""
         if network is None:
             return None
-        if self._form != PLAIN and isinstance(network, UNet | AutoencoderKL):
+        if self._form != PLAIN and isinstance(network, HAVE_FORMS):
             return self._form.apply(network)  # what a GPU is prepared for has no other form
         low_memory = self._networks.is_low_memory if low_memory is None else low_memory
         return made_ready(
@@ -788,6 +788,8 @@ class StableDiffusion:
         if picture is not None:
             picture = images.fitted(picture, width, height, fit)
         read = self._read(settings)
+        if use == "edit" and (settings.guidance_rescale or len(read["prompt"].parts) > 1):
+            raise ValueError("a model that edits by instruction takes no guidance_rescale, no AND.")
         notes += left_out(read["prompt"], read["negative"])
         chosen = self._loras(loras, read["prompt"])
         if chosen is not None:

@@ -32,6 +32,21 @@ def test_a_taesd_stands_in_for_the_autoencoder():
     assert (np.asarray(result.images[0]) == np.asarray(images.to_image(drawn))).all()
 
 
+def test_a_taesd_closes_pictures_at_their_edges():
+    """The starting noise rolled, and the picture comes out rolled; with edges it does not."""
+    sd = load(tiny_model.maple_folder(), vae=tiny_model.folder() / "taesd.safetensors")
+    noise = np.random.default_rng(0).normal(size=(1, 8, 8, 4)).astype("f")
+
+    def seam(tile):
+        drawn, rolled = (
+            np.asarray(sd("a", latents=x, steps=2, tile=tile, **SMALL).images[0], int)
+            for x in (noise, np.roll(noise, 4, axis=2))
+        )
+        return np.abs(np.roll(drawn, 32, axis=1) - rolled).max()
+
+    assert seam("x") <= 1 and seam(None) > 8
+
+
 # Networks that steer ------------------------------------------------------------------------------
 
 
@@ -173,6 +188,16 @@ def test_sizes_that_a_network_cannot_steer_are_refused_at_once():
     object.__setattr__(sd.configs["controlnet"], "downscale", 16)
     with pytest.raises(ValueError, match="adapter steers sizes in multiples of 16 pixels"):
         sd.generate("a", width=72, height=64, control_image=photo)
+    with pytest.raises(ValueError, match="multiples of 16 pixels, not 72x72"):
+        sd.generate("a", width=48, height=48, control_image=photo, hires_scale=1.5)
+
+
+@pytest.mark.parametrize(("prompt", "rescale"), [("a", 0.5), ("a AND b", 0.0)])
+def test_an_edit_is_guided_in_one_way(prompt, rescale):
+    """Three predictions; there is no telling what a fourth would be compared with."""
+    photo = images.open_image(tiny_model.folder() / "photo.png")
+    with pytest.raises(ValueError, match="takes no guidance_rescale, no AND"):
+        wide(8).generate(prompt, image=photo, guidance_rescale=rescale, **SMALL)
 
 
 def test_two_controlnets_add_up(tmp_path):
