@@ -16,7 +16,7 @@ import math
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -790,6 +790,8 @@ class StableDiffusion:
         read = self._read(settings)
         if use == "edit" and (settings.guidance_rescale or len(read["prompt"].parts) > 1):
             raise ValueError("a model that edits by instruction takes no guidance_rescale, no AND.")
+        for text in _texts(each for each in read.values() if each is not None):
+            encode_prompt(self.tokenizer, text, syntax=settings.syntax)  # or raise, at once
         notes += left_out(read["prompt"], read["negative"])
         chosen = self._loras(loras, read["prompt"])
         if chosen is not None:
@@ -1195,7 +1197,7 @@ class StableDiffusion:
         if self._adapters is None or job.loras is None:
             return
         self._networks.drop(*self._adapters.wear(job.loras))
-        texts = {ph.text for prompt in job.prompts for part in prompt.parts for ph in part.phases}
+        texts = _texts(job.prompts)
         rows = min(self.configs[part].vocab_size for part in self.text_encoders.tokenizers)
         words, are_new = self._adapters.words_for(texts, self.tokenizer.encode, rows, notes)
         self.text_encoders.words = words
@@ -1682,6 +1684,11 @@ def _seeded(settings: Settings, count: int) -> list[Settings]:
 
 def _whole(name: str, value: Any) -> int:
     return int(check_number(name, value))
+
+
+def _texts(prompts: Iterable[Prompt]) -> set[str]:
+    """All forms that prompts take."""
+    return {phase.text for prompt in prompts for part in prompt.parts for phase in part.phases}
 
 
 def _one_of(name: str, value: Any, choices: Sequence[str]) -> str:

@@ -683,7 +683,7 @@ def _show(progress: "Progress", label: str, screen: Screen) -> None:
         detail = f"{done}/{total}  {_terminal.seconds(pace)}/step  {left} left"
         screen.progress(label, done, total, detail)
     elif progress.stage in ("text", "encode"):
-        screen.progress(label, 0, total, "reading the prompt" if done == 0 else "")
+        screen.progress(label, done, total, "reading the prompt" if done == 0 else "")
     elif progress.stage == "decode":
         screen.progress(f"{label}, decoding", total, total, f"{_terminal.seconds(pace)}/step")
 

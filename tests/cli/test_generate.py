@@ -228,6 +228,7 @@ def write(name, data):
         (["x", "--noise", "white"], 2, "unknown noise"),
         (["x", "--count", "0"], 2, "count must be"),
         (["x", "--clip-skip", "3"], 2, "clip_skip must be from 1 to 2"),
+        (["(x:2000)"], 2, "1000 is the most"),
         (["x", "--mask", "nothing.png"], 2, "--mask needs --image"),
         (["x", "--image", "nothing.png"], 1, "nothing.png: No such file"),
         (["x", "--latents", "nothing.npy"], 1, "nothing.npy: No such file"),

@@ -166,7 +166,9 @@ def test_the_negative_prompt_is_as_long_as_the_prompt(sd):
 
 def test_a_prompt_that_cannot_be_read_is_refused_before_the_work(sd):
     with pytest.raises(ValueError, match="1000 is the most"):
-        sd("(a:5000)", **SMALL)
+        sd.generate("(a:5000)", **SMALL)
+    with pytest.raises(ValueError, match="at most 9,600 tokens"):
+        sd.generate("a", negative_prompt="leaf " * 10_000, **SMALL)
     with pytest.raises(ValueError, match="unknown syntax 'comfy'"):
         sd.generate("a", syntax="comfy")
 
