@@ -114,12 +114,15 @@ def _fits(sd: "StableDiffusion", plan: "Plan", free: float) -> list[tuple[str, i
 
 
 def _demand(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> Demand:
+    from mlx_maple.models import TAESDConfig
+
     unet, vae = sd.configs["unet"], sd.configs["vae"]
+    widths = (vae.width,) if isinstance(vae, TAESDConfig) else vae.block_out_channels
     guidance = arguments.get("guidance_scale")
     guidance = sd.defaults["guidance_scale"] if guidance is None else guidance
     return Demand(
         heads=unet.num_attention_heads[0] if unet.transformer_layers[0] else 0,
-        channels=vae.block_out_channels[min(1, len(vae.block_out_channels) - 1)],
+        channels=widths[min(1, len(widths) - 1)],
         itemsize=4 if sd.info.components["unet"].dtype == "float32" else 2,
         batch=1 if guidance == 1 else 2,
         window=arguments.get("window"),

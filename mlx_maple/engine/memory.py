@@ -33,10 +33,16 @@ from mlx_maple.engine.attention import (
 from mlx_maple.engine.compiled import room
 from mlx_maple.engine.count import as_on_a_gpu
 from mlx_maple.engine.kernels import Kernels, Plain, kernels_for, kernels_of
-from mlx_maple.engine.prepare import UNFOLD_PIXELS, Recipe, prepare_unet, prepare_vae
+from mlx_maple.engine.prepare import (
+    UNFOLD_PIXELS,
+    PreparedVAE,
+    Recipe,
+    prepare_unet,
+    prepare_vae,
+)
 from mlx_maple.engine.quantize import QUANTIZED, as_quantized
 from mlx_maple.engine.tiling import striped_bytes
-from mlx_maple.models import AutoencoderKL, CLIPTextEncoder, UNet
+from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, TAESDConfig, UNet
 
 # Operations between the last use of an array and its memory's return. On the CPU MLX is a hundred
 # dispatches ahead of the work, two an operation and more; on CUDA the host is some batches of 20
@@ -222,7 +228,8 @@ class Plan:
         request = self.request
         config, dtype = request.configs["vae"], request.vae_dtype
         height, width = request.height, request.width
-        if request.low_memory:
+        is_taesd = isinstance(config, TAESDConfig)  # which is small enough to do without stripes
+        if request.low_memory and not is_taesd:
             return striped_bytes(
                 config,
                 width,
@@ -233,7 +240,9 @@ class Plan:
                 ahead=low_memory.AHEAD_BYTES if request.backend == "cpu" else 0,
             )
         if is_encoding:
-            pixels = mx.zeros((1, height, width, config.in_channels), dtype)
+            pixels = mx.zeros((1, height, width, 3 if is_taesd else config.in_channels), dtype)
+            if is_taesd:
+                return self._peak("vae", lambda network: network.encode, pixels)
             return self._peak("vae", lambda network: lambda x: network.encode(x).mean, pixels)
         shape = (1, height // config.downscale, width // config.downscale, config.latent_channels)
         return self._peak("vae", lambda network: network.decode, mx.zeros(shape, dtype))
@@ -268,7 +277,7 @@ class Plan:
         finally:
             network.update(tree_unflatten(parameters))
         if not self.request.low_memory:
-            staged = backend != "cpu" and part == "vae"
+            staged = isinstance(network, PreparedVAE)
             lag, stage = LAG[backend], STAGE_LAG
             if self.request.max_memory is not None and backend != "cpu":
                 lag, stage = BOUNDED_LAG, STAGE_LAG // 2
@@ -326,7 +335,8 @@ def _largest(request: Request, free: int) -> Request | None:
 def _networks(request: Request) -> dict[str, Any]:
     """The networks of a request, made ready as they will be, with no weights in them."""
     classes: dict[str, Any] = dict.fromkeys(request.encoders, CLIPTextEncoder)
-    classes |= {"unet": UNet, "vae": AutoencoderKL}
+    is_taesd = isinstance(request.configs["vae"], TAESDConfig)
+    classes |= {"unet": UNet, "vae": TAESD if is_taesd else AutoencoderKL}
     found: dict[str, Any] = {}
     for part, make in classes.items():
         network = make(request.configs[part])
@@ -340,7 +350,7 @@ def _networks(request: Request) -> dict[str, Any]:
     if request.backend != "cpu":
         recipe = _recipe(request)
         found["unet"] = prepare_unet(found["unet"], recipe)
-        if not request.low_memory:
+        if not request.low_memory and not is_taesd:
             found["vae"] = prepare_vae(found["vae"], recipe)
     return found
 

@@ -65,6 +65,13 @@ def test_a_picture_and_its_name_on_stdout(draw):
     assert image.info["parameters"].startswith("a red leaf, on yellow\nSteps: 2, Sampler: DPM++ 2M")
 
 
+@pytest.mark.parametrize("more", [[], ["--low-memory"]], ids=["whole", "low-memory"])
+def test_a_taesd_decodes(draw, more):
+    path = tiny_model.folder() / "taesd.safetensors"
+    code, out, _ = draw("x", "--vae", path, "--json", *more)
+    assert code == 0 and json.loads(out)["settings"][0]["vae"] == "taesd"
+
+
 def test_json_is_one_object_with_everything(draw):
     code, out, err = draw("x", "--json", "--count", 2, "-o", "{index}.webp", "--quiet")
     report = json.loads(out)

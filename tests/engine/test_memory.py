@@ -9,7 +9,7 @@ import pytest
 import mlx_maple as maple
 from mlx_maple.engine import memory
 from mlx_maple.engine.memory import Plan, Request, advice, peak_of
-from mlx_maple.models import CLIPTextConfig, UNetConfig, VAEConfig
+from mlx_maple.models import CLIPTextConfig, TAESDConfig, UNetConfig, VAEConfig
 
 SD15 = {"text_encoder": CLIPTextConfig(), "unet": UNetConfig(), "vae": VAEConfig()}
 GB = 1e9
@@ -146,6 +146,20 @@ def test_a_plan_reads_and_keeps_no_weights():
     plan = Plan(Request(configs=SD15, width=512, height=512, backend="metal"))
     assert plan.peak > 2 * GB
     assert mx.get_peak_memory() - before < 1e6
+
+
+@pytest.mark.parametrize("backend", ["cuda", "metal"])
+def test_a_taesd_in_the_autoencoders_place_takes_less(backend):
+    for low_memory in (False, True):
+        how = {"backend": backend, "low_memory": low_memory, "from_picture": True}
+        usual = Plan(Request(configs=SD15, width=512, height=512, **how)).phases
+        small = {**SD15, "vae": TAESDConfig()}
+        found = Plan(Request(configs=small, width=512, height=512, **how)).phases
+        for ours, theirs in zip(found, usual, strict=True):
+            if ours.name in ("encode", "decode"):
+                assert 0 < ours.working <= theirs.working and ours.weights < theirs.weights
+            else:
+                assert ours.working == theirs.working
 
 
 def test_what_would_fit():
