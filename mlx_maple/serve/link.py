@@ -99,7 +99,7 @@ class WorkerLink:
                 break
             if not _call(loop, self._hear_from, process, message):
                 return
-        process.wait()
+        _reap(process)
         _call(loop, self._gone, process)
 
     def _hear_from(self, process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:

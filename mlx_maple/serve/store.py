@@ -15,7 +15,6 @@ between, and is taken up at the next start. The store is used from one thread at
 import fcntl
 import io
 import json
-import os
 import re
 import secrets
 import sqlite3
@@ -195,18 +194,26 @@ class Store:
         ]
 
     def finish(
-        self, job: str, state: str, outcome: Mapping[str, Any], pictures: Sequence[Picture]
+        self,
+        job: str,
+        state: str,
+        outcome: Mapping[str, Any],
+        pictures: Sequence[Picture],
+        started: float | None = None,
     ) -> None:
         """Write the end of a job with its pictures, in one commit."""
+        times = {"started": started, "finished": time.time()}
         self._db.execute("BEGIN IMMEDIATE")
         try:
             for picture in pictures:
                 self._add_picture(picture)
-            self.set_state(job, state, finished=time.time(), outcome=dict(outcome))
+            self.set_state(job, state, **times, outcome=dict(outcome))
             self._db.execute("COMMIT")
         except BaseException:
             self._db.execute("ROLLBACK")
             raise
+        for picture in pictures:  # of an earlier try, whose server was killed half way
+            self._thumbnail_path(picture).unlink(missing_ok=True)
         self.drop_inputs(job)
 
     def recover(self) -> list[JobRecord]:
@@ -295,7 +302,7 @@ class Store:
 
     def _add_picture(self, picture: Picture) -> None:
         self._db.execute(
-            "INSERT OR IGNORE INTO pictures (id, job, place, created, width, height, settings) "
+            "INSERT OR REPLACE INTO pictures (id, job, place, created, width, height, settings) "
             "VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
                 picture.id,
@@ -319,6 +326,7 @@ class Store:
 
     def history(self, limit: int, before: int | None, words: str) -> list[Picture]:
         """Pictures with ``words`` in their settings, the newest first, below number ``before``."""
+        words = json.dumps(words)[1:-1]  # as the settings are written: in ASCII, with escapes
         pattern = words.replace("\\", "\\\\").replace("%", "\\%").replace("_", "\\_")
         return self._pictures(
             "WHERE number < ? AND settings LIKE ? ESCAPE '\\' ORDER BY number DESC LIMIT ?",
@@ -351,7 +359,7 @@ class Store:
 
     def thumbnail(self, picture: Picture) -> Path:
         """A small JPEG of a picture, made when it is first asked for."""
-        path = self.thumbnails / f"{picture.id}.jpg"
+        path = self._thumbnail_path(picture)
         if not path.exists():
             image = images.open_image(self.picture_path(picture)).convert("RGB")
             image.thumbnail((THUMBNAIL, THUMBNAIL))
@@ -360,10 +368,13 @@ class Store:
             images.write_whole(path, buffer.getvalue())
         return path
 
+    def _thumbnail_path(self, picture: Picture) -> Path:
+        return self.thumbnails / f"{picture.id}.jpg"
+
     def remove_picture(self, picture: Picture) -> None:
         """Take a picture out of the history, and its file off the disk."""
         self.picture_path(picture).unlink(missing_ok=True)
-        (self.thumbnails / f"{picture.id}.jpg").unlink(missing_ok=True)
+        self._thumbnail_path(picture).unlink(missing_ok=True)
         self._db.execute("DELETE FROM pictures WHERE id = ?", (picture.id,))
 
     # Presets and options -----------------------------------------------------------------------
@@ -396,11 +407,3 @@ class Store:
             "INSERT OR REPLACE INTO options VALUES (?, ?)",
             [(name, json.dumps(value)) for name, value in options.items()],
         )
-
-
-def is_writable(folder: Path) -> bool:
-    """Whether a data folder could be made or used there."""
-    place = folder.absolute()
-    while not place.exists():
-        place = place.parent
-    return place.is_dir() and os.access(place, os.W_OK | os.X_OK)

@@ -24,7 +24,7 @@ from mlx_maple.serve.catalog import Catalog, Entry
 from mlx_maple.serve.config import Config
 from mlx_maple.serve.draw import PICTURES, Draw, Undrawable
 from mlx_maple.serve.link import WorkerLink
-from mlx_maple.serve.queue import FairQueue
+from mlx_maple.serve.queue import Busy, FairQueue
 from mlx_maple.serve.store import JobRecord, Picture, Store, new_id
 from mlx_maple.serve.uploads import picture_bytes
 
@@ -33,6 +33,8 @@ REMEMBERED = 200  # ended jobs that are kept in memory
 WATCH_SECONDS = 3.0  # that one look at a job keeps its previews coming
 PLANNER_SECONDS = 60.0  # without a question until the planner's process goes
 ANSWER_SECONDS = 60.0  # that a plan may take
+MOST_ASKED = 32  # questions that wait for the planner
+SEEN = 8  # interrupted jobs whose last look is kept in memory
 DECODING = 0.95  # share of a job that is done when it is decoded
 Value = TypeVar("Value")
 
@@ -69,6 +71,7 @@ class Job:
         error: code and message, when it failed.
         cancelling: whether it was asked to end, and has not yet.
         seen: what an interrupted job had drawn so far, a PNG in base64.
+        watched: the progress at which the worker was last told that someone looks.
         ended: set when it has ended and the history knows.
     """
 
@@ -92,6 +95,7 @@ class Job:
     error: dict[str, str] | None = None
     cancelling: bool = False
     seen: str | None = None
+    watched: object = False
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
@@ -156,7 +160,12 @@ class Studio:
     async def start(self) -> None:
         """Take up what was left, and have the default model loaded."""
         for record in await self.stored(self.store.recover):
-            self._jobs[record.id] = self._taken_up(record)
+            try:
+                self._jobs[record.id] = self._taken_up(record)
+            except ValueError:  # written by a version that had other settings
+                message = "this version cannot read what was asked for"
+                outcome = {"error": {"code": "invalid", "message": message}}
+                await self.stored(self.store.finish, record.id, "failed", outcome, [])
         options = await self.stored(self.store.options)
         secret = options.get("secret") or secrets.token_hex(32)
         if "secret" not in options:
@@ -280,13 +289,17 @@ class Studio:
 
     async def cancel(self, job: Job) -> None:
         """End a job: one that waits at once, the one that is drawn between two steps."""
+        if job.cancelling:
+            return  # the worker reads between two steps: what is sent again only fills its line
         if job is self.current:
             job.cancelling = True
             self._worker.send("cancel", job=job.id)
             self._tell("job", job)
         elif job.state == "offered" or self._queue.remove(job.client, job):
-            await self._end(job, "cancelled")
+            job.cancelling = True
             self._tell_waiting()
+            # It is written also where who asked for it has left meanwhile.
+            await asyncio.shield(self._spawn(self._end(job, "cancelled")))
 
     async def resume(self, job: Job) -> None:
         """Put an offered job back into the queue.
@@ -296,11 +309,11 @@ class Studio:
             Undrawable: it was not offered.
             UnknownName: its model is gone.
         """
-        if job.state != "offered":
+        if job.state != "offered" or job.cancelling:
             raise Undrawable(f"the job is {job.state}, not offered")
         self._queue.check(job.client, self._retry_after())
         _, job.how = await asyncio.to_thread(self._chosen, _again(job.draw))
-        if job.state == "offered":
+        if job.state == "offered" and not job.cancelling:
             job.state = "queued"
             self._queue.put(job.client, job)
             await self.stored(self.store.set_state, job.id, "queued")
@@ -320,8 +333,15 @@ class Studio:
         return len(self._queue)
 
     def watch(self, job: Job) -> None:
-        """Someone looks: previews of the job for some seconds."""
-        if job is self.current and not job.previews:
+        """Someone looks: previews of the job for some seconds.
+
+        Told once for each progress that is heard, and not while a model is loaded: the worker reads
+        between two steps only, and a line that is full would hold up the whole server.
+        """
+        if job is not self.current or job.previews or job.progress is job.watched:
+            return
+        if job.progress is None or job.progress["stage"] != "loading":
+            job.watched = job.progress
             self._worker.send("watch", job=job.id, seconds=WATCH_SECONDS)
 
     def _retry_after(self) -> int:
@@ -476,7 +496,9 @@ class Studio:
         """Write a job's end into the history, then tell."""
         outcome = {"notes": job.notes, "timings": job.timings, "error": job.error}
         try:
-            await self.stored(self.store.finish, job.id, state, outcome, pictures or [])
+            await self.stored(
+                self.store.finish, job.id, state, outcome, pictures or [], job.started
+            )
         except Exception as error:  # a full disk: the job is at its end all the same
             job.error = {"code": "failed", "message": f"the history cannot be written: {error}"}
             state = "failed"
@@ -489,13 +511,16 @@ class Studio:
         job.ended.set()
         self._tell("job", job)
         ended = [other.id for other in self._jobs.values() if other.state in ENDED]
+        for job_id in ended[:-SEEN]:
+            self._jobs[job_id].seen = None  # megabytes each
         for job_id in ended[:-REMEMBERED]:
             del self._jobs[job_id]
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any) -> "asyncio.Task[Any]":
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     # Listeners -----------------------------------------------------------------------------------
 
@@ -525,10 +550,13 @@ class Studio:
 
         Raises:
             Unready: it cannot say.
+            Busy: too many questions wait.
         """
         key = repr((kind, sorted(question.items(), key=repr)))
         if key in self._answers:
             return self._answers[key]
+        if len(self._asked) >= MOST_ASKED:
+            raise Busy(f"{MOST_ASKED} questions are waiting already: try again later", 1)
         request = secrets.token_hex(8)
         future = asyncio.get_running_loop().create_future()
         self._asked[request] = future

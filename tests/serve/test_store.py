@@ -125,6 +125,29 @@ def test_a_search_takes_its_words_as_they_are(store):
     assert store.history(10, first.number, "lea") == [second]
 
 
+@pytest.mark.parametrize("prompt", ["un été à Montréal", "紅葉", 'a "quoted" leaf', "a\\b"])
+def test_a_search_finds_words_that_are_written_with_escapes(store, prompt):
+    job = record()
+    store.add_job(job)
+    store.finish(job.id, "done", {}, [drawn(store, job.id, prompt=prompt)])
+    assert len(store.history(10, None, prompt)) == 1
+
+
+def test_a_job_that_is_drawn_again_takes_the_place_of_its_first_try(store):
+    job = record("running", count=2)
+    store.add_job(job)
+    first = drawn(store, job.id, 0, prompt="first")
+    store = again(store, store.folder)
+    store.recover()
+    small = store.thumbnail(first)
+    pictures = [drawn(store, job.id, index, prompt="second") for index in (0, 1)]
+    store.finish(job.id, "done", {}, pictures, 3.0)
+    prompts = [picture.settings["prompt"] for picture in store.pictures_of(job.id)]
+    assert prompts == ["second", "second"] and not small.exists()
+    assert store.job(job.id).started == 3.0
+    store.close()
+
+
 def test_a_removed_picture_leaves_nothing(store):
     job = record()
     store.add_job(job)

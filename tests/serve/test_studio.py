@@ -1,0 +1,102 @@
+"""Jobs between their request and their end, with a worker that only listens."""
+
+import asyncio
+
+import anyio
+import pytest
+
+from mlx_maple.serve.config import Config
+from mlx_maple.serve.queue import Busy
+from mlx_maple.serve.store import JobRecord, new_id
+from mlx_maple.serve.studio import MOST_ASKED, Job, Studio
+
+
+def job(**values):
+    given = {"draw": {"prompt": "a leaf"}, "how": {}, "arguments": {}, "inputs": {}}
+    return Job(id=new_id(), client="someone", **given, **values)
+
+
+def within(tmp_path, act):
+    """Run ``act`` with a studio whose messages to its workers are kept instead of sent."""
+
+    async def run():
+        studio = Studio(Config(data=tmp_path / "data"))
+        sent = []
+        for link in (studio._worker, studio._planner):
+            link.send = lambda kind, **values: sent.append(kind)
+        try:
+            await act(studio, sent)
+        finally:
+            await studio.close()
+
+    asyncio.run(run())
+
+
+def test_who_looks_does_not_fill_the_workers_line(tmp_path):
+    """The worker reads between two steps: what is sent to it meanwhile must stay small."""
+
+    async def act(studio, sent):
+        running = studio.current = job(previews=False)
+        for stage, expected in (
+            (None, 1),
+            ("loading", 1),
+            ("sample", 2),
+            ("sample", 3),
+        ):
+            running.progress = None if stage is None else {"stage": stage}
+            for _ in range(50):
+                studio.watch(running)
+            assert sent.count("watch") == expected
+        for _ in range(50):
+            await studio.cancel(running)
+        assert sent.count("cancel") == 1
+
+    within(tmp_path, act)
+
+
+def test_a_job_is_cancelled_also_where_who_asked_has_left(tmp_path):
+    async def act(studio, sent):
+        waiting = job()
+        studio._jobs[waiting.id] = waiting
+        studio._queue.put(waiting.client, waiting)
+        with anyio.CancelScope() as scope:
+            scope.cancel()
+            await studio.cancel(waiting)
+        await asyncio.wait_for(waiting.ended.wait(), 10)
+        assert waiting.state == "cancelled" and studio.waiting == 0
+
+    within(tmp_path, act)
+
+
+def test_questions_are_bounded(tmp_path):
+    async def act(studio, sent):
+        asked = [asyncio.ensure_future(studio.ask("plan", width=n)) for n in range(MOST_ASKED)]
+        await asyncio.sleep(0)
+        with pytest.raises(Busy):
+            await studio.ask("plan", width=-1)
+        assert len(sent) == MOST_ASKED
+        for question in asked:
+            question.cancel()
+        await asyncio.gather(*asked, return_exceptions=True)
+
+    within(tmp_path, act)
+
+
+def test_an_offered_job_that_cannot_be_read_does_not_keep_the_server_from_starting(tmp_path):
+    async def act(studio, sent):
+        record = JobRecord(
+            id=new_id(),
+            client="someone",
+            state="queued",
+            created=1.0,
+            started=None,
+            finished=None,
+            draw={"prompt": "a leaf", "setting_of_another_version": 1},
+            outcome={},
+        )
+        studio.store.add_job(record)
+        await studio.start()
+        (shown,) = await studio.jobs()
+        assert shown.state == "failed" and shown.error["code"] == "invalid"
+
+    within(tmp_path, act)
