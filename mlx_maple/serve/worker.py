@@ -2,7 +2,7 @@
 
 It is started by link.py and speaks JSON over a socket, one message each way at a time:
 
-    in    draw, cancel, watch, load, describe, plan, unload
+    in    draw, cancel, watch, load, describe, plan
     out   ready, model, progress, preview, done, failed, cancelled, described, planned
 
 Between two steps it looks at what came in, so that it can be cancelled, and finds out there when
@@ -15,6 +15,7 @@ import gc
 import io
 import json
 import os
+import re
 import signal
 import time
 from collections import OrderedDict
@@ -25,6 +26,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_maple.serve.config import Limits
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -34,7 +37,9 @@ NICENESS = 5  # of drawing on the CPU: the server answers first
 PREVIEW_PIXELS = 512  # longer side of a preview
 PREVIEW_SECONDS = 0.1  # between two previews
 PROGRESS_SECONDS = 0.02  # between two messages that tell of steps
+LIMITS = Limits()
 MOST_BYTES = 64 << 20  # of one message
+_FOLDERS = re.compile(r"(?<![^\s'\"(=])/(?:[^\s/]+/)+")  # of absolute paths
 CODES = {1: "failed", 2: "invalid", 3: "unusable", 4: "no_memory", 130: "cancelled"}
 
 
@@ -77,12 +82,6 @@ class Worker:
             code, line = _described(error)
             self._say("failed", job="", error={"code": code, "message": line})
 
-    def _on_unload(self) -> None:
-        """Let all models go."""
-        self._models.clear()
-        _free()
-        self._say("model", models=[])
-
     def _on_cancel(self, *, job: str) -> None:
         """End a job, if it is the one that is drawn."""
         self._is_cancelled |= job == self._job
@@ -106,7 +105,7 @@ class Worker:
                 "notes": list(info["notes"]),
             }
         except Exception as error:
-            code, line = _described(error)
+            code, line = _public(error)
             self._say("described", request=request, error={"code": code, "message": line})
         else:
             self._say("described", request=request, answer=described)
@@ -134,7 +133,7 @@ class Worker:
                 "advice": [f"{words}: {_terminal.size(peak)}" for words, peak in tries],
             }
         except Exception as error:
-            code, line = _described(error)
+            code, line = _public(error)
             self._say("planned", request=request, error={"code": code, "message": line})
         else:
             self._say("planned", request=request, answer=answer)
@@ -160,7 +159,7 @@ class Worker:
         except (EOFError, BrokenPipeError, ConnectionError):
             raise
         except Exception as error:
-            code, line = _described(error)
+            code, line = _public(error)
             del error
             if code == "no_memory":
                 self._models.clear()
@@ -181,17 +180,17 @@ class Worker:
         inputs: Mapping[str, str],
         folder: Path,
     ) -> dict[str, Any]:
-        from mlx_maple import images
         from mlx_maple.cli import _memory, is_out_of_memory
 
-        opened: dict[str, Any] = {n: images.open_image(path) for n, path in inputs.items()}
+        opened: dict[str, Any] = {name: _opened(name, path) for name, path in inputs.items()}
         controls = [opened.pop(name) for name in sorted(opened) if name.startswith("control-")]
         if controls:
             opened["control_image"] = controls
+        size = _size_beside(opened.get("image"), arguments)
         sd = self._model(model)
         self._look(None)
         drawing = sd.generate(**arguments, **opened)
-        _memory.check(sd, {**arguments, **opened})
+        _memory.check(sd, {**arguments, **opened, **size})
         result = None
         try:
             with closing(drawing):
@@ -333,6 +332,40 @@ def _described(error: BaseException) -> tuple[str, str]:
         return "invalid", str(error).rstrip(".")
     exit_code, line = describe(error)
     return CODES.get(exit_code, "failed"), line
+
+
+def _public(error: BaseException) -> tuple[str, str]:
+    """An error's code and its line as clients may see it: files without their folders."""
+    code, line = _described(error)
+    return code, _FOLDERS.sub("", line)
+
+
+def _opened(name: str, path: str) -> "Image.Image":
+    """A picture that a job starts from."""
+    from mlx_maple import images
+
+    try:
+        return images.open_image(path)
+    except images.ImageError as error:
+        raise images.ImageError(f"{name}: {error.reason}") from None
+
+
+def _size_beside(picture: "Image.Image | None", arguments: Mapping[str, Any]) -> dict[str, int]:
+    """Width and height where one is asked for and the other follows a picture's.
+
+    Raises:
+        ValueError: that is larger than what may be asked for.
+    """
+    from mlx_maple import images
+
+    width, height = arguments.get("width"), arguments.get("height")
+    if picture is None or (width is None) == (height is None):
+        return {}
+    width, height = images.size_like(picture.size, 1, width=width, height=height)
+    pixels = width * height * (arguments.get("count") or 1)
+    if max(width, height) > LIMITS.width[1] or pixels > LIMITS.pixels:
+        raise ValueError(f"beside the image {width}x{height} would be drawn: name a smaller size.")
+    return {"width": width, "height": height}
 
 
 def _saved(path: Path, image: "Image.Image", settings: Any) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """The worker's end of the line: what goes wrong in a drawing is told, and ends only that job."""
 
+import io
 import json
 import threading
 from multiprocessing import Pipe
 
 import pytest
 from known import QUICK, TINY
+from PIL import Image
 
 from mlx_maple.serve.worker import Worker
 
@@ -82,6 +84,37 @@ def test_a_word_to_cancel_counts_for_its_own_job_only(line, tmp_path):
     for job, kind in (("1" * 24, "done"), ("0" * 24, "cancelled")):
         ours.send_bytes(json.dumps({"kind": "cancel", "job": job}).encode())
         worker._on_draw(**order(tmp_path))
+        assert told(ours)[-1]["kind"] == kind
+
+
+def test_errors_name_files_without_their_folders(line, tmp_path, monkeypatch):
+    worker, ours = line
+    torn = tmp_path / "torn"
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 90).save(buffer, "PNG")
+    torn.write_bytes(buffer.getvalue()[:500])
+    worker._on_draw(**order(tmp_path, inputs={"image": str(torn)}))
+    error = told(ours)[-1]["error"]
+    assert error["code"] == "unusable" and error["message"].startswith("image: a broken picture")
+
+    def broken(*args, **values):
+        raise OSError(28, "No space left on device", str(tmp_path / "file.png"))
+
+    from mlx_maple.pipeline import StableDiffusion
+
+    monkeypatch.setattr(StableDiffusion, "_phases", broken)
+    worker._on_draw(**order(tmp_path))
+    assert told(ours)[-1]["error"]["message"] == "file.png: No space left on device"
+
+
+def test_a_size_that_follows_a_pictures_is_bounded(line, tmp_path):
+    worker, ours = line
+    Image.new("RGB", (8, 64)).save(tmp_path / "tall.png")
+    for width, kind in ((64, "done"), (512, "failed")):
+        job = order(tmp_path, inputs={"image": str(tmp_path / "tall.png")})
+        job["arguments"] = {**QUICK, "width": width, "steps": 1, "strength": 1.0}
+        del job["arguments"]["height"]
+        worker._on_draw(**job)
         assert told(ours)[-1]["kind"] == kind
 
 
