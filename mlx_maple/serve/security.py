@@ -18,12 +18,12 @@ import hmac
 import ipaddress
 import time
 from collections.abc import Callable, Mapping
-from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import anyio
 import h11
+from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -141,7 +141,10 @@ class Security:
     def _check_token(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
         """Refuse who does not know the token; the answer to who brings it in the page's address."""
         token, path = self._config.token, scope["path"]
-        query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=50)
+        try:
+            query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=50)
+        except ValueError:
+            raise ApiError(400, "the address has more than 50 fields") from None
         if token is not None and _same(query.get("token", [""])[0], token):
             if scope["method"] == "GET" and not path.startswith(API_PATHS):
                 # One slash: "//name" would lead elsewhere.
@@ -153,6 +156,7 @@ class Security:
                     max_age=COOKIE_SECONDS,
                     httponly=True,
                     samesite="strict",
+                    secure=scope.get("scheme") == "https",  # behind a proxy with TLS
                 )
                 return response
         if token is None or path in OPEN_PATHS or self._knows(token, headers):
@@ -179,11 +183,10 @@ class Security:
             return _same(decoded.partition(":")[2], token)
         if _same(headers.get("x-maple-token", ""), token):
             return True
-        try:
-            cookie = SimpleCookie(headers.get("cookie", "")).get(COOKIE)
-        except CookieError:
-            return False
-        return cookie is not None and _same(cookie.value, session_of(token))
+        # Not the standard library's, which stops at the first cookie that it does not like: those
+        # of other servers on this machine come along.
+        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
+        return _same(cookie, session_of(token))
 
     # How much ----------------------------------------------------------------------------------
 

@@ -137,6 +137,8 @@ def test_progress_and_interruption(client):
         ),
         ("txt2img", {"batch_size": 16, "n_iter": 16}, 422, "count"),
         ("txt2img", {"steps": 10**6}, 422, "steps"),
+        ("txt2img", {"enable_hr": True, "hr_resize_x": 1024}, 422, "hr_scale"),
+        ("options", {"CLIP_stop_at_last_layers": 1000}, 422, "bounds"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, 404, "no model"),
         ("img2img", {}, 404, "Init image"),
         ("img2img", {"init_images": ["http://127.0.0.1:1/x.png"]}, 422, "base64"),
@@ -149,6 +151,14 @@ def test_errors_in_its_form(client, path, values, status, words):
     body = answer.json()
     assert answer.status_code == status, body
     assert {"error", "detail", "body", "errors"} <= body.keys() and words in body["errors"]
+
+
+@pytest.mark.parametrize("path", ["txt2img", "options"])
+def test_halves_of_characters_are_refused(client, path):
+    half = b'{"prompt": "a leaf", "steps": 1, "width": 64, "height": 64, "sd_vae": "\\ud800"}'
+    headers = {"content-type": "application/json"}
+    assert client.post(f"/sdapi/v1/{path}", content=half, headers=headers).status_code == 422
+    assert client.get("/sdapi/v1/options").status_code == 200
 
 
 def test_styles_are_presets(client):

@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 from known import QUICK, TINY, wait_until
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 
 def events_of(client, job):
@@ -296,6 +296,20 @@ def test_a_picture_without_settings_says_so(client):
     data = base64.b64encode(buffer.getvalue()).decode()
     answer = client.post("/api/v1/png-info", json={"image": data})
     assert answer.status_code == 422 and answer.json()["error"]["code"] == "no_settings"
+
+
+@pytest.mark.parametrize(
+    "said", ['{"prompt": "\\ud800 leaf"}', '{"prompt": "a leaf", "loras": "x:9999999"}']
+)
+def test_settings_of_a_strangers_picture_are_read_as_far_as_they_go(client, said):
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_itxt("mlx-maple", said)
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=chunks)
+    image = base64.b64encode(buffer.getvalue()).decode()
+    answer = client.post("/api/v1/png-info", json={"image": image})
+    assert answer.status_code == 200 and answer.json()["draw"]["prompt"].endswith(" leaf")
+    assert "loras" not in answer.json()["draw"]
 
 
 def test_a_stream_of_no_job_is_an_error_not_a_stream(client, studio):

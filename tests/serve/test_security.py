@@ -139,6 +139,16 @@ def test_the_token(locked, headers, status):
     assert locked.get("/sdapi/v1/options", headers=headers).status_code == status
 
 
+def test_another_servers_cookies_do_not_hide_ours(locked):
+    cookie = f'its[0]=a{{"b": 1; {security.COOKIE}={security.session_of(TOKEN)}; x=ä'
+    assert locked.get("/", headers={"cookie": cookie.encode("latin-1")}).status_code == 200
+
+
+def test_an_address_of_many_fields_is_refused(client):
+    assert client.get("/?" + "a&" * 40).status_code == 200
+    assert client.get("/?" + "a&" * 60).status_code == 400
+
+
 def test_health_alone_takes_no_token(locked):
     assert locked.get("/api/v1/health").status_code == 200
     assert locked.get("/api/v1/healthy").status_code == 401

@@ -124,6 +124,8 @@ class Txt2Img(_Asked):
     enable_hr: bool | None = False
     denoising_strength: float | None = Field(None, ge=0, le=1)
     hr_scale: float | None = Field(2.0, ge=1, le=4)
+    hr_resize_x: int | None = 0
+    hr_resize_y: int | None = 0
     hr_upscaler: str | None = Field(None, max_length=300)
     hr_second_pass_steps: int | None = Field(0, ge=0, le=LIMITS.steps[1])
 
@@ -165,6 +167,8 @@ async def txt2img(request: Request, asked: Txt2Img) -> Drawn:
     """Draw from a prompt."""
     extra: dict[str, Any] = {}
     if asked.enable_hr:
+        if asked.hr_resize_x or asked.hr_resize_y:
+            raise ApiError(422, "hr_resize_x: hr_scale is offered here", field="hr_resize_x")
         strength = asked.denoising_strength
         extra = {
             "hires_scale": asked.hr_scale,
@@ -210,6 +214,8 @@ async def _draw(request: Request, asked: _Asked, inputs: dict[str, bytes], **ext
     options = {**await _options(studio), **(asked.override_settings or {})}
     asked = await _with_styles(studio, asked)
     draw = _translated(asked, options, extra)
+    parameters = asked.model_dump(exclude={"init_images", "mask"})
+    _check_text(parameters)
     job = await studio.submit(client_of(request, "a1111"), draw, files=inputs, only_watched=True)
     await drawn(request, job)
     if job.state == "failed":
@@ -219,7 +225,6 @@ async def _draw(request: Request, asked: _Asked, inputs: dict[str, bytes], **ext
     encoded = [await _encoded(studio, picture) for picture in job.pictures]
     if job.seen is not None:  # interrupted: what was seen of it
         encoded = [job.seen]
-    parameters = asked.model_dump(exclude={"init_images", "mask"})
     return Drawn(
         images=encoded if asked.send_images else [],
         parameters=parameters,
@@ -234,6 +239,14 @@ def _refuse(asked: _Asked) -> None:
             raise ApiError(422, f"{name}: {what} not offered here", field=name)
     for name in _scripts(asked).keys() - {"controlnet"}:
         raise ApiError(422, f"always on script {name[:80]} not found", field="alwayson_scripts")
+
+
+def _check_text(values: Any) -> None:
+    """Refuse what JSON can hold and no answer can: halves of characters (lone surrogates)."""
+    try:
+        json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ApiError(422, "a text that is no Unicode") from None
 
 
 def _scripts(asked: _Asked) -> dict[str, list[Any]]:
@@ -466,8 +479,10 @@ async def set_options(
         for name, value in asked.items()
         if name in DEFAULT_OPTIONS or name == "sd_model_checkpoint"
     }
+    _check_text(known)
     for name, value in known.items():
         expected = type(DEFAULT_OPTIONS.get(name, ""))
+        low, high = (0, 64) if name == "CLIP_stop_at_last_layers" else (-(2**53), 2**53)
         if name == "sd_model_checkpoint":
             if not isinstance(value, str):
                 raise ApiError(422, "sd_model_checkpoint: a model's title", field=name)
@@ -477,7 +492,7 @@ async def set_options(
             raise ApiError(422, f"randn_source: one of {', '.join(NOISE)}", field=name)
         elif not isinstance(value, expected) or (isinstance(value, str) and len(value) > 300):
             raise ApiError(422, f"{name}: takes {expected.__name__}", field=name)
-        elif expected is int and not -(2**53) <= value <= 2**53:
+        elif expected is int and isinstance(value, int) and not low <= value <= high:
             raise ApiError(422, f"{name}: out of bounds", field=name)
     await studio.stored(studio.store.set_options, known)
     return {}
@@ -589,10 +604,15 @@ async def login_check() -> bool:
     return True
 
 
+@router.get("/latent-upscale-modes")
+async def latent_modes() -> list[dict[str, str]]:
+    """What hires fix enlarges latents with."""
+    return [{"name": "Latent"}]
+
+
 @router.get("/hypernetworks")
 @router.get("/face-restorers")
 @router.get("/realesrgan-models")
-@router.get("/latent-upscale-modes")
 @router.get("/script-info")
 @router.get("/extensions")
 async def nothing() -> list[dict[str, Any]]:

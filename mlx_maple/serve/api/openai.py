@@ -280,6 +280,7 @@ async def _streamed(
                 what, _ = await feed.next()
                 progress = job.progress or {}
                 total = progress.get("total") or 1
+                width, height = job.draw.get("width"), job.draw.get("height")
                 is_due = progress.get("step", 0) * (partial + 1) >= total * (sent + 1)
                 if what == "preview" and job.preview and sent < partial and is_due:
                     yield _sse(
@@ -287,7 +288,7 @@ async def _streamed(
                         b64_json=job.preview,
                         partial_image_index=sent,
                         output_format="jpeg",
-                        size=f"{job.draw.get('width')}x{job.draw.get('height')}",
+                        size=f"{width}x{height}" if width and height else "auto",
                     )
                     sent += 1
         result = await _result(studio, request, job, asked)

@@ -2,14 +2,15 @@
 
 import asyncio
 import dataclasses
-import io
 import re
+import tempfile
 import zipfile
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+from typing import IO, Annotated, Any
 
 from fastapi import APIRouter, Depends, Header, Path, Query, Request, Response
-from fastapi.responses import FileResponse
+from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 
 from mlx_maple import __version__, images, metadata
@@ -376,21 +377,31 @@ async def zipped(request: Request, asked: schemas.Ids) -> Response:
             raise ApiError(404, "one of these pictures is not in the history")
         paths.append(studio.store.picture_path(picture))
 
-    def pack() -> bytes:
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:  # PNG is packed already
+    def pack(packed: IO[bytes]) -> None:
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_STORED) as archive:  # PNG is packed already
             for path in paths:
                 archive.write(path, path.name)
-                if buffer.tell() > ZIP_BYTES:
+                if packed.tell() > ZIP_BYTES:
                     raise ApiError(413, "these pictures are too many for one archive: take fewer")
-        return buffer.getvalue()
 
+    def pieces(packed: IO[bytes]) -> Iterator[bytes]:
+        with packed:
+            packed.seek(0)
+            while piece := packed.read(1 << 20):
+                yield piece
+
+    # On the disk, not in memory; a file without a name, which no kill leaves behind.
+    packed = tempfile.TemporaryFile(dir=studio.store.folder)
     try:
-        data = await asyncio.to_thread(pack)
-    except OSError:
+        await asyncio.to_thread(pack, packed)
+    except FileNotFoundError:
+        packed.close()
         raise ApiError(404, "the file of one of these pictures is gone") from None
-    name = 'attachment; filename="maple-pictures.zip"'
-    return Response(data, media_type="application/zip", headers={"content-disposition": name})
+    except ApiError:
+        packed.close()
+        raise
+    headers = {"content-disposition": 'attachment; filename="maple-pictures.zip"'}
+    return StreamingResponse(pieces(packed), media_type="application/zip", headers=headers)
 
 
 async def _picture(request: Request, picture_id: str) -> StoredPicture:
@@ -486,10 +497,11 @@ def draw_again(settings: dict[str, Any]) -> dict[str, Any]:
         if name in draw and not low <= draw[name] <= high:
             del draw[name]
     draw.setdefault("prompt", "")
-    if isinstance(draw.get("loras"), str):
-        draw["loras"] = [
-            {"name": choice.name, "weight": choice.unet} for choice in read_choices(draw["loras"])
-        ]
+    if isinstance(loras := draw.pop("loras", None), str):
+        with suppress(ValueError):  # a stranger's file may hold anything
+            draw["loras"] = [
+                {"name": choice.name, "weight": choice.unet} for choice in read_choices(loras)
+            ]
     if settings.get("control"):  # it takes the pictures again
         for name in [name for name in draw if name.startswith("control")]:
             del draw[name]
