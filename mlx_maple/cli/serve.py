@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
             f"maple serve needs packages that are not here ({error.name}): "
             'pip install "mlx-maple[serve]"',
         ) from None
+    from mlx_maple import model_folders
     from mlx_maple.serve.config import LOOPBACK, Config, data_folder
 
     if not 0 <= args.port <= 65535:
@@ -99,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise Failure(FAULT, f"--models {args.models}: no such folder")
         os.environ["MAPLE_MODELS"] = str(folder.resolve())
+    model_folders.folders("checkpoint")  # a YAML file there that cannot be used is told now
     token = args.token if args.token is not None else os.environ.get(TOKEN_VARIABLE) or None
     if token is None and args.host not in LOOPBACK:
         token = secrets.token_urlsafe(24)

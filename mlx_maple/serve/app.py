@@ -3,9 +3,11 @@
 import logging
 import socket
 import sys
+import threading
 import webbrowser
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -143,6 +145,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in line)
 
 
+class NotStarted(Exception):
+    """The server ended before it answered; its log has told why."""
+
+    exit_code = 1
+
+
 class _Server(uvicorn.Server):
     """Says where it is, and opens a browser, when it answers."""
 
@@ -157,7 +165,9 @@ class _Server(uvicorn.Server):
             where = " and ".join(self._addresses)
             print(f"maple: drawing at {where} (Ctrl-C ends it)", file=sys.stderr)
             if self._opens:
-                webbrowser.open(self._addresses[0])
+                # In a thread: a browser in a terminal would hold up the server.
+                open_page = partial(webbrowser.open, self._addresses[0])
+                threading.Thread(target=open_page, daemon=True).start()
 
 
 class _WithoutToken(logging.Filter):
@@ -169,7 +179,9 @@ class _WithoutToken(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         record.args = tuple(
-            value.replace(self._token, "…") if isinstance(value, str) else value
+            value.replace(self._token, "…").replace(quote(self._token), "…")
+            if isinstance(value, str)
+            else value
             for value in (record.args if isinstance(record.args, tuple) else ())
         )
         return True
@@ -197,6 +209,7 @@ def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> N
 
     Raises:
         InUse: another server has the data folder.
+        NotStarted: it could not start.
         OSError: the folder cannot be written, or the address is taken.
     """
     listener = _listening(config)
@@ -219,6 +232,8 @@ def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> N
         )
         server = _Server(settings, addresses, opens=opens)
         server.run(sockets=[listener])
+        if not server.started:
+            raise NotStarted("the server could not start: see above")
 
 
 def _listening(config: Config) -> socket.socket:

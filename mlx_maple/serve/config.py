@@ -81,6 +81,8 @@ class Config:
         """
         if self.token is not None and len(self.token) < SHORTEST_TOKEN:
             raise ValueError(f"a token has {SHORTEST_TOKEN} characters or more.")
+        if self.token is not None and not self.token.isascii():
+            raise ValueError("a token is ASCII: headers carry nothing else.")
         if self.host not in LOOPBACK and self.token is None:
             raise ValueError(f"{self.host} can be reached from other machines: it takes a token.")
 
