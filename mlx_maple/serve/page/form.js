@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { setUpControl } from "./control.js";
-import { byId, button, input, isPressed, make, select, setOptions, setPressed } from "./dom.js";
+import { byId, input, isPressed, make, select, setOptions, setPressed } from "./dom.js";
 import { FormError } from "./say.js";
 import { isSeed, rollSeed } from "./seeds.js";
 import { hasStart } from "./start.js";
@@ -374,14 +374,4 @@ async function showPlan() {
     box.textContent = error instanceof FormError ? error.message : "";
     box.classList.toggle("problem", error instanceof FormError);
   }
-}
-
-/** A number of pictures that fits the queue. */
-export function wantedCount() {
-  return Math.max(1, Number(input("count").value) || 1);
-}
-
-/** @param {boolean} is */
-export function setDrawing(is) {
-  button("draw").textContent = is ? "Draw another" : "Draw";
 }

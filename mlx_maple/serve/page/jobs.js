@@ -273,12 +273,23 @@ function showQueue() {
     );
     if (job.state === "offered") {
       const again = () => api.post(`/jobs/${job.id}/resume`).then(hear, complain);
-      item.append(make("button", { type: "button", onclick: again }, "Draw it"));
+      item.append(
+        make(
+          "button",
+          { type: "button", "data-press": `again ${job.id}`, onclick: again },
+          "Draw it",
+        ),
+      );
     }
     item.append(
       make(
         "button",
-        { type: "button", disabled: job.cancelling, onclick: () => cancel(job) },
+        {
+          type: "button",
+          "data-press": `end ${job.id}`,
+          disabled: job.cancelling,
+          onclick: () => cancel(job),
+        },
         job.state === "offered" ? "Forget it" : "Cancel",
       ),
     );
@@ -286,7 +297,12 @@ function showQueue() {
   });
   if (notQueued > 0)
     items.push(make("li", { className: "quiet" }, `${notQueued} more wait for room in the queue`));
+  const focused = /** @type {HTMLElement | null} */ (document.activeElement)?.dataset?.press;
   byId("queue").replaceChildren(...items);
+  if (focused)
+    /** @type {HTMLElement | null} */ (
+      document.querySelector(`[data-press="${CSS.escape(focused)}"]`)
+    )?.focus();
 }
 
 function runningHere() {
