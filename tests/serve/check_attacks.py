@@ -151,6 +151,29 @@ OPEN: list[Attack] = [
         "404",
     ),
     (
+        "a LoRA by its path",
+        post("/api/v1/jobs", {"prompt": "x", "loras": [{"name": "/etc/passwd"}]}),
+        "404",
+    ),
+    (
+        "a LoRA by its path, in a prompt",
+        post("/api/v1/jobs", {"prompt": "x <lora:../../etc/passwd:1>"}),
+        "404",
+    ),
+    (
+        "a ControlNet by its path",
+        post(
+            "/api/v1/jobs",
+            {"prompt": "x", "controls": [{"name": "/etc/passwd", "image": png_of(8, 8)}]},
+        ),
+        "404",
+    ),
+    (
+        "an upscaler by its path",
+        post("/api/v1/jobs", {"prompt": "x", "hires_scale": 2, "hires_upscaler": "/etc/passwd"}),
+        "404",
+    ),
+    (
         "a picture from a URL (SSRF)",
         post("/sdapi/v1/img2img", {"init_images": ["http://169.254.169.254/"]}),
         "422",
@@ -181,6 +204,12 @@ OPEN: list[Attack] = [
     ("a prompt of a million letters", post("/api/v1/jobs", {"prompt": "x" * 10**6}), "422"),
     ("NaN for a number", post("/api/v1/jobs", b'{"prompt": "x", "guidance_scale": NaN}'), "422"),
     ("JSON 100,000 deep", post("/api/v1/jobs", b"[" * 100_000), "400"),
+    (
+        "half a character, which no answer can hold",
+        post("/sdapi/v1/options", b'{"sd_vae": "\\ud800"}'),
+        "422",
+    ),
+    ("an address of 60 fields", get("/api/v1/health?" + "a&" * 60), "400"),
     ("bytes that are no UTF-8", post("/api/v1/jobs", b'{"prompt": "\xff\xfe"}'), "400"),
     ("a body of 40 MB, as it says", lambda port: raw(port, head(port, 40 << 20)), "413"),
     (
