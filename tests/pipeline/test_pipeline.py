@@ -45,9 +45,9 @@ def calls(monkeypatch):
     seen = []
     plain = UNet.__call__
 
-    def spy(self, latents, timesteps, context):
+    def spy(self, latents, timesteps, context, *more, **told):
         seen.append((latents.shape[0], context.shape[0]))
-        return plain(self, latents, timesteps, context)
+        return plain(self, latents, timesteps, context, *more, **told)
 
     monkeypatch.setattr(UNet, "__call__", spy)
     return seen
@@ -399,7 +399,7 @@ def test_the_network_sees_the_picture_in_every_call(sd, monkeypatch, sampler, sc
     clean = np.array(sd._encode(picture(), [])[0])
     errors = []
 
-    def spy(self, latents, timesteps, context):
+    def spy(self, latents, timesteps, context, *more):
         sigma = float(sd.noise_schedule.sigma_at(np.array(float(timesteps[0]))))
         known = (clean + sigma * noise) / np.sqrt(1 + sigma**2)
         errors.append(np.abs(np.array(latents)[:1] - known)[:, :, :8].max())
@@ -618,7 +618,7 @@ def test_a_decode_that_fails_in_float32_too(sd, half, monkeypatch):
 
 
 def test_latents_of_nan_are_told_and_not_decoded_again(sd, monkeypatch):
-    def overflow(self, latents, timesteps, context):
+    def overflow(self, latents, timesteps, context, *more):
         return latents * np.nan
 
     monkeypatch.setattr(UNet, "__call__", overflow)
