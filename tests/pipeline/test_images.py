@@ -184,7 +184,8 @@ def test_odd_characters_do_not_stop_a_picture(tmp_path):
     settings = Settings(prompt="nul \0, lone \ud800, bell \a", steps=2, seed=3, sampler="ddim")
     for ending in (".png", ".jpg", ".webp"):
         images.save_image(ramp(), tmp_path / f"a{ending}", settings)
-        assert images.read_settings(tmp_path / f"a{ending}").settings == settings
+        read = images.read_settings(tmp_path / f"a{ending}").settings
+        assert read == replace(settings, prompt="nul \0, lone ?, bell \a")  # which is no character
 
 
 def test_settings_too_long_for_a_jpeg(tmp_path):
