@@ -174,7 +174,7 @@ def _handed_over(
                 threadgroup=(1, 1, 1),
             )
             mx.eval(idle)
-        except Exception:  # eight bytes are no machine code: MLX looks its kernels up differently
+        except RuntimeError:  # eight bytes are no machine code: MLX looks kernels up differently
             if given is code:
                 raise
             return code
