@@ -35,7 +35,8 @@ PictureIn = Annotated[
     Field(
         min_length=1,
         max_length=LIMITS.upload,
-        description='a data: URL, bare base64, or "picture:<id>" of one in the history',
+        description='a data: URL, bare base64, "picture:<id>" of one in the history, or '
+        '"input:<job>-<name>" of one that a drawing of it started from',
     ),
 ]
 

@@ -5,7 +5,7 @@ Layout of the data folder:
     history.sqlite3    jobs, pictures, presets, options; write-ahead log
     pictures/          <job>-<index>.png, each with its settings inside
     thumbnails/        made again when they are missing
-    inputs/            pictures that waiting jobs start from
+    inputs/            pictures that jobs start from: waiting ones, and those with pictures
     lock               held by the server that uses the folder
 
 A picture is written before its row: a file without a row is a picture whose server was killed in
@@ -30,6 +30,7 @@ from mlx_maple.images import ImageError
 KEPT_JOBS = 2000  # finished jobs without pictures that are remembered
 THUMBNAIL = 256  # pixels
 _PICTURE = re.compile(r"([0-9a-f]{24})-(\d{1,3})\.png")
+_INPUT = re.compile(r"[0-9a-f]{24}-[a-z_]{1,30}(-\d{1,2})?")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -214,7 +215,8 @@ class Store:
             raise
         for picture in pictures:  # of an earlier try, whose server was killed half way
             self._thumbnail_path(picture).unlink(missing_ok=True)
-        self.drop_inputs(job)
+        if not pictures:
+            self.drop_inputs(job)
 
     def recover(self) -> list[JobRecord]:
         """Put in order what a killed server left; returns the jobs to offer again.
@@ -238,13 +240,13 @@ class Store:
             ).fetchone()[0]
             if there and there >= (record.draw.get("count") or 1):
                 self.set_state(record.id, "done", finished=time.time())
-                self.drop_inputs(record.id)
             else:
                 self.set_state(record.id, "offered")
                 left.append(record)
-        waiting = {record.id for record in left}
+        wanted = {record.id for record in left}
+        wanted |= {row[0] for row in self._db.execute("SELECT job FROM pictures")}
         for path in self.inputs.iterdir():
-            if path.name.partition("-")[0] not in waiting:
+            if path.name.partition("-")[0] not in wanted:
                 path.unlink(missing_ok=True)
         self._forget()
         return [record for record in self._jobs("WHERE state = 'offered' ORDER BY created", ())]
@@ -279,12 +281,17 @@ class Store:
     # Pictures that jobs start from -----------------------------------------------------------
 
     def keep_input(self, job: str, name: str, data: bytes) -> None:
-        """Keep a picture that a job starts from, until the job has ended."""
+        """Keep a picture that a job starts from: while it waits, or its pictures are kept."""
         images.write_whole(self.input_path(job, name), data)
 
     def input_path(self, job: str, name: str) -> Path:
         """Where a job's "image", "mask", "control-0" lies."""
         return self.inputs / f"{job}-{name}"
+
+    def kept_input(self, name: str) -> Path | None:
+        """The file of "<job>-image" and the like, where it is kept."""
+        path = self.inputs / name
+        return path if _INPUT.fullmatch(name) and path.is_file() else None
 
     def drop_inputs(self, job: str) -> None:
         """Remove what a job started from."""
@@ -376,6 +383,8 @@ class Store:
         self.picture_path(picture).unlink(missing_ok=True)
         self._thumbnail_path(picture).unlink(missing_ok=True)
         self._db.execute("DELETE FROM pictures WHERE id = ?", (picture.id,))
+        if not self.pictures_of(picture.job):
+            self.drop_inputs(picture.job)
 
     # Presets and options -----------------------------------------------------------------------
 

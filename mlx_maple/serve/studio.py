@@ -260,7 +260,12 @@ class Studio:
         return entry, self.catalog.how(entry, vae=draw.vae, controlnets=controlnets)
 
     async def _picture(self, text: str) -> bytes:
-        """The bytes of a picture that came as text, or is one of the history."""
+        """The bytes of a picture that came as text, is one of the history, or began one of it."""
+        if text.startswith("input:"):
+            path = await self.stored(self.store.kept_input, text.removeprefix("input:"))
+            if path is None:
+                raise Undrawable(f"no picture {text[6:60]!r} is kept: its drawing was deleted")
+            return await asyncio.to_thread(path.read_bytes)
         kind, _, picture_id = text[:120].partition("picture:")
         if not kind and picture_id:
             picture = await self.stored(self.store.picture, text.removeprefix("picture:"))
@@ -368,7 +373,7 @@ class Studio:
             draw=record.draw,
             how={},
             arguments={},
-            inputs={},
+            inputs=await self.stored(self.store.inputs_of, record.id),
             created=record.created,
             started=record.started,
             finished=record.finished,
@@ -506,7 +511,7 @@ class Studio:
             job.pictures = pictures or []
         job.state, job.finished = state, time.time()
         job.progress, job.preview, job.cancelling = None, None, False
-        job.arguments, job.inputs = {}, {}
+        job.arguments, job.inputs = {}, job.inputs if job.pictures else {}
         self._jobs.move_to_end(job.id)
         job.ended.set()
         self._tell("job", job)

@@ -111,6 +111,16 @@ def test_from_a_picture_of_the_history_and_a_mask(client, drawn, finished):
     assert before.getpixel((2, 2)) == after.getpixel((2, 2))
     assert before.crop((16, 16, 48, 48)).tobytes() != after.crop((16, 16, 48, 48)).tobytes()
 
+    # What it started from is kept, and draws the same again.
+    assert job["inputs"] == ["image", "mask"]
+    kept = client.get(f"/api/v1/jobs/{job['id']}/inputs/mask")
+    assert kept.content == buffer.getvalue()
+    inputs = {name: f"input:{job['id']}-{name}" for name in job["inputs"]}
+    again = finished(submitted(client, prompt="a frog", mask_blur=0, **inputs))
+    same = Image.open(io.BytesIO(client.get(again["pictures"][0]["url"]).content))
+    assert same.tobytes() == after.tobytes()
+    assert client.get(f"/api/v1/jobs/{job['id']}/inputs/control-0").status_code == 404
+
 
 def test_what_the_pipeline_can_is_passed_on(client, finished):
     job = finished(
@@ -228,6 +238,7 @@ def test_a_field_that_cannot_be_used_is_named(client, values, field):
         ({"image": "http://127.0.0.1/x.png"}, 422, "base64"),
         ({"image": "file:///etc/passwd"}, 422, "base64"),
         ({"image": "picture:../../etc/passwd"}, 422, "history"),
+        ({"image": "input:../../../etc/passwd"}, 422, "kept"),
         ({"model": "/etc/passwd"}, 404, "no model"),
         ({"model": "../tiny-model"}, 404, "no model"),
         ({"vae": "../../etc/passwd"}, 404, "no vae"),

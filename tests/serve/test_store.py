@@ -97,16 +97,29 @@ def test_what_is_torn_is_taken_away_and_what_is_foreign_is_left_alone(store):
     assert store.history(10, None, "") == []
 
 
-def test_inputs_live_as_long_as_their_job(store):
-    job, other = record(), record()
-    for each in (job, other):
+def test_inputs_live_as_long_as_their_job_waits_or_its_pictures_are_kept(store):
+    job, other, done = record(), record(), record(count=2)
+    for each in (job, other, done):
         store.add_job(each)
         store.keep_input(each.id, "image", b"picture")
     store.finish(job.id, "cancelled", {}, [])
-    assert not store.input_path(job.id, "image").exists()
-    assert store.input_path(other.id, "image").read_bytes() == b"picture"
+    pictures = [drawn(store, done.id, index) for index in range(2)]
+    store.finish(done.id, "done", {}, pictures)
+    assert store.kept_input(f"{job.id}-image") is None
     store.recover()
-    assert store.input_path(other.id, "image").exists()
+    for each in (other, done):
+        assert store.kept_input(f"{each.id}-image").read_bytes() == b"picture"
+    store.remove_picture(pictures[0])
+    assert store.kept_input(f"{done.id}-image")
+    store.remove_picture(pictures[1])
+    assert store.kept_input(f"{done.id}-image") is None
+    assert store.kept_input(f"{other.id}-image")
+
+
+def test_a_name_of_an_input_leads_to_no_other_file(store):
+    (store.inputs / "elsewhere").write_bytes(b"no")
+    for name in ("elsewhere", "../lock", f"{'0' * 24}-../../lock", "", f"{'0' * 24}-image"):
+        assert store.kept_input(name) is None
 
 
 def test_one_server_at_a_time(store):

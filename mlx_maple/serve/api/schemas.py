@@ -81,6 +81,7 @@ class Job(BaseModel):
     draw: dict[str, Any] = Field(description="what was asked for, with pictures as true")
     progress: Progress | None
     has_preview: bool
+    inputs: list[str] = Field(description="pictures that it starts from, while they are kept")
     pictures: list[Picture]
     notes: list[str]
     timings: dict[str, float] | None

@@ -57,6 +57,7 @@ JobId = Annotated[str, Path(pattern="^[0-9a-f]{24}$", examples=["0193f0a1b2c3d4e
 PictureId = Annotated[
     str, Path(pattern="^[0-9a-f]{24}-[0-9]{1,3}$", examples=["0193f0a1b2c3d4e5f6a7b8c9-0"])
 ]
+InputName = Annotated[str, Path(pattern="^[a-z_]{1,30}(-[0-9]{1,2})?$", examples=["image"])]
 PresetName = Annotated[str, Path(min_length=1, max_length=80)]
 Client = Annotated[str | None, Header(alias="X-Maple-Client", max_length=64)]
 
@@ -280,6 +281,23 @@ async def preview(request: Request, found: FoundJob) -> Response:
 
 
 @router.get(
+    "/jobs/{job_id}/inputs/{name}",
+    tags=["jobs"],
+    response_class=Response,
+    responses={200: {"content": {"image/png": {}}}},
+)
+async def job_input(request: Request, job_id: JobId, name: InputName) -> Response:
+    """A picture that a job starts from: "image", "mask", "control-0"."""
+    studio = studio_of(request)
+    path = await studio.stored(studio.store.kept_input, f"{job_id}-{name}")
+    if path is None:
+        raise ApiError(404, f"no {name} of job {job_id} is kept")
+    headers = {"cache-control": "private, max-age=31536000, immutable"}
+    # Its bytes are those of a picture, whichever kind: a browser looks at them, not at the name.
+    return FileResponse(path, media_type="image/png", headers=headers)
+
+
+@router.get(
     "/jobs/{job_id}/events",
     tags=["jobs"],
     response_class=EventSourceResponse,
@@ -334,6 +352,7 @@ def shown(studio: Studio, job: insides.Job, me: str) -> schemas.Job:
         draw=job.draw,
         progress=None if job.progress is None else schemas.Progress(**job.progress),
         has_preview=job.preview is not None,
+        inputs=sorted(job.inputs),
         pictures=[shown_picture(picture) for picture in job.pictures],
         notes=job.notes,
         timings=job.timings,
