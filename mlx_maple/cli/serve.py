@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
         os.environ["MAPLE_MODELS"] = str(folder.resolve())
     model_folders.folders("checkpoint")  # a YAML file there that cannot be used is told now
     token = args.token if args.token is not None else os.environ.get(TOKEN_VARIABLE) or None
-    if token is None and args.host not in LOOPBACK:
+    is_made_up = token is None and args.host not in LOOPBACK
+    if is_made_up:
         token = secrets.token_urlsafe(24)
     try:
         config = Config(
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     try:
-        serve(config, opens=args.open, is_verbose=args.verbose)
+        serve(config, opens=args.open, shows_token=is_made_up, is_verbose=args.verbose)
     except KeyboardInterrupt:
         pass  # the usual end
     return DONE

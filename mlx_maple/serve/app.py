@@ -5,7 +5,7 @@ import socket
 import sys
 import threading
 import webbrowser
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,14 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from mlx_maple import __version__
 from mlx_maple.images import ImageError
 from mlx_maple.serve.api import a1111, openai, v1
 from mlx_maple.serve.catalog import UnknownName
 from mlx_maple.serve.config import Config
+from mlx_maple.serve.door import Door
 from mlx_maple.serve.draw import Undrawable
 from mlx_maple.serve.errors import ApiError, error_response
 from mlx_maple.serve.queue import Busy
@@ -50,7 +52,8 @@ def make_app(config: Config) -> FastAPI:
         yield
         await studio.close()
 
-    app = FastAPI(
+    door = Door(config.token, lambda: studio.secret)
+    app = _Guarded(
         title="mlx-maple",
         version=__version__,
         description=DESCRIPTION,
@@ -59,7 +62,8 @@ def make_app(config: Config) -> FastAPI:
         docs_url=None,  # its scripts come from elsewhere
         redoc_url=None,
     )
-    app.state.studio = studio
+    app.guard = lambda inside: Security(inside, config, door)
+    app.state.studio, app.state.door = studio, door
     for router in (v1.router, a1111.router, a1111.controlnet, a1111.root, openai.router):
         app.include_router(router)
     _answer_errors(app)
@@ -70,8 +74,16 @@ def make_app(config: Config) -> FastAPI:
         async def index() -> FileResponse:
             return FileResponse(PAGE / "index.html", headers={"cache-control": "no-cache"})
 
-    app.add_middleware(Security, config=config, secret=lambda: studio.secret)
     return app
+
+
+class _Guarded(FastAPI):
+    """An application with a guard around all of it, also around its answers to its own faults."""
+
+    guard: Callable[[ASGIApp], ASGIApp]
+
+    def build_middleware_stack(self) -> ASGIApp:
+        return self.guard(super().build_middleware_stack())
 
 
 class _PageFiles(StaticFiles):
@@ -187,9 +199,9 @@ class _WithoutToken(logging.Filter):
         return True
 
 
-def _addresses(config: Config, port: int) -> list[str]:
+def _addresses(config: Config, port: int, *, with_token: bool) -> list[str]:
     """Where a browser finds the page: on this machine, and from the network where that is open."""
-    query = f"/?token={quote(config.token)}" if config.token else "/"
+    query = f"/?token={quote(config.token)}" if config.token and with_token else "/"
     hosts = [config.host]
     if config.host in ("0.0.0.0", "::"):
         hosts = ["127.0.0.1" if config.host == "0.0.0.0" else "::1"]
@@ -199,12 +211,15 @@ def _addresses(config: Config, port: int) -> list[str]:
     return [f"http://{f'[{host}]' if ':' in host else host}:{port}{query}" for host in hosts]
 
 
-def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> None:
+def serve(
+    config: Config, *, opens: bool = False, shows_token: bool = False, is_verbose: bool = False
+) -> None:
     """Run until it is told to end.
 
     Args:
         config: of the server.
         opens: show the page in a browser.
+        shows_token: say the token with the address, as nobody else has told it.
         is_verbose: log every request.
 
     Raises:
@@ -213,7 +228,7 @@ def serve(config: Config, *, opens: bool = False, is_verbose: bool = False) -> N
         OSError: the folder cannot be written, or the address is taken.
     """
     listener = _listening(config)
-    addresses = _addresses(config, listener.getsockname()[1])
+    addresses = _addresses(config, listener.getsockname()[1], with_token=shows_token)
     if config.token:
         logging.getLogger("uvicorn.access").addFilter(_WithoutToken(config.token))
     with listener:

@@ -4,38 +4,32 @@ What is kept out, and how:
 
     pages of other sites          Origin and Sec-Fetch-Site must be our own; no CORS header is sent
     DNS rebinding                 Host must be an address, localhost or an allowed name
-    people on the network         a token, compared in constant time, in every request
+    people on the network         a token, or a session that it opened (door.py), in every request
     scripts in our own page       a content security policy that allows our files only
     bodies too large or too slow  bounded in bytes and in seconds, and read whole before they count
     heads that never end          bounded in seconds
 """
 
 import asyncio
-import base64
-import binascii
-import hashlib
-import hmac
 import ipaddress
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import anyio
 import h11
-from starlette.requests import cookie_parser
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_maple.serve.config import Config
+from mlx_maple.serve.door import Door, peer_of
 from mlx_maple.serve.errors import ApiError, error_response
 
-COOKIE = "maple_session"
-COOKIE_SECONDS = 30 * 24 * 3600
-URL_SECONDS = 3600  # that a signed address of a picture is good for, as OpenAI's are
 API_PATHS = ("/api/", "/sdapi/", "/controlnet/", "/v1/")
-OPEN_PATHS = ("/api/v1/health",)  # answered without a token
+# Answered without a token: the page, which holds no secret, and what it needs to ask for one.
+OPEN_PATHS = ("/", "/api/v1/health", "/api/v1/session")
+OPEN_FOLDER = "/page/"
 
 HEADERS = (
     (
@@ -55,11 +49,11 @@ HEADERS = (
 class Security:
     """The outermost layer of the application."""
 
-    def __init__(self, app: ASGIApp, config: Config, secret: Callable[[], bytes]) -> None:
-        """Guard ``app``; what ``secret`` signed is let in without a token."""
+    def __init__(self, app: ASGIApp, config: Config, door: Door) -> None:
+        """Guard ``app``; ``door`` says who is let in."""
         self._app = app
         self._config = config
-        self._secret = secret
+        self._door = door
         self._names = {name.lower().rstrip(".") for name in config.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -139,54 +133,30 @@ class Security:
     # Who ---------------------------------------------------------------------------------------
 
     def _check_token(self, scope: Scope, headers: Mapping[str, str]) -> Response | None:
-        """Refuse who does not know the token; the answer to who brings it in the page's address."""
-        token, path = self._config.token, scope["path"]
+        """Refuse who is not let in; the answer to who brings the token in the page's address."""
+        path, peer = scope["path"], peer_of(scope)
         try:
             query = parse_qs(scope["query_string"].decode("latin-1"), max_num_fields=50)
         except ValueError:
             raise ApiError(400, "the address has more than 50 fields") from None
-        if token is not None and _same(query.get("token", [""])[0], token):
-            if scope["method"] == "GET" and not path.startswith(API_PATHS):
-                # One slash: "//name" would lead elsewhere.
-                place = "/" + quote(path.lstrip("/"))
-                response = Response(status_code=303, headers={"location": place})
-                response.set_cookie(
-                    COOKIE,
-                    session_of(token),
-                    max_age=COOKIE_SECONDS,
-                    httponly=True,
-                    samesite="strict",
-                    secure=scope.get("scheme") == "https",  # behind a proxy with TLS
-                )
+        given = query.get("token", [""])[0]
+        if given and scope["method"] == "GET" and not path.startswith(API_PATHS):
+            # One slash: "//name" would lead elsewhere.
+            place = "/" + quote(path.lstrip("/"))
+            response = Response(status_code=303, headers={"location": place})
+            is_secure = scope.get("scheme") == "https"  # behind a proxy with TLS
+            if self._door.open_session(peer, given, response, is_secure=is_secure):
                 return response
-        if token is None or path in OPEN_PATHS or self._knows(token, headers):
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return None
-        if is_signed(self._secret(), path, query):
+        if self._door.is_signed(path, query) or self._door.admits(peer, headers):
             return None
         raise ApiError(
             401,
             "this server asks for its token: as a bearer token, as the password of basic "
-            "authentication, or once as /?token=… in a browser",
+            "authentication, or in a browser on its page",
             headers={"www-authenticate": "Bearer"},
         )
-
-    @staticmethod
-    def _knows(token: str, headers: Mapping[str, str]) -> bool:
-        scheme, _, credentials = headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and _same(credentials.strip(), token):
-            return True
-        if scheme.lower() == "basic":
-            try:
-                decoded = base64.b64decode(credentials, validate=True).decode("utf-8")
-            except (binascii.Error, ValueError):
-                return False
-            return _same(decoded.partition(":")[2], token)
-        if _same(headers.get("x-maple-token", ""), token):
-            return True
-        # Not the standard library's, which stops at the first cookie that it does not like: those
-        # of other servers on this machine come along.
-        cookie = cookie_parser(headers.get("cookie", "")).get(COOKIE, "")
-        return _same(cookie, session_of(token))
 
     # How much ----------------------------------------------------------------------------------
 
@@ -269,34 +239,6 @@ class PatientProtocol(H11Protocol):
         self._timer = None
         if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
             self.transport.close()
-
-
-def session_of(token: str) -> str:
-    """What a browser's cookie holds: proof of the token, not the token."""
-    return hmac.new(token.encode(), b"mlx-maple session", hashlib.sha256).hexdigest()
-
-
-def signed(secret: bytes, path: str) -> str:
-    """A path with a signature that opens it for an hour."""
-    expires = int(time.time()) + URL_SECONDS
-    return f"{path}?expires={expires}&key={_signature(secret, path, expires)}"
-
-
-def is_signed(secret: bytes, path: str, query: Mapping[str, list[str]]) -> bool:
-    """Whether the query holds a signature of the path that is still good."""
-    expires, key = query.get("expires", [""])[0], query.get("key", [""])[0]
-    if not expires.isdigit() or len(expires) > 12 or int(expires) < time.time():
-        return False
-    return _same(key, _signature(secret, path, int(expires)))
-
-
-def _signature(secret: bytes, path: str, expires: int) -> str:
-    return hmac.new(secret, f"{path}\n{expires}".encode(), hashlib.sha256).hexdigest()
-
-
-def _same(given: str, expected: str) -> bool:
-    """Compare in a time that does not depend on how much is right."""
-    return hmac.compare_digest(given.encode("utf-8", "surrogatepass"), expected.encode())
 
 
 def _netloc(origin: str) -> str:

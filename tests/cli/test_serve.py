@@ -53,3 +53,22 @@ def test_a_folder_that_cannot_be_made(capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert main(["serve", "--port", "0", "--data", str(tmp_path / "file" / "data")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("told", ["option", "environment", None])
+def test_only_a_token_that_it_made_up_is_shown(told, monkeypatch, tmp_path):
+    from mlx_maple.serve import app
+
+    called = {}
+    monkeypatch.setattr(app, "serve", lambda config, **how: called.update(how, config=config))
+    monkeypatch.delenv("MAPLE_TOKEN", raising=False)
+    options = ["--host", "0.0.0.0", "--data", str(tmp_path)]
+    if told == "option":
+        options += ["--token", "correct-horse-battery"]
+    elif told == "environment":
+        monkeypatch.setenv("MAPLE_TOKEN", "correct-horse-battery")
+    assert main(["serve", *options]) == 0
+    token = called["config"].token
+    assert (token == "correct-horse-battery") == (told is not None)
+    shown = app._addresses(called["config"], 7860, with_token=called["shows_token"])
+    assert all((token in address) == (told is None) for address in shown)

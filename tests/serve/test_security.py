@@ -5,11 +5,13 @@ import base64
 import time
 
 import pytest
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, Response
 from starlette.testclient import TestClient
 
-from mlx_maple.serve import security
+from mlx_maple.serve import door as doors
+from mlx_maple.serve.app import make_app
 from mlx_maple.serve.config import Config, Limits
+from mlx_maple.serve.door import COOKIE, Door
 from mlx_maple.serve.security import Security
 
 TOKEN = "correct-horse-battery"
@@ -23,10 +25,21 @@ async def inside(scope, receive, send):
     await PlainTextResponse(str(len(message["body"])))(scope, receive, send)
 
 
+def guarded(config, app=inside):
+    return Security(app, config, Door(config.token, lambda: SECRET))
+
+
+def session_of(token, secret=SECRET):
+    """The cookie that a browser gets for a token."""
+    response = Response()
+    assert Door(token, lambda: secret).open_session("?", token, response, is_secure=False)
+    return response.headers["set-cookie"].partition(";")[0].partition("=")[2]
+
+
 def client_of(tmp_path, base=f"http://{OWN}", **values):
     limits = Limits(upload=1000, body_seconds=0.2)
     config = Config(data=tmp_path, limits=limits, **values)
-    return TestClient(Security(inside, config, lambda: SECRET), base_url=base)
+    return TestClient(guarded(config), base_url=base)
 
 
 @pytest.fixture
@@ -109,8 +122,7 @@ def asked(config, method, path, query=b""):
 
     headers = [(b"host", OWN.encode())]
     scope = {"type": "http", "path": path, "method": method, "query_string": query}
-    guarded = Security(inside, config, lambda: SECRET)
-    asyncio.run(guarded({**scope, "headers": headers}, never, send))
+    asyncio.run(guarded(config)({**scope, "headers": headers}, never, send))
     return sent
 
 
@@ -130,8 +142,11 @@ def basic(password):
         (basic("wrong"), 401),
         ({"authorization": "Basic ???"}, 401),
         ({"x-maple-token": TOKEN}, 200),
-        ({"cookie": f"maple_session={security.session_of(TOKEN)}"}, 200),
+        ({"cookie": f"maple_session={session_of(TOKEN)}"}, 200),
         ({"cookie": f"maple_session={TOKEN}"}, 401),
+        ({"cookie": f"maple_session={session_of(TOKEN + 'x')}"}, 401),  # of an earlier token
+        ({"cookie": f"maple_session={session_of(TOKEN, b'other')}"}, 401),
+        ({"cookie": f"maple_session=9{session_of(TOKEN)}"}, 401),  # lengthened
         ({"cookie": "maple_session=; \x7f"}, 401),
     ],
 )
@@ -140,7 +155,7 @@ def test_the_token(locked, headers, status):
 
 
 def test_another_servers_cookies_do_not_hide_ours(locked):
-    cookie = f'its[0]=a{{"b": 1; {security.COOKIE}={security.session_of(TOKEN)}; x=ä'
+    cookie = f'its[0]=a{{"b": 1; {COOKIE}={session_of(TOKEN)}; x=ä'
     assert locked.get("/", headers={"cookie": cookie.encode("latin-1")}).status_code == 200
 
 
@@ -149,9 +164,52 @@ def test_an_address_of_many_fields_is_refused(client):
     assert client.get("/?" + "a&" * 60).status_code == 400
 
 
-def test_health_alone_takes_no_token(locked):
-    assert locked.get("/api/v1/health").status_code == 200
-    assert locked.get("/api/v1/healthy").status_code == 401
+def test_what_takes_no_token(locked):
+    for path in ("/", "/page/main.js", "/api/v1/health", "/api/v1/session"):
+        assert locked.get(path).status_code == 200
+    for path in ("/page", "/openapi.json", "/api/v1/healthy", "/api/v1/session/x", "/docs"):
+        assert locked.get(path).status_code == 401
+
+
+def test_a_session_ends(locked, monkeypatch):
+    cookie = {"cookie": f"{COOKIE}={session_of(TOKEN)}"}
+    assert locked.get("/api/v1/system", headers=cookie).status_code == 200
+    later = time.time() + doors.SESSION_SECONDS + 1
+    monkeypatch.setattr(doors.time, "time", lambda: later)
+    assert locked.get("/api/v1/system", headers=cookie).status_code == 401
+
+
+def test_who_guesses_has_to_wait(locked, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(doors.time, "monotonic", lambda: now[0])
+    for number in range(doors.TRIES):
+        wrong = {"authorization": f"Bearer wrong-horse-{number:07}"}
+        assert locked.get("/api/v1/system", headers=wrong).status_code == 401
+    right = {"authorization": f"Bearer {TOKEN}"}
+    answer = locked.get("/api/v1/system", headers=right)
+    assert answer.status_code == 429 and int(answer.headers["retry-after"]) <= doors.TRY_SECONDS
+    assert locked.get("/?token=" + TOKEN).status_code == 429
+    # Who is in stays in, and who says nothing is only asked for the token.
+    cookie = {"cookie": f"{COOKIE}={session_of(TOKEN)}"}
+    assert locked.get("/api/v1/system", headers=cookie).status_code == 200
+    assert locked.get("/api/v1/system").status_code == 401
+    now[0] += doors.TRY_SECONDS + 1
+    assert locked.get("/api/v1/system", headers=right).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "peer"),
+    [
+        ("192.168.1.5", "192.168.1.5"),
+        ("::ffff:192.168.1.5", "192.168.1.5"),
+        ("::1", "::1"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::*"),
+        ("2001:db8:1:2:ffff::1", "2001:db8:1:2::*"),
+        ("fe80::1%eth0", "fe80::*"),
+    ],
+)
+def test_a_machine_is_one_peer(host, peer):
+    assert doors.peer_of({"client": (host, 50000)}) == peer
 
 
 def test_a_browser_brings_the_token_once(locked):
@@ -159,7 +217,7 @@ def test_a_browser_brings_the_token_once(locked):
     assert (answer.status_code, answer.headers["location"]) == (303, "/")
     cookie = answer.headers["set-cookie"].lower()
     assert "httponly" in cookie and "samesite=strict" in cookie and TOKEN not in cookie
-    assert locked.get("/").status_code == 200
+    assert locked.get("/openapi.json").status_code == 200
 
 
 def test_a_redirect_stays_here(tmp_path):
@@ -170,12 +228,13 @@ def test_a_redirect_stays_here(tmp_path):
 
 def test_signed_addresses(locked):
     path = "/api/v1/pictures/0193f0a1b2c3d4e5f6a7b8c9-0/file"
-    good = security.signed(SECRET, path)
+    door = Door(TOKEN, lambda: SECRET)
+    good = door.signed(path)
     assert locked.get(good).status_code == 200
     assert locked.get(good.replace("-0/", "-1/")).status_code == 401  # another picture's
     assert locked.get(good[:-1]).status_code == 401
     past = int(time.time()) - 1
-    stale = f"{path}?expires={past}&key={security._signature(SECRET, path, past)}"
+    stale = f"{path}?expires={past}&key={door._signature(path, past)}"
     assert locked.get(stale).status_code == 401
 
 
@@ -197,6 +256,41 @@ def test_every_answer_carries_the_policy(client):
         assert "default-src 'none'" in policy and "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
         assert "access-control-allow-origin" not in answer.headers
+
+
+def test_answers_to_faults_carry_the_policy_too(tmp_path):
+    app = make_app(Config(data=tmp_path / "data"))
+
+    @app.get("/api/v1/fault")
+    async def fault():
+        raise ZeroDivisionError
+
+    # Without its life: no worker is needed.
+    client = TestClient(app, base_url=f"http://{OWN}", raise_server_exceptions=False)
+    answer = client.get("/api/v1/fault")
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "failed"
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    app.state.studio.store.close()
+
+
+def test_signing_in_and_out(tmp_path):
+    app = make_app(Config(data=tmp_path / "data", token=TOKEN))
+    client = TestClient(app, base_url=f"http://{OWN}")
+    path = "/api/v1/session"
+    assert client.get(path).json() == {"token_needed": True, "signed_in": False}
+    foreign = {"origin": "http://evil.example"}
+    assert client.post(path, json={"token": TOKEN}, headers=foreign).status_code == 403
+    wrong = client.post(path, json={"token": "wrong-horse-battery"})
+    assert wrong.status_code == 401 and "set-cookie" not in wrong.headers
+    right = client.post(path, json={"token": TOKEN})
+    assert right.json() == {"token_needed": True, "signed_in": True}
+    cookie = right.headers["set-cookie"].lower()
+    assert "httponly" in cookie and "samesite=strict" in cookie and TOKEN not in cookie
+    assert client.get("/openapi.json").status_code == 200  # with the cookie
+    assert client.get(path).json()["signed_in"]
+    assert client.delete(path).status_code == 204
+    assert client.get("/openapi.json").status_code == 401
+    app.state.studio.store.close()
 
 
 def test_another_address_takes_a_token(tmp_path):

@@ -3,6 +3,7 @@
 import anyio
 from fastapi import Request
 
+from mlx_maple.serve.door import Door, peer_of
 from mlx_maple.serve.studio import Job, Studio
 
 
@@ -11,9 +12,14 @@ def studio_of(request: Request) -> Studio:
     return request.app.state.studio
 
 
+def door_of(request: Request) -> Door:
+    """Who is let in."""
+    return request.app.state.door
+
+
 def client_of(request: Request, api: str) -> str:
-    """Whose turn a request takes: what the page calls itself, else the address and the API."""
-    address = request.client.host if request.client else "?"
+    """Whose turn a request takes: its address, and there what it calls itself or else the API."""
+    address = peer_of(request.scope)
     name = request.headers.get("x-maple-client", "")
     is_name = 0 < len(name) <= 64 and all(c.isalnum() or c in "-_" for c in name)
     return f"{address}/{name if is_name and name.isascii() else api}"

@@ -22,10 +22,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_maple import images
-from mlx_maple.serve.api import client_of, drawn, studio_of
+from mlx_maple.serve.api import client_of, door_of, drawn, studio_of
 from mlx_maple.serve.draw import LIMITS, Draw
 from mlx_maple.serve.errors import ApiError
-from mlx_maple.serve.security import signed
 from mlx_maple.serve.store import Picture
 from mlx_maple.serve.studio import Job, Studio
 
@@ -244,7 +243,7 @@ async def _result(studio: Studio, request: Request, job: Job, asked: Generation)
     data = []
     for picture in job.pictures:
         if asked.response_format == "url":
-            path = signed(studio.secret, f"/api/v1/pictures/{picture.id}/file")
+            path = door_of(request).signed(f"/api/v1/pictures/{picture.id}/file")
             base = f"{request.url.scheme}://{request.headers['host']}"
             data.append(ImageItem(url=f"{base}{path}"))
         else:

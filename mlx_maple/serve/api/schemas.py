@@ -110,6 +110,19 @@ class Health(BaseModel):
     running: bool
 
 
+class Token(BaseModel):
+    """The server's token, to sign in with."""
+
+    token: str = Field(min_length=1, max_length=1000, examples=["correct-horse-battery"])
+
+
+class Session(BaseModel):
+    """Whether this server asks for a token, and whether this browser is let in."""
+
+    token_needed: bool
+    signed_in: bool
+
+
 class Memory(BaseModel):
     """Of the device that draws, in bytes; null where the system does not say."""
 

@@ -18,8 +18,9 @@ from mlx_maple.adapters.lora import read_choices
 from mlx_maple.images import ImageError
 from mlx_maple.metadata import Settings
 from mlx_maple.serve import studio as insides
-from mlx_maple.serve.api import client_of, schemas, studio_of
+from mlx_maple.serve.api import client_of, door_of, schemas, studio_of
 from mlx_maple.serve.catalog import Entry
+from mlx_maple.serve.door import COOKIE, peer_of
 from mlx_maple.serve.draw import LIMITS, Draw
 from mlx_maple.serve.errors import ApiError
 from mlx_maple.serve.store import Picture as StoredPicture
@@ -67,11 +68,36 @@ Client = Annotated[str | None, Header(alias="X-Maple-Client", max_length=64)]
 
 @router.get("/health", tags=["system"])
 async def health(request: Request) -> schemas.Health:
-    """Whether the server answers; the one address that takes no token."""
+    """Whether the server answers; takes no token."""
     studio = studio_of(request)
     return schemas.Health(
         version=__version__, queued=studio.waiting, running=studio.current is not None
     )
+
+
+@router.get("/session", tags=["system"])
+async def session(request: Request) -> schemas.Session:
+    """Whether a token is needed, and whether this browser has signed in."""
+    door = door_of(request)
+    return schemas.Session(
+        token_needed=door.token is not None,
+        signed_in=door.admits(peer_of(request.scope), request.headers),
+    )
+
+
+@router.post("/session", tags=["system"])
+async def sign_in(request: Request, asked: schemas.Token, response: Response) -> schemas.Session:
+    """Sign a browser in: it holds a cookie from now on, which scripts cannot read."""
+    door, is_secure = door_of(request), request.url.scheme == "https"
+    if not door.open_session(peer_of(request.scope), asked.token, response, is_secure=is_secure):
+        raise ApiError(401, "this is not the server's token", field="token")
+    return schemas.Session(token_needed=door.token is not None, signed_in=True)
+
+
+@router.delete("/session", tags=["system"], status_code=204)
+async def sign_out(response: Response) -> None:
+    """Sign a browser out: its cookie is taken away."""
+    response.delete_cookie(COOKIE, httponly=True, samesite="strict")
 
 
 @router.get("/system", tags=["system"])
