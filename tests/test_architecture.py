@@ -20,6 +20,7 @@ WITH_PATHS = LEAVES | {
     "control",
     "sizes",
     "predictions",
+    "drawing",
     "pipeline",
 }
 
@@ -37,7 +38,7 @@ ALLOWED: dict[str, set[str]] = {
     "sizes": {"conditioning", "models"},
     "predictions": {"models"},
     "control": {"models", "images", "preprocess", "metadata"},
-    "pipeline": {
+    "drawing": {
         "models",
         "text",
         "sampling",
@@ -51,6 +52,16 @@ ALLOWED: dict[str, set[str]] = {
         "enlarge",
         "forms",
         "sizes",
+    },
+    "pipeline": {
+        "drawing",
+        "text",
+        "sampling",
+        "images",
+        "metadata",
+        "guidance",
+        "control",
+        "forms",
     },
     "loading": {*WITH_PATHS, "maple_convert"},
     "cli": {*WITH_PATHS, "loading", "serve", "maple_convert", "_openblas"},
@@ -157,6 +168,8 @@ def test_every_part_is_in_the_table():
         ("mlx_maple.pipeline", "import maple_convert.errors"),
         ("mlx_maple.sampling.noise", "import torch"),
         ("mlx_maple.engine.prepare", "from mlx_maple import pipeline"),
+        ("mlx_maple.drawing.phases", "from mlx_maple import pipeline"),
+        ("mlx_maple.drawing.phases", "from mlx_maple import loading"),
         ("maple_convert.model", "import mlx.core"),
         ("maple_convert.model", "import huggingface_hub"),
         ("maple_convert.readers.zip", "from mlx_maple import hub"),

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 import mlx_maple
 from maple_convert import convert
 from maple_convert.errors import ConvertError, InvalidCheckpoint, LayoutMismatch
-from mlx_maple import loading, pipeline, twins
+from mlx_maple import loading, twins
+from mlx_maple.drawing import model as drawn
 from mlx_maple.engine.compiled import GuidedSteps
 from mlx_maple.engine.prepare import prepare_unet
 from mlx_maple.engine.quantize import Quantizer
@@ -102,7 +103,7 @@ def test_compiling_can_be_switched_off(compiles, monkeypatch):
         seen.append(how["compiles"])
         return network
 
-    monkeypatch.setattr(pipeline, "made_ready", spy)
+    monkeypatch.setattr(drawn, "made_ready", spy)
     load(tiny_model.maple_folder(), compile=compiles)
     _ = load(tiny_model.maple_folder(), compile=compiles, low_memory=True).unet
     assert len(seen) == 4 and set(seen) == {compiles}
@@ -504,7 +505,7 @@ def test_low_memory_draws_the_same_from_every_kind_of_source(maple, ckpt, tmp_pa
     drawn = []
     for source, low_memory in ((maple, False), (maple, True), (ckpt, True)):
         sd = loading.load(source, low_memory=low_memory, quantize=quantize, cache=False)
-        assert bool(sd._networks._held) is not low_memory
+        assert bool(sd.networks._held) is not low_memory
         drawn.append(sd("a leaf", seed=1, steps=1, width=64, height=64).latents)
     assert np.array_equal(drawn[0], drawn[1])
     assert np.array_equal(drawn[0], drawn[2])

@@ -55,7 +55,7 @@ def test_a_file_of_a_repository_and_a_revision(shelf):
     vae = (tiny_model.folder() / "vae.safetensors").read_bytes()
     shelf.repos["some-one/vae"] = {"vae.safetensors": vae}
     sd = loading.load(tiny_model.maple_folder(), vae="some-one/vae")
-    assert sd._vae_name == "vae"
+    assert sd.vae_name == "vae"
 
 
 def test_a_maple_folder_on_the_hub(shelf):

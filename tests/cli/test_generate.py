@@ -359,10 +359,10 @@ def test_free_memory_is_found_on_linux():
 
 
 def test_an_allocation_that_fails_says_what_would_fit(draw, monkeypatch):
-    def fail(self, latents, notes):
+    def fail(sd, latents, notes):
         raise RuntimeError("[malloc] Unable to allocate 99 bytes.")
 
-    monkeypatch.setattr("mlx_maple.pipeline.StableDiffusion._decode", fail)
+    monkeypatch.setattr("mlx_maple.drawing.phases.decode", fail)
     code, _, err = draw("x", "--count", 2, "-W", 256)
     assert code == 4 and err.count("\n") == 1
     assert "out of memory drawing" in err and " or --dtype float16; weights: " in err

@@ -24,6 +24,7 @@ from PIL import Image
 import mlx_maple
 from maple_convert import open_model
 from mlx_maple import control, images, pipeline, preprocess
+from mlx_maple.drawing import denoise
 from mlx_maple.models import UNet, UNetConfig
 
 pytestmark = [
@@ -174,7 +175,7 @@ def test_inpainting_with_nine_channels(inpainting, parity_record, strength):
 
 def _other_channels(change):
     plain = control.input_channels
-    return mock.patch.object(pipeline, "input_channels", lambda *a, **k: change(plain(*a, **k)))
+    return mock.patch.object(denoise, "input_channels", lambda *a, **k: change(plain(*a, **k)))
 
 
 BROKEN_CHANNELS = {

@@ -28,8 +28,9 @@ from picture_parity import (
 )
 
 import mlx_maple
-from mlx_maple import images, loading, pipeline
+from mlx_maple import images, loading
 from mlx_maple.cli import main
+from mlx_maple.drawing import starts
 from mlx_maple.sampling import SAMPLERS, make_plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sampling"))
@@ -166,12 +167,12 @@ def test_every_sampler(parity_record, sd, pipe, sampler, mode):
 
 def fresh_noise(monkeypatch):
     """Inpainting that noises the kept part anew."""
-    plain = pipeline._Outside.__init__
+    plain = starts.Outside.__init__
 
     def init(self, plan, inside, noise, clean):
         plain(self, plan, inside, mx.array(unit_noise(77)), clean)
 
-    monkeypatch.setattr(pipeline._Outside, "__init__", init)
+    monkeypatch.setattr(starts.Outside, "__init__", init)
 
 
 CONTROLS = {

@@ -31,7 +31,8 @@ from picture_parity import (
 from PIL import Image
 
 import mlx_maple
-from mlx_maple import images, pipeline
+from mlx_maple import images
+from mlx_maple.drawing import starts
 from mlx_maple.sampling import SAMPLERS, NoiseSchedule, make_plan
 from mlx_maple.text.prompt import encode_prompt
 
@@ -514,7 +515,7 @@ def test_inpainting_with_dpm2_but_for_a_slip_of_diffusers(parity_record, sd, pip
     arguments = {"image": photo(), "mask": hole(), "mask_blur": 0, "strength": 0.7, "seed": 5}
     arguments |= {"sampler": "dpm2", "schedule": "linspace", **USUAL}
     pictures = with_the_original(pictures, images.blurred(hole(), 0))
-    with mock.patch.object(pipeline._Outside, "_at", at_the_end):
+    with mock.patch.object(starts.Outside, "_at", at_the_end):
         result = sd(PROMPT, **arguments)
     compare(parity_record, "inpaint, dpm2 linspace, with that slip", result, latents, pictures)
     found = figures(sd(PROMPT, **arguments), latents, pictures)
@@ -525,12 +526,12 @@ def test_inpainting_with_another_noise_is_seen(parity_record, sd, pipe):
     """Blending in the picture under fresh noise, as some ports do, misses the bar."""
     latents, pictures = inpaint(pipe, strength=1.0, generator=torch.Generator().manual_seed(5))
     arguments = {"image": photo(), "mask": hole(), "mask_blur": 0, "strength": 1, "seed": 5}
-    plain = pipeline._Outside.__init__
+    plain = starts.Outside.__init__
 
     def fresh(self, plan, inside, noise, clean):
         plain(self, plan, inside, mx.array(unit_noise(77)), clean)
 
-    with mock.patch.object(pipeline._Outside, "__init__", fresh):
+    with mock.patch.object(starts.Outside, "__init__", fresh):
         result = sd(PROMPT, sampler="ddim", **arguments, **USUAL)
     found = figures(result, latents, with_the_original(pictures, images.blurred(hole(), 0)))
     parity_record("control: inpaint with fresh noise", **found, bar="must miss one")

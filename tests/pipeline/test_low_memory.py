@@ -29,7 +29,7 @@ def low(build):
 
 
 def held(sd: StableDiffusion) -> set[str]:
-    return set(sd._networks._held)
+    return set(sd.networks._held)
 
 
 ARGUMENTS = {

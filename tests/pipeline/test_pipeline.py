@@ -9,12 +9,15 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_maple import images, pipeline
+from mlx_maple import images
+from mlx_maple.drawing.autoencode import encode
+from mlx_maple.drawing.denoise import encode_prompts, guided_unet
+from mlx_maple.drawing.starts import Outside
 from mlx_maple.engine.compiled import GuidedSteps
 from mlx_maple.engine.prepare import prepare_unet, prepare_vae
 from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.pipeline import StableDiffusion, fit_latent_rgb_factors
-from mlx_maple.sampling import SAMPLERS
+from mlx_maple.sampling import SAMPLERS, make_plan
 from mlx_maple.sampling.noise import NOISE_SOURCES, initial_noise, noise_generator
 
 
@@ -306,10 +309,10 @@ def test_the_mean_unless_a_sample_is_asked_for(sd):
     posterior, start = (generator.normal((8, 16, 4))[None] for _ in range(2))
     moments = sd.vae.encode(mx.array(images.to_pixels(picture()))[None])
     std = np.exp(np.array(moments.logvar) / 2)
-    plan = pipeline.make_plan(sd.noise_schedule, "ddim", "leading", 3, strength=0.5)
+    plan = make_plan(sd.noise_schedule, "ddim", "leading", 3, strength=0.5)
     x = plan.initial(start, mx.array(np.array(moments.mean) + std * posterior))
     job = checked(sd, arguments)
-    model = sd._model(job, sd._prompts(job, []))
+    model = guided_unet(sd, job, encode_prompts(sd, job, []))
     for step in plan.sample(model, x):
         last = step.latents
     assert np.allclose(np.array(last), sample.latents, rtol=0, atol=1e-5)
@@ -373,11 +376,11 @@ def test_the_picture_shows_through_in_every_step(sd):
     arguments |= {"sampler": "ddim", "steps": 8, "seed": 1}
     job = checked(sd, arguments)
     noise = mx.array(initial_noise("torch", 1, (8, 16, 4))[None])
-    clean = sd._encode(picture(), [])[0]
+    clean = encode(sd, picture(), [])[0]
     inside = mx.array(images.latent_mask(job.mask, 8)) > 0
-    outside = pipeline._Outside(job.plan, inside, noise, clean)
+    outside = Outside(job.plan, inside, noise, clean)
     seen = []
-    model = sd._model(job, sd._prompts(job, []))
+    model = guided_unet(sd, job, encode_prompts(sd, job, []))
     for step in job.plan.sample(model, job.plan.initial(noise, clean)):
         blended = np.array(outside.kept(step))
         known = np.array(job.plan.noised(clean, noise, step.index))
@@ -396,7 +399,7 @@ def test_the_network_sees_the_picture_in_every_call(sd, monkeypatch, sampler, sc
     arguments = {"image": picture(), "mask": right_half(), "mask_blur": 0, "strength": 0.75}
     arguments |= {"sampler": sampler, "schedule": schedule, "steps": 6, "seed": 1}
     noise = initial_noise("torch", 1, (8, 16, 4))[None]
-    clean = np.array(sd._encode(picture(), [])[0])
+    clean = np.array(encode(sd, picture(), [])[0])
     errors = []
 
     def spy(self, latents, timesteps, context, *more):
@@ -663,7 +666,7 @@ def test_a_gpus_way_draws_the_same(sd, calls, monkeypatch, more):
     expected = sd("a", **arguments)
     one_by_one = list(calls)
     calls.clear()
-    monkeypatch.setattr(pipeline, "_on_cpu", lambda: False)
+    monkeypatch.setattr(StableDiffusion, "is_on_cpu", False)
     told = list(sd.generate("a", **arguments))
     assert set(one_by_one) == {(2, 2)} and set(calls) == {(4, 4)}
     assert len(one_by_one) == 2 * len(calls)
@@ -700,7 +703,7 @@ def test_networks_made_ready_draw_the_same(build, more, one_by_one):
 
 
 def test_a_gpu_is_one_step_ahead_and_can_be_cancelled(sd, calls, monkeypatch):
-    monkeypatch.setattr(pipeline, "_on_cpu", lambda: False)
+    monkeypatch.setattr(StableDiffusion, "is_on_cpu", False)
     drawing = sd.generate("a", steps=4, sampler="euler")
     progress = [next(drawing) for _ in range(2)][-1]
     assert (progress.stage, progress.index, len(calls)) == ("sample", 1, 2)

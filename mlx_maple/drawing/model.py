@@ -1,0 +1,287 @@
+"""A model's networks, made ready for the device, and what is known of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_maple import enlarge
+from mlx_maple.adapters import Adapters
+from mlx_maple.conditioning import TextEncoders
+from mlx_maple.control import control_name
+from mlx_maple.drawing.results import Component, Info
+from mlx_maple.engine import quantize
+from mlx_maple.engine.compiled import made_ready
+from mlx_maple.engine.low_memory import Networks, Reload
+from mlx_maple.forms import HAVE_FORMS, PARTS, PLAIN, Form
+from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, ControlNet, T2IAdapter, UNet
+from mlx_maple.sampling import NoiseSchedule
+from mlx_maple.text.prompt import encode_prompt
+from mlx_maple.text.tokenizer import Tokenizer
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# What a model of the family does where its own files do not say.
+DEFAULTS: dict[str, Any] = {
+    "width": 512,
+    "height": 512,
+    "steps": 20,
+    "guidance_scale": 7.5,
+    "guidance_rescale": 0.0,
+    "sampler": "dpmpp_2m",
+    "schedule": "karras",
+}
+
+
+class DiffusionModel:
+    """The networks of a Stable Diffusion model, 1.x, 2.x or XL.
+
+    Attributes:
+        text_encoder: ids (B, 77) to states. SDXL's refiner has none.
+        text_encoder_2: SDXL's second one; None in other families.
+        text_encoders: all that the model has, with their tokenizers.
+        unet: latents (B, h, w, C), timesteps (B,), context (B, T, D) to predictions (B, h, w, C).
+        vae: pictures to scaled latents and back.
+        taesd: a small autoencoder for previews, or None.
+        configs: of each network by name; looking at them loads nothing.
+        tokenizer: text to ids.
+        noise_schedule: what the UNet was trained on.
+        defaults: width, height, steps, guidance_scale, guidance_rescale, sampler and schedule of a
+            plain call.
+        latent_rgb_factors: of linear previews: C rows of RGB weights and a row of offsets, or None.
+        control_names: of each network that steers, in order: what people call it.
+        networks: all of them by name, held or to be loaded when they are asked for.
+        adapters: LoRAs and learned words for them, or None.
+        upscalers: what finds a network that enlarges pictures, or None.
+        vae_name: of an autoencoder from elsewhere, else "".
+        max_memory: bytes of MLX's in all, above which a GPU is waited for, or None.
+        info: what is known of the model.
+    """
+
+    def __init__(
+        self,
+        *,
+        text_encoder: CLIPTextEncoder | None,
+        unet: UNet,
+        vae: AutoencoderKL,
+        tokenizer: Tokenizer,
+        noise_schedule: NoiseSchedule,
+        text_encoder_2: CLIPTextEncoder | None = None,
+        taesd: TAESD | None = None,
+        controlnets: Mapping[str, ControlNet | T2IAdapter] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+        latent_rgb_factors: Sequence[Sequence[float]] | None = None,
+        name: str = "",
+        sha256: str = "",
+        vae_name: str = "",
+        family: str = "sd1",
+        layout: str = "",
+        notes: Sequence[str] = (),
+        upscalers: Callable[[str], enlarge.Upscaler] | None = None,
+        reload: Mapping[str, Reload] | None = None,
+        renew: Mapping[str, Reload] | None = None,
+        adapters: Adapters | None = None,
+        compile: bool = True,
+        max_memory: int | None = None,
+    ) -> None:
+        """Put a model together from its networks.
+
+        Args:
+            text_encoder: with its weights; SDXL's refiner has none.
+            unet: with its weights.
+            vae: with its weights.
+            tokenizer: whose ids the text encoders know; each fills up with its own.
+            noise_schedule: what the UNet was trained on and what it predicts.
+            text_encoder_2: SDXL's second, with its weights.
+            taesd: for previews.
+            controlnets: what steers, by the name that people know it by.
+            defaults: any of the settings in ``DEFAULTS``, as this model likes them.
+            latent_rgb_factors: C rows of RGB weights and a row of offsets, for linear previews;
+                None has them fitted to what is drawn, which costs some decodings.
+            name: of the model, for pictures' settings.
+            sha256: of its file, in hexadecimal.
+            vae_name: of an autoencoder from elsewhere.
+            family: for ``info``.
+            layout: for ``info``.
+            notes: for ``info``.
+            upscalers: what enlarges pictures, by its name or place; an OSError where there is none.
+            reload: functions that load a network by name. With them the model is in low-memory
+                mode: of those networks only the one in use is held, and what is given here needs
+                no weights that were read.
+            renew: functions that load a network by name once more, with whatever ``adapters`` has
+                put on top of it by then.
+            adapters: LoRAs and learned words for this model.
+            compile: whether networks may be compiled; they are on a GPU where that works.
+            max_memory: bytes of MLX's in all, above which a GPU is waited for; it stays an
+                attribute. What one operation needs it takes; nothing is refused.
+        """
+        self.max_memory = max_memory
+        self.tokenizer = tokenizer
+        self.noise_schedule = noise_schedule
+        self.defaults = {**DEFAULTS, **(defaults or {})}
+        self.latent_rgb_factors = latent_rgb_factors
+        self.vae_name = vae_name
+        self.upscalers = upscalers
+        networks: dict[str, Any] = {
+            "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
+            "unet": unet,
+            "vae": vae,
+            "taesd": taesd,
+        }
+        self.control_names: dict[str, str] = {}
+        for number, (known_as, network) in enumerate((controlnets or {}).items()):
+            networks[part := control_name(number)] = network
+            self.control_names[part] = known_as
+        present = {part: module for part, module in networks.items() if module is not None}
+        components = {part: _component(module) for part, module in present.items()}
+        self._compiles = compile
+        self._form = PLAIN  # that networks have just now
+        reload = dict(reload or {})
+        held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
+        reloads = {
+            n: lambda load=load: self._ready(load(), True, True) for n, load in reload.items()
+        }
+        renewals = {
+            n: lambda load=load: self._ready(load(), False, True)
+            for n, load in (renew or {}).items()
+        }
+        self.networks = Networks(held, reloads, renewals)
+        self.adapters = adapters
+        self.configs = self.networks.configs
+        self.text_encoders = TextEncoders(
+            {
+                part: tokenizer.padded_with(self.configs[part].pad_token_id)
+                for part in TEXT_ENCODERS
+                if part in present
+            },
+            self.networks.__getitem__,
+            is_normed=self.configs["unet"].vector_channels is None,
+        )
+        self.info = Info(
+            name=name,
+            sha256=sha256,
+            family=family,
+            layout=layout,
+            prediction=noise_schedule.prediction,
+            parameters=sum(component.parameters for component in components.values()),
+            bytes=sum(component.bytes for component in components.values()),
+            width=self.defaults["width"],
+            height=self.defaults["height"],
+            components=components,
+            notes=tuple(notes),
+        )
+
+    @property
+    def text_encoder(self) -> CLIPTextEncoder:
+        """Ids (B, 77) to states; in low-memory mode it is loaded when it is asked for."""
+        if "text_encoder" not in self.networks:
+            raise AttributeError("this model has no text_encoder: see text_encoder_2")
+        return self.networks["text_encoder"]
+
+    @text_encoder.setter
+    def text_encoder(self, module: CLIPTextEncoder) -> None:
+        self.networks["text_encoder"] = self._ready(module)
+
+    @property
+    def text_encoder_2(self) -> CLIPTextEncoder | None:
+        """SDXL's second text encoder; None in other families."""
+        return self.networks["text_encoder_2"] if "text_encoder_2" in self.networks else None
+
+    @text_encoder_2.setter
+    def text_encoder_2(self, module: CLIPTextEncoder) -> None:
+        self.networks["text_encoder_2"] = self._ready(module)
+
+    @property
+    def unet(self) -> UNet:
+        """Latents (B, h, w, C), timesteps (B,) and context (B, T, D) to predictions."""
+        return self.networks["unet"]
+
+    @unet.setter
+    def unet(self, module: UNet) -> None:
+        self.networks["unet"] = self._ready(module)
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        """Pictures to scaled latents and back."""
+        return self.networks["vae"]
+
+    @vae.setter
+    def vae(self, module: AutoencoderKL) -> None:
+        self.networks["vae"] = self._ready(module)
+
+    @property
+    def taesd(self) -> TAESD | None:
+        """A small autoencoder for previews, or None."""
+        return self.networks["taesd"] if "taesd" in self.networks else None
+
+    @taesd.setter
+    def taesd(self, module: TAESD | None) -> None:
+        self.networks["taesd"] = self._ready(module)
+
+    def _ready(self, network: Any, low_memory: bool | None = None, consumes: bool = False) -> Any:
+        """A network as the device that runs draws fastest with."""
+        if network is None:
+            return None
+        if self._form != PLAIN and isinstance(network, HAVE_FORMS):
+            return self._form.apply(network)  # what a GPU is prepared for has no other form
+        low_memory = self.networks.is_low_memory if low_memory is None else low_memory
+        return made_ready(
+            network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
+        )
+
+    @property
+    def is_on_cpu(self) -> bool:
+        """Whether MLX draws on the CPU just now."""
+        return mx.default_device().type == mx.DeviceType.cpu
+
+    @property
+    def is_low_memory(self) -> bool:
+        """Whether only the network in use is held."""
+        return self.networks.is_low_memory
+
+    def tokenize(self, text: str, *, syntax: str = "a1111") -> list[list[int]]:
+        """Chunks of 77 ids, as the text encoder reads them; without tags, AND and changes."""
+        return encode_prompt(self.tokenizer, text, syntax=syntax).ids
+
+    def set_form(self, form: Form) -> None:
+        """Have the networks in a form from now on."""
+        if form == self._form:
+            return
+        self._form = form
+        for part in PARTS:
+            if self.is_on_cpu and not self.is_low_memory:
+                form.apply(self.networks[part])
+            else:
+                self.networks.drop(part)  # it is read again, in this form, when it is used
+
+    def dtype_of(self, part: str) -> mx.Dtype:
+        """What the network of this name computes in."""
+        return getattr(mx, self.info.components[part].dtype)
+
+
+def _weights(module: nn.Module) -> list[mx.array]:
+    found = tree_flatten(module.parameters())
+    assert isinstance(found, list)
+    return [weight for _, weight in found]
+
+
+def _dtype(module: nn.Module) -> mx.Dtype:
+    """What a module computes in."""
+    return next(w.dtype for w in _weights(module) if mx.issubdtype(w.dtype, mx.floating))
+
+
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Such as float16, without the module's name."""
+    return str(dtype).rpartition(".")[2]
+
+
+def _component(module: nn.Module) -> Component:
+    weights = _weights(module)
+    return Component(
+        parameters=quantize.parameter_count(module),
+        bytes=sum(weight.nbytes for weight in weights),
+        dtype=dtype_name(_dtype(module)),
+        bits=quantize.bits_of(module),
+    )

@@ -1,0 +1,187 @@
+"""A drawing from text to pictures, phase by phase.
+
+Only this package evaluates: the networks and samplers below only describe the work. One step is one
+evaluation.
+"""
+
+from collections.abc import Generator
+from contextlib import closing
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_maple import enlarge, images
+from mlx_maple.drawing.arguments import texts_of
+from mlx_maple.drawing.autoencode import decode, encode
+from mlx_maple.drawing.clock import Clock
+from mlx_maple.drawing.denoise import encode_prompts, evaluated, guided_unet, refined, shown_beside
+from mlx_maple.drawing.jobs import Job
+from mlx_maple.drawing.model import DiffusionModel
+from mlx_maple.drawing.previews import Previews
+from mlx_maple.drawing.results import Progress, Result
+from mlx_maple.drawing.starts import Outside, start
+from mlx_maple.engine.compiled import room
+from mlx_maple.forms import PLAIN
+from mlx_maple.guidance import Prompts
+
+
+def run(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
+    """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
+    with sd.networks.drawing(_room(sd, job)):
+        try:
+            yield from _phases(sd, job)
+        finally:
+            sd.set_form(PLAIN)
+            sd.networks.release(*sd.configs)
+            if job.refiner is not None:
+                job.refiner.networks.release(*job.refiner.configs)
+
+
+def _room(sd: DiffusionModel, job: Job) -> int | None:
+    """Bytes beside the networks that MLX may take before it waits for the device."""
+    if sd.max_memory is not None:
+        return sd.networks.room_within(sd.max_memory)
+    return room(job.largest.shape, job.guidance_scale != 1)
+
+
+def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
+    """Text, picture, steps, decoding; in low-memory mode each network goes after its phase."""
+    clock, total = Clock(), job.plan.total
+    total += 0 if job.second is None else job.second.plan.total
+    notes = list(job.notes)
+
+    yield from clock.away(Progress(index=0, total=total, stage="text"))
+    _put_on(sd, job, notes)
+    sd.set_form(job.form)
+    prompts = encode_prompts(sd, job, notes)
+    later = None if job.second is None else encode_prompts(sd, job.second, notes)
+    sd.networks.release(*sd.text_encoders.tokenizers)
+    clock.mark("text")
+
+    posterior = None
+    if job.picture is not None:
+        yield from clock.away(Progress(index=0, total=total, stage="encode"))
+        posterior = encode(sd, job.picture, notes)
+        sd.networks.release("vae")
+        clock.mark("encode")
+
+    latents, previews = yield from _sampled(sd, job, prompts, posterior, notes, clock, 0, total)
+    if job.second is not None and later is not None:
+        clean = yield from _enlarged(sd, job, latents, clock, notes)
+        done, job = job.plan.total, job.second
+        latents, previews = yield from _sampled(sd, job, later, clean, notes, clock, done, total)
+
+    final = np.array(latents)
+    pictures = []
+    for i in range(job.count):
+        yield from clock.away(
+            Progress(
+                index=total,
+                total=total,
+                stage="decode",
+                seconds_per_step=clock.seconds_per_step,
+                _preview=previews.of(total, latents),
+            )
+        )
+        drawn = images.to_image(decode(sd, latents[i : i + 1], notes))
+        if job.mask is not None and job.picture is not None:
+            drawn = images.composited(drawn, job.picture, job.mask)
+        pictures.append(drawn)
+    clock.mark("decode")
+
+    yield Progress(
+        index=total,
+        total=total,
+        stage="done",
+        seconds_per_step=clock.seconds_per_step,
+        result=Result(
+            images=pictures,
+            latents=final,
+            settings=job.settings,
+            timings=clock.timings(),
+            notes=list(dict.fromkeys(notes)),
+        ),
+    )
+
+
+def _sampled(
+    sd: DiffusionModel,
+    job: Job,
+    prompts: Prompts,
+    posterior: tuple[mx.array, mx.array] | None,
+    notes: list[str],
+    clock: Clock,
+    done: int,
+    total: int,
+) -> Generator[Progress, None, tuple[mx.array, Previews]]:
+    """The steps of one drawing, from ``done`` of ``total`` on: its latents, evaluated."""
+    shown = shown_beside(sd, job, notes)
+    model = guided_unet(sd, job, prompts, shown)  # not before: it loads the UNet
+    model = refined(sd, job, model, shown, notes)
+    noise, clean, draw = start(job, posterior)
+    blend = None
+    if job.mask is not None and clean is not None and not shown.holds_mask:
+        inside = images.latent_mask(job.mask, sd.configs["vae"].downscale)
+        outside = Outside(job.plan, mx.array(inside) > 0, noise, clean)
+        model, blend = outside.watched(model), outside.kept
+    x = job.plan.initial(noise, None if job.is_fresh else clean)
+    # A GPU works on one step while this side describes the next and the caller looks at the
+    # last; a CPU would only get in its own way, and two steps take more memory than one.
+    ahead = 0 if sd.is_on_cpu or sd.networks.is_low_memory else 1
+    latents, previews = x, Previews(sd, job)
+    with closing(evaluated(job.plan.sample(model, x, draw), blend, ahead)) as steps:
+        for step in steps:
+            latents, done = step.latents, done + 1
+            clock.step()
+            yield from clock.away(
+                Progress(
+                    index=done,
+                    total=total,
+                    stage="sample",
+                    seconds_per_step=clock.seconds_per_step,
+                    _preview=previews.of(done, step.denoised),
+                )
+            )
+    del model, steps
+    sd.networks.release("unet", *sd.control_names)
+    if job.refiner is not None:
+        job.refiner.networks.release("unet")
+    clock.mark("sample")
+    return latents, previews
+
+
+def _enlarged(
+    sd: DiffusionModel, job: Job, latents: mx.array, clock: Clock, notes: list[str]
+) -> Generator[Progress, None, tuple[mx.array, mx.array]]:
+    """A drawing's latents at the size of the second; each with a deviation of nothing."""
+    assert job.second is not None
+    name, (rows, columns) = job.settings[0].hires_upscaler or "", job.second.shape[1:3]
+    total = job.plan.total + job.second.plan.total
+    if name == "latent":
+        found = mx.array(enlarge.bilinear(np.array(latents), rows, columns))
+        clock.mark("enlarge")
+        return found, mx.zeros_like(found)
+    means = []
+    for i in range(job.count):
+        yield from clock.away(Progress(index=job.plan.total, total=total, stage="encode"))
+        drawn = images.to_image(decode(sd, latents[i : i + 1], notes))
+        drawn = drawn if job.upscale is None else job.upscale(drawn)
+        means.append(encode(sd, images.fitted(drawn, *job.second.size), notes)[0])
+    sd.networks.release("vae")
+    clock.mark("enlarge")
+    found = mx.concatenate(means)
+    return found, mx.zeros_like(found)
+
+
+def _put_on(sd: DiffusionModel, job: Job, notes: list[str]) -> None:
+    """Have the networks carry the drawing's LoRAs and know the learned words of its texts."""
+    if sd.adapters is None or job.loras is None:
+        return
+    sd.networks.drop(*sd.adapters.wear(job.loras))
+    texts = texts_of(job.prompts)
+    rows = min(sd.configs[part].vocab_size for part in sd.text_encoders.tokenizers)
+    words, are_new = sd.adapters.words_for(texts, sd.tokenizer.encode, rows, notes)
+    sd.text_encoders.words = words
+    if are_new:
+        for part in sd.text_encoders.tokenizers:
+            sd.adapters.set_words(sd.networks[part], part)
