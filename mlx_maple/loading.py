@@ -29,6 +29,7 @@ from maple_convert.errors import (
     UnsupportedCheckpoint,
 )
 from maple_convert.layouts.diffusers_config import PREDICTIONS, UNKNOWN
+from maple_convert.recommend import recommended
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, known_models, model_folders, twins, upscalers
 from mlx_maple.adapter_files import AdapterFiles
@@ -82,6 +83,14 @@ _MODULES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "t2i_adapter": (T2IAdapterConfig, T2IAdapter),
 }
 _STEERS = ("controlnet", "t2i_adapter")  # of no use as a part of a model
+# What a network of its own file is given as.
+_OPTIONS = {
+    "unet": "--unet",
+    "vae": "--vae",
+    "taesd": "--vae",
+    "controlnet": "--controlnet",
+    "t2i_adapter": "--controlnet",
+}
 _STAND_INS = {
     "vae": "taesd",
     "controlnet": "t2i_adapter",
@@ -124,6 +133,7 @@ def load(
     quantize: int | None = None,
     low_memory: bool = False,
     max_memory: int | None = None,
+    unet: str | Path | None = None,
     vae: str | Path | None = None,
     taesd: str | Path | None = None,
     controlnet: str | Path | Sequence[str | Path] | None = None,
@@ -155,6 +165,9 @@ def load(
             and decode in stripes: less memory, the same pictures, more time.
         max_memory: bytes of MLX's above which a drawing waits for the GPU; None is as many as do
             not cost time.
+        unet: take the UNet from here instead, named likewise: a bare one, as GGUF files mostly hold
+            and distilled ones are published, or another whole model's. What shows how a UNet is
+            drawn with, shows it here too: its name, its config.
         vae: take the autoencoder from here instead, named as ``source`` is, or as it is called in
             the models' folders (``model_folders``). A TAESD will do: quick, and less exact.
         taesd: take a small autoencoder for previews from here.
@@ -165,7 +178,7 @@ def load(
             folders; words of those folders are also found when a prompt has them.
         compile: whether the UNet's step may be compiled, which it is on a GPU where that works.
         variant: of a diffusers folder's weights, such as "fp16"; None takes what suits ``dtype``.
-        ema: use the EMA copy of the UNet's weights; the file must hold one.
+        ema: use the EMA copy of the UNet's weights; the file that it is from must hold one.
         prediction: what the UNet predicts, "epsilon" or "v_prediction"; None is what the files say,
             and where they do not, what the UNet is seen to do.
         cache: keep the converted twin of a raw checkpoint, and use it.
@@ -198,20 +211,17 @@ def load(
     found = find(source, variant, "checkpoint")
     if vae is None:
         vae = _known_vae(found, name)
-    with _open(found, name, ema=ema, cache=cache, progress=progress) as model:
-        if lacking := _lacking(model):
-            if lacking != ["vae"] or vae is None:
-                there = ", ".join(model.components)
-                raise UnsupportedCheckpoint(
-                    found.path,
-                    f"holds {there} but no {' and no '.join(lacking)}: not a whole model",
-                )
+    given = {"unet": unet, "vae": vae, "taesd": taesd}
+    replaced = {part: other for part, other in given.items() if other}
+    own_ema = ema and "unet" not in replaced
+    with _open(found, name, ema=own_ema, cache=cache, progress=progress) as model:
+        if lacking := [part for part in _lacking(model) if part not in replaced]:
+            raise _not_whole(found.path, model, lacking)
         if found.known is not None:
             model.defaults |= found.known.settings
         notes = [*found.notes, *model.notes]
-        replaced = {part: other for part, other in (("vae", vae), ("taesd", taesd)) if other}
         sources = {
-            part: _Source(_reopening(model, found, ema), found, part)
+            part: _Source(_reopening(model, found, own_ema), found, part)
             for part in model.components
             if part not in replaced and part not in _STEERS
         }
@@ -222,8 +232,10 @@ def load(
         for part, kind, other in wanted:
             elsewhere = find(other, None, kind)
             notes += elsewhere.notes
-            sources[part] = _elsewhere(elsewhere, kind)
+            sources[part] = _elsewhere(elsewhere, kind, ema=ema and part == "unet")
             names[part] = elsewhere.name
+        if "unet" in replaced:
+            notes += _take_unet(model, sources["unet"])
         configs = {part: component.config for part, component in model.components.items()}
         fetch = partial(_adapter_of_hub, local_files_only=local_files_only, progress=progress)
         adapters = AdapterFiles(configs, fetch).adapters(embeddings)
@@ -240,9 +252,9 @@ def load(
         if prediction is not None:
             model.prediction = prediction
         elif model.prediction == UNKNOWN:
-            unet = again["unet"]() if low_memory else modules["unet"]
-            _see_prediction(model, cast(UNet, unet), notes)
-            del unet
+            shown = again["unet"]() if low_memory else modules["unet"]
+            _see_prediction(model, cast(UNet, shown), notes)
+            del shown
         loads = {"reload" if low_memory else "renew": again}
         sd = _assemble(model, modules, found, names, notes, adapters, compile, **loads)
         sd.max_memory = max_memory
@@ -254,6 +266,68 @@ def _lacking(model: SourceModel) -> list[str]:
     family = model.family
     parts = REQUIRED.get(family, REQUIRED.get(family.partition("-")[0], REQUIRED[""]))
     return [part for part in parts if part not in model.components]
+
+
+def _not_whole(path: Path, model: SourceModel, lacking: Sequence[str]) -> UnsupportedCheckpoint:
+    """What is missing, and by which option the rest is added."""
+    there = list(model.components)
+    advice = ""
+    if len(there) == 1 and (option := _OPTIONS.get(there[0])):
+        advice = f"; draw with a whole one and give this as its {option}"
+    elif len(lacking) == 1 and (option := _OPTIONS.get(lacking[0])):
+        advice = f"; {option} takes one from elsewhere"
+    missing = " and no ".join(lacking)
+    return UnsupportedCheckpoint(
+        path, f"holds {', '.join(there)} but no {missing}: not a whole model{advice}"
+    )
+
+
+def _take_unet(model: SourceModel, origin: "_Source") -> list[str]:
+    """Make ``model`` what it is with another UNet: of its family, drawn with as it likes.
+
+    What a whole model says of its UNet holds. A bare UNet says little: the rest stays as it was,
+    and where it seems to predict something else, what it predicts is looked at.
+
+    Returns:
+        One sentence for each thing that was settled.
+
+    Raises:
+        UnsupportedCheckpoint: there is no UNet, or one that takes other text.
+    """
+    with origin.open() as other:
+        component = origin.component(other)
+        path, family, notes = origin.found.path, other.family, list[str]()
+        origin.found.is_finite = other.layout != "maple"
+        if not _lacking(other):
+            for what in ("prediction", "scheduler", "scheduler_class", "alphas_cumprod"):
+                setattr(model, what, getattr(other, what))
+            model.defaults |= other.defaults
+        else:
+            key = "rescale_zero_terminal_snr"
+            model.scheduler[key] = model.scheduler[key] or other.scheduler[key]
+            if other.alphas_cumprod is not None:
+                model.alphas_cumprod = other.alphas_cumprod
+            if other.prediction != model.prediction:
+                model.prediction = UNKNOWN
+            settings, notes = recommended(
+                path,
+                component.config,
+                scheduler=other.scheduler,
+                scheduler_class=other.scheduler_class,
+            )
+            model.defaults |= settings
+        if origin.found.known is not None:
+            model.defaults |= origin.found.known.settings
+        model.components["unet"], model.family = component, family
+    texts = [model.components[part].config for part in TEXT_ENCODERS if part in model.components]
+    context, width = component.config["cross_attention_dim"], sum(t["hidden_size"] for t in texts)
+    lacking = [part for part in _lacking(model) if part in TEXT_ENCODERS]
+    if lacking or width != context:
+        reason = f"its context is {context} wide and that model's text {width}"
+        raise UnsupportedCheckpoint(
+            path, f"is the UNet of another family than {model.path}: {reason}"
+        )
+    return notes
 
 
 def _see_prediction(model: SourceModel, unet: UNet, notes: list[str]) -> None:
@@ -557,6 +631,13 @@ class _Source:
     found: _Found
     part: str
 
+    def component(self, model: SourceModel) -> Component:
+        """The network's part of what was opened, which must have it."""
+        if self.part not in model.components:
+            there = ", ".join(model.components)
+            raise UnsupportedCheckpoint(self.found.path, f"holds no {self.part} but {there}")
+        return model.components[self.part]
+
     def load(self, how: _How) -> nn.Module:
         """The network with its weights read, ready to draw."""
         with self.open() as model:
@@ -565,9 +646,7 @@ class _Source:
 
     def built(self, model: SourceModel, how: _How, *, is_skeleton: bool = False) -> nn.Module:
         """The network, its weights still to be read; a skeleton has none."""
-        if self.part not in model.components:
-            there = ", ".join(model.components)
-            raise UnsupportedCheckpoint(self.found.path, f"holds no {self.part} but {there}")
+        self.component(model)
         return _build(model, self.part, how, is_skeleton=is_skeleton)
 
     def ready(self, module: nn.Module, how: _How) -> nn.Module:
@@ -580,9 +659,9 @@ class _Source:
         return module
 
 
-def _elsewhere(found: _Found, part: str) -> _Source:
+def _elsewhere(found: _Found, part: str, *, ema: bool = False) -> _Source:
     """One network of another file or folder, or what stands in for it."""
-    opening, other = _opening(found), _STAND_INS.get(part)
+    opening, other = _opening(found, ema), _STAND_INS.get(part)
     if other is not None:
         with opening() as model:
             if part not in model.components and other in model.components:
@@ -590,15 +669,15 @@ def _elsewhere(found: _Found, part: str) -> _Source:
     return _Source(opening, found, part)
 
 
-def _opening(found: _Found) -> Callable[[], SourceModel]:
-    return lambda: open_model(found.path, variant=found.variant)
+def _opening(found: _Found, ema: bool = False) -> Callable[[], SourceModel]:
+    return lambda: open_model(found.path, variant=found.variant, ema=ema)
 
 
 def _reopening(model: SourceModel, found: _Found, ema: bool) -> Callable[[], SourceModel]:
     """Opens a model again: its twin, where it has one."""
     if model.layout == "maple":
         return lambda: open_model(model.path)
-    return lambda: open_model(found.path, variant=found.variant, ema=ema)
+    return _opening(found, ema)
 
 
 def _build(model: SourceModel, part: str, how: _How, *, is_skeleton: bool = False) -> nn.Module:
@@ -818,6 +897,7 @@ def _assemble(
             latent_rgb_factors=None if "vae" in names else model.latent_rgb_factors,
             name=found.name,
             sha256=(model.source or {}).get("sha256") or "",
+            unet_name=names.get("unet", ""),
             vae_name=names.get("vae", ""),
             family=model.family,
             layout=model.layout,

@@ -115,6 +115,7 @@ class Settings:
         injected: what was given as an array instead of drawn from the seed: latents, step_noise.
         model: its name.
         model_hash: the first 10 digits of its file's SHA-256, A1111's way.
+        unet: name of a UNet from elsewhere.
         vae: name of a separate autoencoder.
         dtype: of weights and activations.
         bits: that the weights were quantised to.
@@ -168,6 +169,7 @@ class Settings:
     injected: str = ""
     model: str = ""
     model_hash: str = ""
+    unet: str = ""
     vae: str = ""
     dtype: str = ""
     bits: int | None = None
@@ -175,8 +177,8 @@ class Settings:
 
     def arguments(self) -> dict[str, Any]:
         """What is set, as keyword arguments for ``StableDiffusion.generate``."""
-        about = ("control", "injected", "model", "model_hash", "vae", "dtype", "bits", "version")
-        about += ("refiner", "refiner_start", "zeroed_negative")
+        about = ("control", "injected", "model", "model_hash", "unet", "vae", "dtype", "bits")
+        about += ("version", "refiner", "refiner_start", "zeroed_negative")
         found = {
             name: value
             for name, value in asdict(self).items()
@@ -360,6 +362,7 @@ _SCHEDULES_UNLIKE = {
 }
 
 _NOISE = {"GPU": "nvidia", "NV": "nvidia", "CPU": "torch"}
+_NAMED = {"Model": "model", "Model hash": "model_hash", "UNet": "unet", "VAE": "vae"}
 _PLAIN = {  # numbers of the last line and the settings that they are
     "Steps": "steps",
     "CFG scale": "guidance_scale",
@@ -420,6 +423,7 @@ def to_parameters(settings: Settings) -> str:
         ("Size", f"{settings.width}x{settings.height}" if has_size else None),
         ("Model hash", settings.model_hash or None),
         ("Model", settings.model or None),
+        ("UNet", settings.unet or None),
         ("VAE", settings.vae or None),
     ]
     if settings.variation_strength:
@@ -485,7 +489,7 @@ def from_parameters(text: str) -> Recipe:
         if key in pairs:
             used.add(key)
             values[name] = _number(key, name, pairs[key])
-    for key, name in (("Model", "model"), ("Model hash", "model_hash"), ("VAE", "vae")):
+    for key, name in _NAMED.items():
         if key in pairs:
             used.add(key)
             values[name] = pairs[key]

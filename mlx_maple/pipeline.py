@@ -351,6 +351,7 @@ class StableDiffusion(DiffusionModel):
             refiner_start=None if refiner is None else refiner_start,
             model=self.info.name,
             model_hash=self.info.sha256[:10],
+            unet=self.unet_name,
             vae=self.vae_name,
             dtype=self.info.components["unet"].dtype,
             bits=self.info.components["unet"].bits,

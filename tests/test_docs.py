@@ -2,7 +2,8 @@
 
 Each fenced ``sh`` block of README.md and docs/**/*.md is run, in the order of the page, in a
 scratch folder that holds what a reader would have: a tiny model as ``model.ckpt`` and
-``model.safetensors``, ``vae.safetensors``, ``taesd.safetensors``, ``photo.png`` and ``mask.png``.
+``model.safetensors``, ``unet.gguf``, ``vae.safetensors``, ``taesd.safetensors``, ``photo.png`` and
+``mask.png``.
 The blocks of a page share the folder, so that a later one may use what an earlier one wrote. A
 block that cannot run here says what it needs in its first line, and is not run:
 

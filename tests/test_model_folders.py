@@ -37,6 +37,8 @@ def test_without_the_variable_there_is_nothing(monkeypatch):
         ("embedding", "embeddings/bad.pt"),
         ("vae", "VAE/kl.pt"),
         ("vae", "models/vae/kl.safetensors"),
+        ("unet", "unet/q4.gguf"),
+        ("unet", "diffusion_models/q4.safetensors"),
         ("controlnet", "ControlNet/canny.pth"),
         ("upscaler", "ESRGAN/x4.pth"),
         ("upscaler", "upscale_models/x4.pth"),

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from maple_convert.layouts import LAYOUTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "convert"))
+import gguf_files
 from torch_files import write_legacy, write_torch_zip
 
 __all__ = ["compvis", "folder", "maple_folder", "weights", "write_legacy"]
@@ -106,6 +107,7 @@ def folder() -> Path:
     write_torch_zip(made / "model.ckpt", {"state_dict": state, "global_step": 840000})
     save_file(state, made / "model.safetensors")
     save_file(weights("vae", "diffusers"), made / "vae.safetensors")
+    gguf_files.save(made / "unet.gguf", weights("unet", "compvis"))
     save_file(weights("taesd", "diffusers"), made / "taesd.safetensors")
     control = weights("controlnet", "compvis", "control_model.")
     save_file(control, made / "control.safetensors")

@@ -9,11 +9,12 @@ from pathlib import Path
 from mlx_maple import model_folders
 
 # Kinds whose files are networks that ``open_model`` tells apart; others change one, or a picture.
-TOLD = ("checkpoint", "vae", "controlnet")
+TOLD = ("checkpoint", "unet", "vae", "controlnet")
 OPTIONS = {
     "checkpoint": "-m",
     "lora": "--lora",
     "embedding": "--embedding",
+    "unet": "--unet",
     "vae": "--vae",
     "controlnet": "--controlnet",
     "upscaler": "--hires-upscaler",
@@ -29,8 +30,8 @@ class Loose:
         name: that its option takes.
         path: the file.
         nbytes: its size.
-        family: of a checkpoint, an autoencoder or a ControlNet, by evidence; "" for other kinds,
-            and where it cannot be used.
+        family: of a checkpoint, a UNet, an autoencoder or a ControlNet, by evidence; "" for other
+            kinds, and where it cannot be used.
         fault: why it cannot be used.
     """
 

@@ -78,6 +78,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{where} (see `maple models`); without it $MAPLE_MODEL, else what `maple models use` "
         "has set, else the small one that comes with maple",
     )
+    add(
+        "--unet",
+        metavar="MODEL",
+        help="take the UNet from here instead: a bare one, as most GGUF files hold, will do",
+    )
     add("--vae", metavar="MODEL", help="take the autoencoder from here instead")
     add("--taesd", metavar="MODEL", help="a small autoencoder, for --preview taesd")
     add(
@@ -557,6 +562,7 @@ def _load(
             quantize=bits,
             low_memory=args.low_memory,
             max_memory=args.max_memory,
+            unet=args.unet,
             vae=args.vae,
             taesd=args.taesd,
             controlnet=args.controlnet,
@@ -616,6 +622,8 @@ def _differences(written: "Settings", sd: "StableDiffusion", args: argparse.Name
         notes.append(
             f"was drawn with the model {theirs}, and this is {sd.info.name} {own}".rstrip()
         )
+    if written.unet and args.unet is None:
+        notes.append(f"was drawn with the UNet {written.unet}: name it with --unet")
     if written.vae and args.vae is None:
         notes.append(f"was drawn with the autoencoder {written.vae}: name it with --vae")
     bits = sd.info.components["unet"].bits

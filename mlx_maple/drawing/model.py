@@ -54,6 +54,7 @@ class DiffusionModel:
         networks: all of them by name, held or to be loaded when they are asked for.
         adapters: LoRAs and learned words for them, or None.
         upscalers: what finds a network that enlarges pictures, or None.
+        unet_name: of a UNet from elsewhere, else "".
         vae_name: of an autoencoder from elsewhere, else "".
         max_memory: bytes of MLX's in all, above which a GPU is waited for, or None.
         info: what is known of the model.
@@ -74,6 +75,7 @@ class DiffusionModel:
         latent_rgb_factors: Sequence[Sequence[float]] | None = None,
         name: str = "",
         sha256: str = "",
+        unet_name: str = "",
         vae_name: str = "",
         family: str = "sd1",
         layout: str = "",
@@ -101,6 +103,7 @@ class DiffusionModel:
                 None has them fitted to what is drawn, which costs some decodings.
             name: of the model, for pictures' settings.
             sha256: of its file, in hexadecimal.
+            unet_name: of a UNet from elsewhere.
             vae_name: of an autoencoder from elsewhere.
             family: for ``info``.
             layout: for ``info``.
@@ -121,7 +124,7 @@ class DiffusionModel:
         self.noise_schedule = noise_schedule
         self.defaults = {**DEFAULTS, **(defaults or {})}
         self.latent_rgb_factors = latent_rgb_factors
-        self.vae_name = vae_name
+        self.unet_name, self.vae_name = unet_name, vae_name
         self.upscalers = upscalers
         networks: dict[str, Any] = {
             "text_encoder": text_encoder,

@@ -34,6 +34,7 @@ FULL = Settings(
     discard_penultimate=True,
     model='odd, "name": one',
     model_hash="cc6cb27103",
+    unet="other-unet",
     vae="other-vae",
     dtype="float16",
     version=metadata.program(),
@@ -451,7 +452,8 @@ def test_arguments_are_those_of_generate():
 
     taken = set(signature(StableDiffusion.generate).parameters)
     assert FULL.arguments().keys() <= taken
-    facts = {"control", "injected", "model", "model_hash", "vae", "dtype", "bits", "version"}
+    facts = {"control", "injected", "model", "model_hash", "unet", "vae", "dtype", "bits"}
+    facts |= {"version"}
     facts |= {"zeroed_negative"}  # is said by a negative prompt of None
     assert {field.name for field in fields(Settings)} - facts <= taken
 
