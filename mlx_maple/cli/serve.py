@@ -50,6 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a name that browsers may ask for it by, beside addresses and localhost",
     )
+    add(
+        "--behind-proxy",
+        action="store_true",
+        help="believe what a proxy on this machine says of whom requests come from "
+        "(X-Forwarded-For and -Proto)",
+    )
 
     add = parser.add_argument_group("memory").add_argument
     add(
@@ -110,6 +116,7 @@ def run(args: argparse.Namespace) -> int:
             host=args.host,
             port=args.port,
             token=token,
+            is_behind_proxy=args.behind_proxy,
             allowed_hosts=tuple(args.allow_host),
             model=_model(args.model),
             low_memory=args.low_memory,

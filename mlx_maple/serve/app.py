@@ -1,6 +1,7 @@
 """The ASGI application, and the server that runs it."""
 
 import logging
+import resource
 import socket
 import sys
 import threading
@@ -28,8 +29,9 @@ from mlx_maple.serve.config import Config
 from mlx_maple.serve.door import Door
 from mlx_maple.serve.draw import Undrawable
 from mlx_maple.serve.errors import ApiError, error_response
+from mlx_maple.serve.protocol import protocol_of
 from mlx_maple.serve.queue import Busy
-from mlx_maple.serve.security import PatientProtocol, Security
+from mlx_maple.serve.security import Security
 from mlx_maple.serve.studio import Studio
 
 PAGE = Path(__file__).with_name("page")
@@ -232,10 +234,11 @@ def serve(
     if config.token:
         logging.getLogger("uvicorn.access").addFilter(_WithoutToken(config.token))
     with listener:
-        PatientProtocol.header_seconds = config.limits.header_seconds
+        _allow_files(config.limits.connections + 256)
         settings = uvicorn.Config(
             make_app(config),
-            http=PatientProtocol,
+            http=protocol_of(config.limits),
+            proxy_headers=config.is_behind_proxy,  # else anyone here could take any address
             ws="none",
             log_level="info" if is_verbose else "warning",
             access_log=is_verbose,
@@ -249,6 +252,15 @@ def serve(
         server.run(sockets=[listener])
         if not server.started:
             raise NotStarted("the server could not start: see above")
+
+
+def _allow_files(count: int) -> None:
+    """Have so many files open at once, as far as the system lets us: some begin with 256."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        most = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        with suppress(ValueError, OSError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _listening(config: Config) -> socket.socket:

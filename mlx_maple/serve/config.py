@@ -24,9 +24,17 @@ class Limits:
         upload: bytes of a request's body.
         upload_pixels: of a picture that comes in.
         queued: jobs that wait, of all clients.
-        queued_each: jobs that wait, of one client.
+        queued_each: jobs that wait, of one peer (address).
         body_seconds: until a request's body must be there.
         header_seconds: until a request's head must be there.
+        read_seconds: that a client may leave what it was sent unread.
+        connections: that are open.
+        connections_each: of one peer, so are the next two.
+        streams: of events that are open.
+        streams_each: likewise.
+        bodies: bytes of requests that are in memory.
+        bodies_each: likewise.
+        presets: that are kept.
     """
 
     width: tuple[int, int] = (64, 2048)
@@ -41,6 +49,14 @@ class Limits:
     queued_each: int = 32
     body_seconds: float = 30.0
     header_seconds: float = 10.0
+    read_seconds: float = 30.0
+    connections: int = 768
+    connections_each: int = 512
+    streams: int = 128
+    streams_each: int = 48
+    bodies: int = 512 << 20
+    bodies_each: int = 256 << 20
+    presets: int = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +67,7 @@ class Config:
         host: address that it listens on.
         port: likewise.
         token: that every request must know; None on the loopback address only.
+        is_behind_proxy: whether a proxy on this machine says whom requests come from.
         allowed_hosts: names that it may be asked for by, beside addresses and localhost.
         model: that draws where none is named: what ``load`` takes; None is the embedded one.
         low_memory: hold one network at a time.
@@ -64,6 +81,7 @@ class Config:
     host: str = "127.0.0.1"
     port: int = PORT
     token: str | None = None
+    is_behind_proxy: bool = False
     allowed_hosts: tuple[str, ...] = ()
     model: str | None = None
     low_memory: bool = False

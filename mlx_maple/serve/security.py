@@ -7,21 +7,21 @@ What is kept out, and how:
     people on the network         a token, or a session that it opened (door.py), in every request
     scripts in our own page       a content security policy that allows our files only
     bodies too large or too slow  bounded in bytes and in seconds, and read whole before they count
-    heads that never end          bounded in seconds
+    many large bodies             bounded in bytes, all together and of each peer
+    connections, slow readers     bounded before this: protocol.py
 """
 
-import asyncio
 import ipaddress
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import anyio
-import h11
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mlx_maple.serve.bounds import Bound
 from mlx_maple.serve.config import Config
 from mlx_maple.serve.door import Door, peer_of
 from mlx_maple.serve.errors import ApiError, error_response
@@ -54,6 +54,8 @@ class Security:
         self._app = app
         self._config = config
         self._door = door
+        limits = config.limits
+        self._bodies = Bound(limits.bodies, limits.bodies_each)
         self._names = {name.lower().rstrip(".") for name in config.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -83,15 +85,16 @@ class Security:
             entrance = self._check_token(scope, headers)
             if entrance is not None:
                 return await entrance(scope, receive, send_with_headers)
-            receive = await self._whole_body(headers, receive)
+            with self._body_room(peer_of(scope)) as take:
+                whole = await self._whole_body(headers, receive, take)
+                if whole is not None:  # else the client has left
+                    # It catches its own errors: none that is caught below comes from here.
+                    await self._app(scope, whole, send_with_headers)
         except ApiError as error:
             refusal = error_response(
                 scope["path"], error.status, error.message, code=error.code, headers=error.headers
             )
             return await refusal(scope, receive, send_with_headers)
-        if receive is None:
-            return None  # the client has left
-        await self._app(scope, receive, send_with_headers)
         return None
 
     # From where --------------------------------------------------------------------------------
@@ -160,7 +163,30 @@ class Security:
 
     # How much ----------------------------------------------------------------------------------
 
-    async def _whole_body(self, headers: Mapping[str, str], receive: Receive) -> Any:
+    @contextmanager
+    def _body_room(self, peer: str) -> Iterator[Callable[[int], None]]:
+        """Counts a request's bytes until it is answered; raises where there is no room."""
+        taken = 0
+
+        def take(count: int) -> None:
+            nonlocal taken
+            if not self._bodies.take(peer, count):
+                raise ApiError(
+                    503,
+                    "too much is being sent at once: try again later",
+                    code="busy",
+                    headers={"connection": "close", "retry-after": "5"},
+                )
+            taken += count
+
+        try:
+            yield take
+        finally:
+            self._bodies.give(peer, taken)
+
+    async def _whole_body(
+        self, headers: Mapping[str, str], receive: Receive, take: Callable[[int], None]
+    ) -> Any:
         """A ``receive`` that hands on the body, which is there; None where the client has left."""
         limits = self._config.limits
         too_large = ApiError(
@@ -181,6 +207,7 @@ class Security:
                         return None
                     chunks.append(message.get("body", b""))
                     size += len(chunks[-1])
+                    take(len(chunks[-1]))
                     is_whole = not message.get("more_body", False)
                     if size > limits.upload:
                         raise too_large
@@ -201,44 +228,6 @@ class Security:
             return message
 
         return replay
-
-
-class PatientProtocol(H11Protocol):
-    """HTTP/1.1 that waits a bounded time for a request's head, as uvicorn does not."""
-
-    header_seconds = 10.0
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Expect a request."""
-        super().connection_made(transport)
-        self._timer: asyncio.TimerHandle | None = None
-        self._expect_a_head()
-
-    def data_received(self, data: bytes) -> None:
-        """Expect the rest of a head that has begun."""
-        super().data_received(data)
-        self._expect_a_head()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """Expect nothing more."""
-        self._stop_waiting()
-        super().connection_lost(exc)
-
-    def _expect_a_head(self) -> None:
-        if self.conn.their_state is not h11.IDLE:
-            self._stop_waiting()
-        elif self._timer is None:
-            self._timer = self.loop.call_later(self.header_seconds, self._give_up)
-
-    def _stop_waiting(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _give_up(self) -> None:
-        self._timer = None
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
-            self.transport.close()
 
 
 def _netloc(origin: str) -> str:

@@ -393,8 +393,11 @@ class Store:
         rows = self._db.execute("SELECT name, draw, changed FROM presets ORDER BY name")
         return [(name, json.loads(draw), changed) for name, draw, changed in rows]
 
-    def put_preset(self, name: str, draw: Mapping[str, Any]) -> float:
-        """Keep a preset; returns when."""
+    def put_preset(self, name: str, draw: Mapping[str, Any], most: int) -> float | None:
+        """Keep a preset; returns when, or None where ``most`` of other names are there already."""
+        others = self._db.execute("SELECT count(*) FROM presets WHERE name != ?", (name,))
+        if others.fetchone()[0] >= most:
+            return None
         now = time.time()
         self._db.execute(
             "INSERT OR REPLACE INTO presets VALUES (?, ?, ?)", (name, json.dumps(dict(draw)), now)

@@ -12,14 +12,15 @@ import secrets
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import anyio
 
+from mlx_maple.serve.bounds import Bound
 from mlx_maple.serve.catalog import Catalog, Entry
 from mlx_maple.serve.config import Config
 from mlx_maple.serve.draw import PICTURES, Draw, Undrawable
@@ -143,6 +144,7 @@ class Studio:
         self._queue: FairQueue[Job] = FairQueue(config.limits.queued, config.limits.queued_each)
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._feeds: set[Feed] = set()
+        self._streams = Bound(config.limits.streams, config.limits.streams_each)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._submitting = asyncio.Lock()
         self._store_thread = ThreadPoolExecutor(1, "store")
@@ -528,6 +530,20 @@ class Studio:
         return task
 
     # Listeners -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def stream(self, peer: str) -> Iterator[None]:
+        """A stream of events of a peer's that is open for a while.
+
+        Raises:
+            Busy: too many are.
+        """
+        if not self._streams.take(peer):
+            raise Busy("too many streams of events are open: close some", 5)
+        try:
+            yield
+        finally:
+            self._streams.give(peer)
 
     @asynccontextmanager
     async def listening(self, job: str | None = None) -> AsyncIterator[Feed]:

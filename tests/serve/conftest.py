@@ -12,7 +12,7 @@ from mlx_maple.serve.config import Config, Limits
 def served(tmp_path_factory):
     """A client of a running server, and the server's insides."""
     folder = tmp_path_factory.mktemp("serve")
-    limits = Limits(queued=6, queued_each=4)
+    limits = Limits(queued=6, queued_each=4, presets=3)
     app = make_app(Config(model=str(TINY), data=folder / "data", limits=limits))
     with TestClient(app, base_url=BASE, raise_server_exceptions=False) as client:
         yield client, app.state.studio

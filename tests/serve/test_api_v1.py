@@ -158,14 +158,16 @@ def test_a_running_job_is_cancelled_between_two_steps(client, finished):
 
 def test_the_queue_is_bounded_and_a_waiting_job_is_cancelled_at_once(client, finished):
     running = submitted(client, steps=200)
-    waiting = [submitted(client, steps=1) for _ in range(4)]
-    assert [job["position"] for job in waiting] == [1, 2, 3, 4]
-    refused = client.post("/api/v1/jobs", json=QUICK)
-    assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-    assert refused.json()["error"]["code"] == "busy"
-    other = client.post("/api/v1/jobs", json=QUICK, headers={"X-Maple-Client": "other"})
+    waiting = [submitted(client, steps=1) for _ in range(3)]
+    assert [job["position"] for job in waiting] == [1, 2, 3]
+    named = {"X-Maple-Client": "other"}
+    other = client.post("/api/v1/jobs", json=QUICK, headers=named)
     assert other.status_code == 202
     assert other.json()["position"] == 2  # its turn comes after one of the first client's
+    for headers in ({}, named, {"X-Maple-Client": "made-up"}):  # a name buys no room
+        refused = client.post("/api/v1/jobs", json=QUICK, headers=headers)
+        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "busy"
     for job in waiting[1:]:
         assert client.post(f"/api/v1/jobs/{job['id']}/cancel").json()["state"] == "cancelled"
     client.post(f"/api/v1/jobs/{running['id']}/cancel")
@@ -288,6 +290,14 @@ def test_presets_are_kept(client):
     assert client.put("/api/v1/presets/x", json={"image": "aGVsbG8="}).status_code == 422
     assert client.delete("/api/v1/presets/my own").status_code == 204
     assert client.delete("/api/v1/presets/my own").status_code == 404
+
+
+def test_presets_are_bounded(client):
+    codes = [client.put(f"/api/v1/presets/{n}", json={}).status_code for n in "abcd"]
+    assert codes == [200, 200, 200, 409]
+    assert client.put("/api/v1/presets/a", json={"steps": 4}).status_code == 200  # changed
+    for name in "abc":
+        client.delete(f"/api/v1/presets/{name}")
 
 
 def test_the_history_pages_and_forgets(client, drawn):

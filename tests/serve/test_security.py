@@ -245,6 +245,45 @@ def test_bodies_are_bounded_in_bytes(client):
     assert answer.status_code == 413 and "error" in answer.json()
 
 
+def test_bodies_are_bounded_together(tmp_path):
+    """What is in memory counts until it is answered."""
+    limits = Limits(bodies=100, bodies_each=60)
+    waiting = asyncio.Event()
+
+    async def slow(scope, receive, send):
+        await waiting.wait()
+        await PlainTextResponse("done")(scope, receive, send)
+
+    async def act():
+        app = guarded(Config(data=tmp_path, limits=limits), slow)
+
+        async def ask(size, host):
+            sent = []
+
+            async def receive():
+                return {"type": "http.request", "body": b"x" * size}
+
+            async def send(message):
+                sent.append(message)
+
+            scope = {"type": "http", "path": "/api/v1/jobs", "method": "POST", "query_string": b""}
+            headers = [(b"host", OWN.encode())]
+            await app({**scope, "headers": headers, "client": (host, 1)}, receive, send)
+            return sent[0]["status"]
+
+        held = asyncio.create_task(ask(50, "10.0.0.1"))
+        await asyncio.sleep(0)
+        assert await ask(20, "10.0.0.1") == 503  # more than one's share
+        other = asyncio.create_task(ask(50, "10.0.0.2"))
+        await asyncio.sleep(0)
+        assert await ask(1, "10.0.0.3") == 503  # more than all
+        waiting.set()
+        assert await held == await other == 200
+        assert await ask(60, "10.0.0.1") == 200
+
+    asyncio.run(act())
+
+
 def test_bodies_are_bounded_in_time(tmp_path):
     config = Config(data=tmp_path, limits=Limits(body_seconds=0.05))
     assert asked(config, "POST", "/api/v1/jobs")[0]["status"] == 408

@@ -1,6 +1,7 @@
 """Jobs between their request and their end, with a worker that only listens."""
 
 import asyncio
+from contextlib import ExitStack
 
 import anyio
 import pytest
@@ -78,6 +79,22 @@ def test_questions_are_bounded(tmp_path):
         for question in asked:
             question.cancel()
         await asyncio.gather(*asked, return_exceptions=True)
+
+    within(tmp_path, act)
+
+
+def test_streams_are_bounded(tmp_path):
+    async def act(studio, sent):
+        most = studio.config.limits.streams_each
+        with ExitStack() as stack:
+            for _ in range(most):
+                stack.enter_context(studio.stream("10.0.0.1"))
+            with pytest.raises(Busy), studio.stream("10.0.0.1"):
+                pass
+            with studio.stream("10.0.0.2"):
+                pass
+        with studio.stream("10.0.0.1"):
+            pass
 
     within(tmp_path, act)
 

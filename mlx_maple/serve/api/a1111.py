@@ -75,6 +75,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         422: "cannot be used",
         429: "too many jobs wait",
         500: "the drawing failed",
+        503: "too much is being sent at once",
     }.items()
 }
 router = APIRouter(prefix="/sdapi/v1", tags=["AUTOMATIC1111"], responses=RESPONSES)

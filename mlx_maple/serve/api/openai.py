@@ -59,6 +59,7 @@ router = APIRouter(
             404: "no such model",
             429: "too many jobs wait",
             500: "the drawing failed",
+            503: "too much is being sent at once",
         }.items()
     },
 )

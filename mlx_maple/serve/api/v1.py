@@ -41,9 +41,11 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         401: "no token, or a wrong one",
         403: "not from this server's own page",
         404: "there is no such thing",
+        409: "no more of these are kept",
         413: "too large",
         422: "cannot be used; `details` names the fields",
         429: "too many jobs wait; Retry-After says when to ask again",
+        503: "too much is being sent at once, or a question has no answer now",
     }.items()
 }
 # The same beside a stream of events, whose errors are JSON all the same.
@@ -323,11 +325,18 @@ async def job_input(request: Request, job_id: JobId, name: InputName) -> Respons
     return FileResponse(path, media_type="image/png", headers=headers)
 
 
+async def _stream(request: Request) -> AsyncIterator[None]:
+    """Room for one more stream, until it has ended."""
+    with studio_of(request).stream(peer_of(request.scope)):
+        yield
+
+
 @router.get(
     "/jobs/{job_id}/events",
     tags=["jobs"],
     response_class=EventSourceResponse,
     responses=EVENT_ERRORS,
+    dependencies=[Depends(_stream)],
 )
 async def job_events(
     request: Request, found: FoundJob, client: Client = None
@@ -342,7 +351,13 @@ async def job_events(
             yield _event(studio, kind, found, me)
 
 
-@router.get("/events", tags=["jobs"], response_class=EventSourceResponse, responses=EVENT_ERRORS)
+@router.get(
+    "/events",
+    tags=["jobs"],
+    response_class=EventSourceResponse,
+    responses=EVENT_ERRORS,
+    dependencies=[Depends(_stream)],
+)
 async def events(request: Request, client: Client = None) -> AsyncIterator[ServerSentEvent]:
     """Every job as it goes: events `job` (a Job) and `preview`; does not end."""
     studio, me = studio_of(request), client_of(request, "v1")
@@ -600,7 +615,10 @@ async def put_preset(
         raise ApiError(422, "a preset holds no pictures")
     studio = studio_of(request)
     said = draw.said()
-    changed = await studio.stored(studio.store.put_preset, name, said)
+    most = studio.config.limits.presets
+    changed = await studio.stored(studio.store.put_preset, name, said, most)
+    if changed is None:
+        raise ApiError(409, f"{most} presets are kept already: remove one first")
     return schemas.Preset(name=name, draw=said, changed=changed)
 
 
