@@ -50,7 +50,7 @@ $(VENV)/.browser: $(VENV)/.dev
 # trainer's tools: --no-deps.
 $(VENV)/.parity: $(VENV)/.dev
 	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,parity]"
-	$(PIP) install --quiet --no-deps k-diffusion==0.1.1.post1 lycoris-lora==4.1.3
+	$(PIP) install --quiet --no-deps k-diffusion==0.1.1.post1 lycoris-lora==4.1.3 tomesd==0.1.3 DeepCache==0.1.1
 	@touch $@
 
 # Four unguided steps of lcm draw it (see training/README.md): seconds on two slow cores, also without OpenBLAS.

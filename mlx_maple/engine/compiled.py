@@ -25,6 +25,8 @@ ROOM_PER_CELL = 88 << 10
 
 # (latents (B, h, w, C) at the network's input scale, timestep) -> guided prediction, float32
 Model = Callable[[mx.array, float], mx.array]
+# (latents, row of its time, prompt, scale or None) -> guided prediction, float32
+Step = Callable[[mx.array, mx.array, list[mx.array], mx.array | None], mx.array]
 
 
 class GuidedSteps:
@@ -46,13 +48,15 @@ class GuidedSteps:
         in_parts: bool = True,
     ) -> None:
         self.unet = unet
+        self.compiles = compiles
         self.one_by_one = one_by_one
         self.in_parts = in_parts and not one_by_one
+        self.cached: Any = None  # engine.deep_cache's form of them
         wrap: Callable[[Any], Any] = mx.compile if compiles else lambda function: function
         self._whole = wrap(self._step)
-        self._begin = wrap(self._begun)
+        self.begin = wrap(self._begun)
         self._finish = wrap(self._finished)
-        # What ``_begin`` leaves for latents of a shape, once or twice: of each map its size, and
+        # What ``begin`` leaves for latents of a shape, once or twice: of each map its size, and
         # whether a residual comes with it.
         self._maps: dict[tuple[int, ...], list[tuple[Size, bool]]] = {}
 
@@ -63,6 +67,7 @@ class GuidedSteps:
         guidance_scale: float,
         timesteps: Iterable[float],
         vectors: tuple[mx.array, mx.array | None] | None = None,
+        step: Step | None = None,
     ) -> Model:
         """A model of the samplers': out = n + scale * (p - n), in float32.
 
@@ -74,7 +79,9 @@ class GuidedSteps:
             guidance_scale: 1 is unguided.
             timesteps: that will be asked for.
             vectors: (B, V) of the prompts and of what is avoided, for networks that take one.
+            step: what makes each; None is the network itself.
         """
+        step = self.step if step is None else step
         is_guided = negative is not None and guidance_scale != 1
         context = positive
         if negative is not None and is_guided:
@@ -105,33 +112,45 @@ class GuidedSteps:
             row = rows.get(timestep)
             if row is None:
                 (row,) = rows_of([timestep])
-            factor = scale if is_guided else None
-            if not self.in_parts:
-                return self._whole(latents, row, prompt, factor)
-            maps = self._begin(latents, row, prompt, is_guided)
-            mx.async_eval(maps)
-            return self._finish(latents, maps, row, prompt, factor)
+            return step(latents, row, prompt, scale if is_guided else None)
 
         return call
+
+    def step(
+        self, latents: mx.array, row: mx.array, prompt: list[mx.array], scale: mx.array | None
+    ) -> mx.array:
+        """One step: of latents, a time's row, a prompt and, where it is guided, how far."""
+        if not self.in_parts:
+            return self._whole(latents, row, prompt, scale)
+        parts = self.begin(latents, row, prompt, scale is not None)
+        mx.async_eval(parts)
+        return self._finish(latents, parts, row, prompt, scale)
 
     def _step(
         self, latents: mx.array, row: mx.array, prompt: list[mx.array], scale: mx.array | None
     ) -> mx.array:
         if scale is None or not self.one_by_one:
-            maps = self.unet.begin(_twice(latents, scale is not None), row, prompt)
-            return _guided(self.unet.finish(maps, row, prompt), scale)
+            maps = self.unet.begin(twice(latents, scale is not None), row, prompt)
+            return guided_sum(self.unet.finish(maps, row, prompt), scale)
         count = latents.shape[0]
         rows = (row, row) if row.shape[0] == 1 else (row[:count], row[count:])
         avoided = self.unet.predict(latents, rows[0], [each[:count] for each in prompt])
         # MLX would start both at once: the second half waits for the first.
         later = mx.depends([latents], [avoided])[0]
         wanted = self.unet.predict(later, rows[1], [each[count:] for each in prompt])
-        return _guided(mx.concatenate([avoided, wanted]), scale)
+        return guided_sum(mx.concatenate([avoided, wanted]), scale)
+
+    def again(self) -> "GuidedSteps":
+        """Others for the same network, to be traced anew: for a change of what it does."""
+        parts = self.in_parts
+        return GuidedSteps(
+            self.unet, compiles=self.compiles, one_by_one=self.one_by_one, in_parts=parts
+        )
 
     def _begun(
         self, latents: mx.array, row: mx.array, prompt: list[mx.array], is_guided: bool
     ) -> list[mx.array]:
-        maps = self.unet.begin(_twice(latents, is_guided), row, prompt)
+        maps = self.unet.begin(twice(latents, is_guided), row, prompt)
         key = (*latents.shape, is_guided)
         self._maps[key] = [(each.size, each.residual is not None) for each in maps]
         return [part for m in maps for part in (m.value, m.residual) if part is not None]
@@ -144,19 +163,24 @@ class GuidedSteps:
         prompt: list[mx.array],
         scale: mx.array | None,
     ) -> mx.array:
-        left, key = iter(parts), (*latents.shape, scale is not None)
-        maps = [
+        maps = self.maps(latents, parts, scale is not None)
+        return guided_sum(self.unet.finish(maps, row, prompt), scale)
+
+    def maps(self, latents: mx.array, parts: list[mx.array], is_guided: bool) -> list[Map]:
+        """The maps whose parts ``begin`` has made for such latents."""
+        left, key = iter(parts), (*latents.shape, is_guided)
+        return [
             Map(next(left), next(left) if has_residual else None, size)
             for size, has_residual in self._maps[key]
         ]
-        return _guided(self.unet.finish(maps, row, prompt), scale)
 
 
-def _twice(latents: mx.array, is_guided: bool) -> mx.array:
+def twice(latents: mx.array, is_guided: bool) -> mx.array:
+    """The latents for what is avoided and for what is wanted."""
     return mx.concatenate([latents, latents]) if is_guided else latents
 
 
-def _guided(out: mx.array, scale: mx.array | None) -> mx.array:
+def guided_sum(out: mx.array, scale: mx.array | None) -> mx.array:
     """In float32 n + scale * (p - n) of both halves, [n, p]; or what there is."""
     out = out.astype(mx.float32)
     if scale is None:

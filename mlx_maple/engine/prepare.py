@@ -365,6 +365,7 @@ class Block(nn.Module):
 
     Attributes:
         owed: (C,) float32: what the tokens owe behind the block alone.
+        merging: engine.token_merging's, which finds the tokens that look around as one; or None.
     """
 
     def __init__(
@@ -376,6 +377,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self._recipe = recipe
+        self.merging: Any = None
         self._heads = block.attn1.heads
         channels = owed.shape[0]
         self._scale = (channels // self._heads) ** -0.5
@@ -415,14 +417,19 @@ class Block(nn.Module):
         """What the prompt (B, T, D) shows to every pixel at every step: (B, T, 2 K D)."""
         return self.kv(context)
 
-    def __call__(self, x: mx.array, prompt: mx.array, residual: mx.array | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, prompt: mx.array, size: Size, residual: mx.array | None = None
+    ) -> mx.array:
         """Tokens (B N, C) to the same; the prompt's keys and values are (B, T, 2 K D).
 
         Where the layer behind is part of the block, ``residual`` is what that is added to.
         """
         batch = prompt.shape[0]
-        joined = self.qkv(self._norm(1, x))
-        x = self.out1(self._attend(joined, joined, batch), x)
+        y = self._norm(1, x)
+        found = None if self.merging is None else self.merging(x, self.shift1, size)
+        joined = self.qkv(y if found is None else found.merge(y))
+        mixed = self._attend(joined, joined, batch)
+        x = self.out1(mixed, x) if found is None else x + found.unmerge(self.out1(mixed))
         x = self.out2(self._attend(self.q(self._norm(2, x)), prompt, batch), x)
         y, gate = self.ff_in(self._norm(3, x)), self._recipe.kernels.gate
         if self._is_merged:
@@ -527,7 +534,7 @@ class Transformer(nn.Module):
         x.residual = None
         tokens, residual = self.proj_in(y), x.tokens
         for block in self.blocks:
-            tokens = block(tokens, prompt.pop(), residual)
+            tokens = block(tokens, prompt.pop(), x.size, residual)
         if not self._is_merged:
             tokens = self.proj_out(tokens, residual)
         return Map(tokens, None, x.size)
@@ -570,12 +577,15 @@ class PreparedUNet(nn.Module):
         config: the plain network's.
         dtype: of its weights.
         steps: engine.compiled's, which are as good as the network they were traced from.
+        merging: share of its tokens that are merged; engine.token_merging sets it.
     """
 
     def __init__(self, unet: UNet, recipe: Recipe) -> None:
         super().__init__()
         self._recipe = recipe
         self.steps: Any = None
+        self.merging = 0.0
+        self._traced: dict[float, Any] = {}  # the steps of other shares
         self.config = unet.config
         self.dtype = unet.conv_in.weight.dtype
         self.time_embedding = unet.time_embedding
@@ -724,6 +734,18 @@ class PreparedUNet(nn.Module):
         control: Sequence[mx.array] | None = None,
     ) -> mx.array:
         """The other levels of ``predict``; ``skips`` are used up."""
+        x, skips, stack = self.descend(skips, times, prompt, features, control)
+        return self.leave(self.climb(x, skips, times, stack))
+
+    def descend(
+        self,
+        skips: list[Map],
+        times: mx.array,
+        prompt: Sequence[mx.array],
+        features: list[mx.array] | None = None,
+        control: Sequence[mx.array] | None = None,
+    ) -> tuple[Map, list[Map], list[mx.array]]:
+        """From the first level's maps to the middle's, all that are kept, and the prompt's rest."""
         stack = list(reversed(prompt[self.first_blocks :]))
         self._descend(self.down[1:], skips, times, stack, features)
         x = skips[-1]
@@ -739,14 +761,41 @@ class PreparedUNet(nn.Module):
                 raise ValueError(f"[UNet] {expected}, got {len(control)}.")
             skips = [skip.plus(each) for skip, each in zip(skips, control, strict=False)]
             x = x.plus(control[-1])
-        for steps in self.up:
-            for step in steps:
-                if isinstance(step, Resnet):
-                    x = step(x, times, skips.pop())
-                elif isinstance(step, Resample):
-                    x = step(x, skips[-1].size[1:])
-                else:
-                    x = step(x, stack)
+        return x, skips, stack
+
+    @property
+    def way_up(self) -> list[nn.Module]:
+        """The blocks of all levels on the way up, in their order."""
+        return [step for steps in self.up for step in steps]
+
+    def climb(
+        self,
+        x: Map,
+        skips: list[Map],
+        times: mx.array,
+        stack: list[mx.array],
+        steps: Sequence[nn.Module] | None = None,
+    ) -> Map:
+        """Go up from a map, taking from the ends of ``skips`` and ``stack``, all the way or some.
+
+        Args:
+            x: the map below.
+            skips: that were kept on the way down.
+            times: what the residual blocks are told.
+            stack: keys and values of the prompt, the first ones last.
+            steps: of ``way_up``; None is all of them.
+        """
+        for step in self.way_up if steps is None else steps:
+            if isinstance(step, Resnet):
+                x = step(x, times, skips.pop())
+            elif isinstance(step, Resample):
+                x = step(x, skips[-1].size[1:])
+            else:
+                x = step(x, stack)
+        return x
+
+    def leave(self, x: Map) -> mx.array:
+        """What the last map says: (B, h, w, C)."""
         y, _ = self._recipe.kernels.group_norm(
             x.value, self.norm_out.constants, x.size, residual=x.residual, shift=self.shift_out
         )

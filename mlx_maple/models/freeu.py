@@ -55,17 +55,23 @@ class FreeUpBlock(nn.Module):
         self._plain = [plain]  # in a list of its own: not one of this block's parts
 
     def __call__(
-        self, x: mx.array, skips: list[mx.array], time: mx.array, context: mx.array
+        self,
+        x: mx.array,
+        skips: list[mx.array],
+        time: mx.array,
+        context: mx.array,
+        layers: range | None = None,
     ) -> mx.array:
         """Climb a level; see ``UpBlock``."""
-        for i, resnet in enumerate(self.resnets):
+        layers = range(len(self.resnets)) if layers is None else layers
+        for i in layers:
             half = x.shape[-1] // 2
             x = mx.concatenate([x[..., :half] * self.louder, x[..., half:]], axis=-1)
             skip = low_frequencies_scaled(skips.pop(), self.smooth)
-            x = resnet(mx.concatenate([x, skip], axis=-1), time)
+            x = self.resnets[i](mx.concatenate([x, skip], axis=-1), time)
             if "attentions" in self:
                 x = self.attentions[i](x, context)
-        if "upsamplers" in self:
+        if "upsamplers" in self and layers.stop == len(self.resnets):
             _, rows, columns, _ = skips[-1].shape
             x = self.upsamplers[0](x, (rows, columns))
         return x

@@ -242,18 +242,25 @@ class UpBlock(nn.Module):
             self.upsamplers = [Upsample(channels)]
 
     def __call__(
-        self, x: mx.array, skips: list[mx.array], time: mx.array, context: mx.array
+        self,
+        x: mx.array,
+        skips: list[mx.array],
+        time: mx.array,
+        context: mx.array,
+        layers: range | None = None,
     ) -> mx.array:
         """Climb a level, taking from the end of ``skips`` what this level needs.
 
         What is left on top of the stack came from the next finer level and has its size: where
-        halving had rounded an odd size up, doubling is cut to it.
+        halving had rounded an odd size up, doubling is cut to it. ``layers`` are some of the
+        residual blocks, of which the last has the doubling behind it; None is all of them.
         """
-        for i, resnet in enumerate(self.resnets):
-            x = resnet(mx.concatenate([x, skips.pop()], axis=-1), time)
+        layers = range(len(self.resnets)) if layers is None else layers
+        for i in layers:
+            x = self.resnets[i](mx.concatenate([x, skips.pop()], axis=-1), time)
             if "attentions" in self:
                 x = self.attentions[i](x, context)
-        if "upsamplers" in self:
+        if "upsamplers" in self and layers.stop == len(self.resnets):
             _, rows, columns, _ = skips[-1].shape
             x = self.upsamplers[0](x, (rows, columns))
         return x
@@ -322,6 +329,24 @@ class UNet(nn.Module):
         Raises:
             ValueError: if an argument has another shape (an NCHW array?).
         """
+        x, skips, time, context = self.descend(
+            latents, timesteps, context, vector, guidance, control, features
+        )
+        for block in self.up_blocks:
+            x = block(x, skips, time, context)
+        return self.leave(x)
+
+    def descend(
+        self,
+        latents: mx.array,
+        timesteps: mx.array | float,
+        context: mx.array,
+        vector: mx.array | None = None,
+        guidance: mx.array | None = None,
+        control: Sequence[mx.array] | None = None,
+        features: Sequence[mx.array] | None = None,
+    ) -> tuple[mx.array, list[mx.array], mx.array, mx.array]:
+        """All before the way up: the middle's map, the kept states, time and context for it."""
         check_inputs(self.config, latents, context, vector)
         check_guidance(self.config, guidance)
         dtype = self.conv_in.weight.dtype
@@ -343,8 +368,10 @@ class UNet(nn.Module):
             x = x + added.pop(0)
         if control is not None:
             skips, x = controlled(skips, x, control)
-        for block in self.up_blocks:
-            x = block(x, skips, time, context)
+        return x, skips, time, context
+
+    def leave(self, x: mx.array) -> mx.array:
+        """What the finest level's last map (B, h, w, C) says."""
         return self.conv_out(nn.silu(self.conv_norm_out(x)))
 
 

@@ -237,7 +237,7 @@ def test_a_gpu_without_kernels_gets_prepared_networks_with_plain_ones(
     assert found._recipe.score_bytes == bound
     steps = guided_steps(found)
     assert steps is found.steps and steps.one_by_one is low_memory
-    assert (steps._begin == steps._begun) is not compiles
+    assert (steps.begin == steps._begun) is not compiles
     assert steps.in_parts is not low_memory
     positive, negative = prompts()
     wanted = guided(plain, positive, negative, 7.5, mx.float32)(latents(), 13.0)
