@@ -27,7 +27,7 @@ import mlx.nn as nn
 
 from mlx_maple.engine.attention import METAL_WIDTHS, SCORE_BYTES, running_backend
 from mlx_maple.engine.kernels import Kernels, Norm, Plain, Size, kernels_for
-from mlx_maple.engine.quantize import QuantizedConv2d
+from mlx_maple.engine.quantize import QuantizedConv2d, matmul
 from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.models.attention import LAYER_NORM_EPS, SpatialTransformer, TransformerBlock
 from mlx_maple.models.layers import GroupNorm, sinusoids
@@ -120,7 +120,7 @@ class Product(nn.Module):
     """x W^T, perhaps added to something: linear layers over the same input, one under the other.
 
     Args:
-        layers: nn.Linear or nn.QuantizedLinear, all of one kind; their biases are the caller's.
+        layers: nn.Linear or QuantizedLinear, all of one kind; their biases are the caller's.
     """
 
     weight: mx.array
@@ -151,9 +151,7 @@ class Product(nn.Module):
         if "scales" not in self:
             weight = self._matrix if self._matrix is not None else self.weight.T
             return x @ weight if added is None else mx.addmm(added, x, weight)
-        y = mx.quantized_matmul(
-            x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
-        )
+        y = matmul(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
         return y if added is None else added + y
 
     def of(self, row: mx.array) -> mx.array:
@@ -230,9 +228,7 @@ class Convolution(nn.Module):
         """The same on neighbourhoods: (B, N, 9 I) to (B, N, O)."""
         if "scales" not in self:
             return x @ (self._matrix if self._matrix is not None else self._rows())
-        return mx.quantized_matmul(
-            x, self.weight, self.scales, self.biases, group_size=self.group_size, bits=self.bits
-        )
+        return matmul(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
 
 
 class MapNorm(nn.Module):

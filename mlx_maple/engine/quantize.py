@@ -9,6 +9,10 @@ MLX multiplies by quantised matrices, but has no quantised convolution, and conv
 the 860 million weights of a Stable Diffusion 1 UNet. They are stored as the matrix (O, kh * kw * I)
 and become what they were when they are used, one at a time.
 
+So do matrices on CUDA: MLX's products there (0.32.4) are compiled for 17 to 47 seconds a kind at
+their first use, and are wrong for rows of 64 numbers in one group (the kernel for Hopper: errors of
+500 times the standard deviation, and NaN).
+
 What stays as it is: norms, biases and embedding tables (a vector is used as it is, and the tables
 are read, not multiplied); the first and the last convolution of a network (0.003 % of its weights,
 between them and the latents stands nothing that would even an error out); the autoencoder (its
@@ -24,17 +28,38 @@ import numpy as np
 from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
+from mlx_maple.engine.attention import running_backend
+
 BITS = (8, 4)
 GROUP_SIZES = (64, 32)  # the first that divides a row; a row that neither divides is left alone
 QUANTIZED = ("text_encoder", "text_encoder_2", "unet")  # the components whose weights are
 KEPT = ("conv_in", "conv_out")
 
 
+def matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
+) -> mx.array:
+    """Multiply by a W that ``mx.quantize`` made, x W^T: (..., n) to (..., O)."""
+    if running_backend() == "cuda":
+        return x @ mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).T
+    return mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
+
+
+class QuantizedLinear(nn.QuantizedLinear):
+    """MLX's own, multiplied by ``matmul``."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """(..., I) to (..., O)."""
+        assert self.biases is not None  # MLX's other modes have none
+        y = matmul(x, self.weight, self.scales, self.biases, self.group_size, self.bits)
+        return y + self.bias if "bias" in self else y
+
+
 class QuantizedConv2d(nn.Module):
     """A convolution whose weights are stored in few bits: (B, h, w, I) to (B, h', w', O).
 
     ``weight``, ``scales`` and ``biases`` are those of ``mx.quantize``, as in
-    ``nn.QuantizedLinear``; ``bias`` is the layer's own.
+    ``QuantizedLinear``; ``bias`` is the layer's own.
 
     Args:
         shape: (O, kh, kw, I) of the weights that are stood for.
@@ -86,7 +111,7 @@ class QuantizedConv2d(nn.Module):
         return y + self.bias if "bias" in self else y
 
 
-QuantizedLeaf = nn.QuantizedLinear | QuantizedConv2d
+QuantizedLeaf = QuantizedLinear | QuantizedConv2d
 
 
 def group_size(row: int) -> int | None:
@@ -195,7 +220,7 @@ def _empty(leaf: nn.Linear | nn.Conv2d, bits: int, size: int) -> Any:
     """A quantised leaf without its weights."""
     if isinstance(leaf, nn.Linear):
         outputs, inputs = leaf.weight.shape
-        return nn.QuantizedLinear(inputs, outputs, "bias" in leaf, size, bits)
+        return QuantizedLinear(inputs, outputs, "bias" in leaf, size, bits)
     outputs, rows, columns, inputs = leaf.weight.shape
     return QuantizedConv2d(
         (outputs, rows, columns, inputs),

@@ -82,6 +82,28 @@ def test_a_row_that_no_group_divides_is_left_alone():
     assert isinstance(owner.wide, nn.QuantizedLinear) and owner.wide.group_size == 32
 
 
+@pytest.mark.parametrize("backend", ["cuda", "metal"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_are_multiplied_by_what_the_backend_does_well(backend, bits, monkeypatch):
+    """On CUDA MLX's own product is wrong for rows of 64 numbers: it must not be called there."""
+    mx.random.seed(2)
+    owner = nn.Module()
+    owner.linear = nn.Linear(64, 24)
+    weight, bias = owner.linear.weight, owner.linear.bias
+    quantize.quantize(owner, bits)
+    x = mx.random.normal((3, 5, 64))
+    stored = [owner.linear[name] for name in ("weight", "scales", "biases")]
+    wanted = x @ mx.dequantize(*stored, group_size=64, bits=bits).T + bias
+    calls, original = [], mx.quantized_matmul
+    monkeypatch.setattr(quantize, "running_backend", lambda: backend)
+    monkeypatch.setattr(
+        mx, "quantized_matmul", lambda *a, **k: calls.append(a) or original(*a, **k)
+    )
+    np.testing.assert_allclose(owner.linear(x), wanted, atol=1e-5)
+    assert len(calls) == (0 if backend == "cuda" else 1)
+    assert mx.abs(wanted - x @ weight.T - bias).max().item() > 1e-3  # few bits are not the same
+
+
 def test_embedding_tables_and_norms_stay():
     network = CLIPTextEncoder(
         CLIPTextConfig(
