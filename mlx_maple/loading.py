@@ -28,7 +28,11 @@ from maple_convert.errors import (
     UnreadableFile,
     UnsupportedCheckpoint,
 )
-from maple_convert.layouts.diffusers_config import PREDICTIONS, UNKNOWN
+from maple_convert.layouts.diffusers_config import (
+    PREDICTIONS,
+    SDXL_SCALING_FACTOR,
+    UNKNOWN,
+)
 from maple_convert.recommend import recommended
 from maple_convert.tensors import Tensor
 from mlx_maple import hub, known_models, model_folders, twins, upscalers
@@ -232,7 +236,8 @@ def load(
         for part, kind, other in wanted:
             elsewhere = find(other, None, kind)
             notes += elsewhere.notes
-            sources[part] = _elsewhere(elsewhere, kind, ema=ema and part == "unet")
+            own_ema = ema and part == "unet"
+            sources[part] = _elsewhere(elsewhere, kind, model.family, ema=own_ema)
             names[part] = elsewhere.name
         if "unet" in replaced:
             notes += _take_unet(model, sources["unet"])
@@ -659,18 +664,34 @@ class _Source:
         return module
 
 
-def _elsewhere(found: _Found, part: str, *, ema: bool = False) -> _Source:
-    """One network of another file or folder, or what stands in for it."""
+def _elsewhere(found: _Found, part: str, family: str, *, ema: bool = False) -> _Source:
+    """One network of another file or folder, or what stands in for it.
+
+    Args:
+        found: the file or folder.
+        part: the network.
+        family: of the model that it is for; settles what a bare file leaves open.
+        ema: take the EMA copy of its weights.
+    """
     opening, other = _opening(found, ema), _STAND_INS.get(part)
     if other is not None:
         with opening() as model:
+            is_bare = model.family == part and found.path.is_file()
             if part not in model.components and other in model.components:
                 part = other
+        if is_bare and part == "vae" and family.startswith("sdxl"):
+            opening = _opening(found, config={"vae": _SDXL_VAE})
     return _Source(opening, found, part)
 
 
-def _opening(found: _Found, ema: bool = False) -> Callable[[], SourceModel]:
-    return lambda: open_model(found.path, variant=found.variant, ema=ema)
+# What an autoencoder's tensors do not say: SDXL's has the names and shapes of SD 1's.
+_SDXL_VAE = {"scaling_factor": SDXL_SCALING_FACTOR, "force_upcast": True}
+
+
+def _opening(
+    found: _Found, ema: bool = False, config: Mapping[str, Any] | None = None
+) -> Callable[[], SourceModel]:
+    return lambda: open_model(found.path, variant=found.variant, ema=ema, config=config)
 
 
 def _reopening(model: SourceModel, found: _Found, ema: bool) -> Callable[[], SourceModel]:

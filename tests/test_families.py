@@ -10,7 +10,7 @@ from PIL import Image
 
 import mlx_maple
 from maple_convert import UnsupportedCheckpoint, convert
-from maple_convert.layouts import LAYOUTS
+from maple_convert.layouts import LAYOUTS, diffusers_config
 from mlx_maple import hub, metadata
 from mlx_maple.conditioning import Conditioning
 from mlx_maple.models import UNetConfig
@@ -326,3 +326,26 @@ def test_what_is_fetched_of_a_diffusers_repository(encoders):
     without = {file for file in present if "text_encoder" not in file}
     with pytest.raises(hub.HubError, match="no weights that can be read in text_encoder/"):
         hub._choose_diffusers(hub.HubName("a/b"), without, "float16", None)
+
+
+@pytest.mark.parametrize("stated", [None, True, False])
+def test_sdxls_autoencoder_from_elsewhere_is_read_as_sdxls(files, tmp_path, stated):
+    """Its tensors are those of SD 1's: a bare file's scale and range are the model's family's."""
+    parts = families.FAMILIES["sdxl"]
+    arrays = families.native("sdxl", np.float16)["vae"]
+    path = tmp_path / "vae.safetensors"
+    if stated is not None:
+        (tmp_path / "vae").mkdir()
+        path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+        config = diffusers_config.write("vae", parts["vae"], 64) | {"force_upcast": stated}
+        tiny.write_json(path.with_name("config.json"), config)
+    state = tiny.published("vae", parts["vae"], arrays, "diffusers")
+    tiny.save_safetensors(path, state)
+    vae = path if stated is None else path.parent
+    sd = mlx_maple.load(files("sdxl"), vae=vae, dtype="float16", cache=False)
+    assert sd.configs["vae"].scaling_factor == 0.13025
+    assert sd.info.components["vae"].dtype == ("float16" if stated is False else "float32")
+    other = mlx_maple.load(files("sd2"), vae=vae, dtype="float16", cache=False)
+    if stated is None:
+        assert other.configs["vae"].scaling_factor == 0.18215
+        assert other.info.components["vae"].dtype == "float16"

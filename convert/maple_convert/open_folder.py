@@ -202,8 +202,11 @@ def _plan_parts(model: SourceModel, parts: list[tuple[Section, Checkpoint, Confi
         if name in ("unet", "controlnet"):
             diffusers_config.check_doors(folder / "config.json", settings, section.spelling)
         # SD 1.x's and 2.x's do not overflow in half precision, whatever their configs say.
-        if name == "vae" and model.family.startswith("sdxl") and settings.get("force_upcast", True):
-            config["force_upcast"] = True
+        if name == "vae":
+            is_sdxls = model.family.startswith("sdxl")
+            is_sdxls |= config["scaling_factor"] == diffusers_config.SDXL_SCALING_FACTOR
+            if is_sdxls and settings.get("force_upcast", True):
+                config["force_upcast"] = True
         maple_folder.check_component(folder / "config.json", name, config)
         slots = [
             Slot(row, checkpoint, section.view.key(row.published))
