@@ -5,17 +5,43 @@ Source   AUTOMATIC1111/stable-diffusion-webui @v1.10.1 modules/processing.py (sa
          modules/shared_items.py: its "Latent" is torch's bilinear interpolation, corners unaligned.
 """
 
-from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 FloatArray = NDArray[np.float32]
-# A picture to a larger one, by whatever factor it has.
-Upscaler = Callable[[Image.Image], Image.Image]
 
 BUILT_IN = ("latent", "lanczos")
+MOST_PIXELS = 120_000_000  # of an enlarged picture
+
+
+class Upscaler(Protocol):
+    """A picture to a larger one, by the factor that it has."""
+
+    @property
+    def scale(self) -> float:
+        """How many times larger a picture becomes."""
+        ...
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """The larger picture."""
+        ...
+
+
+def enlarged(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """The width and height that a network of this factor makes of another.
+
+    Raises:
+        ValueError: if they are more than ``MOST_PIXELS``.
+    """
+    width, height = (round(side * scale) for side in size)
+    if width * height > MOST_PIXELS:
+        raise ValueError(
+            f"{width}x{height} are more than {MOST_PIXELS:,} pixels: enlarge a smaller one."
+        )
+    return width, height
 
 
 def bilinear(latents: FloatArray, rows: int, columns: int) -> FloatArray:

@@ -261,9 +261,8 @@ def load(
             _see_prediction(model, cast(UNet, shown), notes)
             del shown
         loads = {"reload" if low_memory else "renew": again}
-        sd = _assemble(model, modules, found, names, notes, adapters, compile, **loads)
-        sd.max_memory = max_memory
-        return sd
+        given: dict[str, Any] = {"compile": compile, "max_memory": max_memory, **loads}
+        return _assemble(model, modules, found, names, notes, adapters, **given)
 
 
 def _lacking(model: SourceModel) -> list[str]:
@@ -900,8 +899,7 @@ def _assemble(
     names: Mapping[str, str],
     notes: list[str],
     adapters: Adapters,
-    compile: bool,
-    **loads: Any,
+    **given: Any,
 ) -> StableDiffusion:
     try:
         return StableDiffusion(
@@ -924,8 +922,7 @@ def _assemble(
             layout=model.layout,
             notes=notes,
             adapters=adapters,
-            compile=compile,
-            **loads,
+            **given,
         )
     except VocabularyError as error:
         raise InvalidCheckpoint(error.path, error.reason) from error

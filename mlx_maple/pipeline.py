@@ -200,7 +200,8 @@ class StableDiffusion(DiffusionModel):
             ensd: A1111's "eta noise seed delta", added to the seed for the steps' noise.
             hires_scale: draw again, this many times larger, on top of the first drawing.
             hires_strength: how far the second leaves the first, 0.01 to 1.
-            hires_steps: that the second makes; None is as many as the first.
+            hires_steps: that the second makes: at most ``hires_strength`` of all 1000; None is as
+                many as the first, or as there are.
             hires_upscaler: what enlarges the first: "latent", "lanczos", or the name or place of a
                 network that enlarges pictures.
             original_size: width and height of the picture that SDXL is told this one is cut from, a

@@ -10,11 +10,11 @@ from PIL import Image
 from maple_convert.errors import UnreadableFile, UnsupportedCheckpoint, one_line
 from maple_convert.upscaler import open_upscaler
 from mlx_maple import images, model_folders
+from mlx_maple.enlarge import enlarged
 from mlx_maple.models.esrgan import ESRGAN, ESRGANConfig
 
 SIDE = {"cpu": 96, "gpu": 256}  # pixels of a piece; what a layer unfolds grows with its square
 MARGIN = 16  # pixels around a piece that it sees and whose result is thrown away
-MOST_PIXELS = 120_000_000  # of an enlarged picture
 
 
 class Upscaler:
@@ -51,10 +51,7 @@ class Upscaler:
             ValueError: if the result would have too many pixels.
         """
         image = images.to_rgb(image)
-        width, height = round(image.width * self.scale), round(image.height * self.scale)
-        if width * height > MOST_PIXELS:
-            size = f"{width}x{height}"
-            raise ValueError(f"{size} are more than {MOST_PIXELS:,} pixels: enlarge a smaller one.")
+        width, height = enlarged(image.size, self.scale)
         is_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
         side = SIDE["cpu" if is_cpu else "gpu"] if side is None else side
         shuffle = self.network.config.shuffle

@@ -10,15 +10,12 @@ memory for the decoder. (The plan counts what MLX asks for, not all of which the
 low-memory mode the two are nearly the same, and the plan is asked.)
 """
 
-import resource
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_maple.cli import NO_MEMORY, Failure, _plan, _terminal
+from mlx_maple.cli import NO_MEMORY, Failure, _machine, _plan, _terminal
 
 if TYPE_CHECKING:
     from mlx_maple.engine.memory import Plan, Request
@@ -68,7 +65,7 @@ def check(sd: "StableDiffusion", arguments: Mapping[str, Any]) -> None:
     """End before MLX does, on the CPU, when a picture is certain not to fit."""
     import mlx.core as mx
 
-    free = free_memory()
+    free = _machine.free_memory()
     if free is None or mx.default_device() != mx.Device(mx.DeviceType.cpu):
         return
     width, height = _size(sd, arguments)
@@ -145,7 +142,7 @@ def refused(sd: "StableDiffusion", arguments: Mapping[str, Any], error: RuntimeE
     from mlx_maple.engine.memory import Plan, advice
 
     plan = Plan(_plan.request_of(sd, arguments, low_memory=sd.is_low_memory))
-    has = _plan.device_memory()
+    has = _machine.device_memory()
     # It did not fit, whatever the device is said to have.
     free = plan.peak - 1 if has is None else min(has, plan.peak - 1)
     tries = [f"{words} ({_terminal.size(n)})" for words, n in advice(plan.request, free)]
@@ -158,48 +155,3 @@ def refused(sd: "StableDiffusion", arguments: Mapping[str, Any], error: RuntimeE
         NO_MEMORY,
         f"out of memory drawing {what}: try {' or '.join(tries)}; {_plan.in_words(plan)} ({error})",
     )
-
-
-def resident() -> int:
-    """Peak resident memory in bytes: Linux counts it in kB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def free_memory() -> float | None:
-    """Bytes that this process may still take, or None where the system does not say (not Linux)."""
-    found = [_meminfo_available(), _cgroup_free(), _address_space_free()]
-    known = [value for value in found if value is not None]
-    return min(known) if known else None
-
-
-def _meminfo_available() -> float | None:
-    """What can be had without another process losing anything, and what can be swapped out."""
-    rows = (line.partition(":") for line in _lines("/proc/meminfo"))
-    found = {name: value for name, _, value in rows}
-    if "MemAvailable" not in found:
-        return None
-    kilobytes = (found.get(name, "0 kB").split()[0] for name in ("MemAvailable", "SwapFree"))
-    return 1024.0 * sum(map(int, kilobytes))
-
-
-def _cgroup_free() -> float | None:
-    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
-    if limit and used and limit[0].isdigit() and used[0].isdigit():
-        return float(limit[0]) - float(used[0])
-    return None
-
-
-def _address_space_free() -> float | None:
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    pages = _lines("/proc/self/statm")
-    if limit == resource.RLIM_INFINITY or not pages:
-        return None
-    return float(limit) - float(pages[0].split()[0]) * resource.getpagesize()
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []

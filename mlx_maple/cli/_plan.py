@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from mlx_maple.cli import DONE, USAGE, Failure, _default_model, _terminal
+from mlx_maple.cli import DONE, USAGE, Failure, _default_model, _machine, _terminal
 
 if TYPE_CHECKING:
     from mlx_maple.engine.memory import Plan, Request
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     request = request_of(sd, vars(args), low_memory=args.low_memory)
     request = replace(request, from_picture=args.image)
     check_size(request.width, request.height)
-    plan, free = Plan(request), device_memory()
+    plan, free = Plan(request), _machine.device_memory()
     if args.json:
         print(json.dumps({"model": sd.info.name, **as_json(plan), "memory": free}))
         return DONE
@@ -106,20 +106,6 @@ def request_of(
         backend=running_backend(),
         max_memory=sd.max_memory,
     )
-
-
-def device_memory() -> int | None:
-    """Bytes that the device has, or None where nothing says it."""
-    import mlx.core as mx
-
-    from mlx_maple.cli import _memory
-
-    info = mx.device_info()
-    for name in ("max_recommended_working_set_size", "total_memory", "memory_size"):
-        if isinstance(found := info.get(name), int):
-            return found
-    free = _memory.free_memory()
-    return None if free is None else int(free)
 
 
 def table(plan: "Plan", name: str, free: int | None) -> list[str]:

@@ -18,6 +18,7 @@ from mlx_maple.cli import (
     USAGE,
     Failure,
     _default_model,
+    _machine,
     _memory,
     _outputs,
     _terminal,
@@ -286,7 +287,7 @@ class _Session:
             "settings": self.settings,
             "model": self.model,
             "timings": {name: round(value, 4) for name, value in timings.items()},
-            "peak_memory": {"mlx": mx.get_peak_memory(), "resident": _memory.resident()},
+            "peak_memory": {"mlx": mx.get_peak_memory(), "resident": _machine.resident()},
             "notes": self.notes,
         }
 

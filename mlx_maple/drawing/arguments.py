@@ -166,9 +166,24 @@ def read_prompts(
 
 def with_second(sd: DiffusionModel, job: Job, asked: Mapping[str, Any], upscaler: str) -> Job:
     """The drawing, and on top of it a larger one."""
-    own = job.settings[0]
-    asked = {**asked, "steps": own.steps if asked["steps"] is None else asked["steps"]}
-    said = {f"hires_{name}": check_number(f"hires_{name}", n) for name, n in asked.items()}
+    own, most = job.settings[0], sd.noise_schedule.train_steps
+    assert own.sampler is not None and own.steps is not None
+    strength = check_number("hires_strength", asked["strength"])
+    kept = asked["steps"]
+    if kept is None:
+        kept = min(own.steps, max(1, int(most * strength)))
+    kept = whole("hires_steps", kept)
+    if int(kept / strength) > most:
+        raise ValueError(
+            f"hires_steps {kept} at hires_strength {strength:g} are the last of "
+            f"{int(kept / strength):,} steps, and there are {most:,}: take at most "
+            f"{max(1, int(most * strength))} steps, or more strength."
+        )
+    said = {
+        "hires_scale": check_number("hires_scale", asked["scale"]),
+        "hires_strength": strength,
+        "hires_steps": kept,
+    }
     if not isinstance(upscaler, str):
         raise ValueError(f"hires_upscaler must be a name, got {upscaler!r}.")
     upscale = None
@@ -177,18 +192,22 @@ def with_second(sd: DiffusionModel, job: Job, asked: Mapping[str, Any], upscaler
             listed = ", ".join(enlarge.BUILT_IN)
             raise ValueError(f"unknown hires_upscaler {upscaler!r}: choose from {listed}.")
         upscale = sd.upscalers(upscaler)
+        try:
+            enlarge.enlarged(job.size, upscale.scale)
+        except ValueError as error:
+            smaller = "draw at a smaller size, or take another hires_upscaler, such as lanczos."
+            reason = str(error).partition(":")[0]
+            raise ValueError(f"hires_upscaler {upscaler}: {reason}: {smaller}") from None
     vae = sd.configs["vae"]
     width, height = enlarge.larger(job.size, said["hires_scale"], vae.downscale)
     for name, value in (("width", width), ("height", height)):
         check_number(name, value)
     check_steered(sd, job.controls, (width, height))
-    kept, strength = whole("hires_steps", said["hires_steps"]), said["hires_strength"]
-    assert own.sampler is not None and own.steps is not None
     plan = make_plan(
         sd.noise_schedule,
         own.sampler,
         own.schedule,
-        min(int(kept / min(strength, 0.999)), sd.noise_schedule.train_steps),
+        min(int(kept / min(strength, 0.999)), most),
         strength=strength,
         eta=own.eta,
         discard_penultimate=own.discard_penultimate,

@@ -114,14 +114,14 @@ class Worker:
         self, *, request: str, model: Mapping[str, Any], arguments: Mapping[str, Any]
     ) -> None:
         """Say what a drawing will take in memory."""
-        from mlx_maple.cli import _memory, _plan, _terminal
+        from mlx_maple.cli import _machine, _memory, _plan, _terminal
         from mlx_maple.engine.memory import advice
 
         try:
             low = bool(model.get("low_memory"))
             drawing = _plan.request_of(_skeleton(model), arguments, low_memory=low)
             plan = _memory.plan_of(drawing)
-            free = _plan.device_memory()
+            free = _machine.device_memory()
             fits = None if free is None else plan.peak <= free
             of = "" if free is None else f" of {_terminal.size(free)}"
             tries = [] if fits is not False or free is None else advice(plan.request, int(free))
@@ -299,12 +299,12 @@ def _available() -> float:
     """Bytes that one more model and its drawing may take."""
     import mlx.core as mx
 
-    from mlx_maple.cli import _memory, _plan
+    from mlx_maple.cli import _machine
 
     if mx.default_device() == mx.Device(mx.DeviceType.cpu):
-        free = _memory.free_memory()
+        free = _machine.free_memory()
         return float("inf") if free is None else free
-    has = _plan.device_memory()
+    has = _machine.device_memory()
     return float("inf") if has is None else has - mx.get_active_memory()
 
 
@@ -394,14 +394,14 @@ def _device() -> dict[str, Any]:
     """What this process draws on."""
     import mlx.core as mx
 
-    from mlx_maple.cli import _plan
+    from mlx_maple.cli import _machine
     from mlx_maple.engine.attention import running_backend
 
     backend = running_backend()
     if backend == "cpu":
         os.nice(NICENESS)
     name = mx.device_info().get("device_name") or ("CPU" if backend == "cpu" else backend)
-    return {"backend": backend, "device": str(name), "memory": _plan.device_memory()}
+    return {"backend": backend, "device": str(name), "memory": _machine.device_memory()}
 
 
 def main(descriptor: int) -> None:

@@ -18,6 +18,7 @@ from mlx_maple.text.editing import Phase, phases
 
 SYNTAXES = ("a1111", "plain")
 MOST_PROMPTS = 32  # joined by AND; each is one more pass through the network in every step
+MOST_WEIGHT = 100  # of one of those prompts, and of a LoRA
 
 _TAG = re.compile(r"<(\w{1,32}):([^<>]{1,300})>")
 _AND = re.compile(r"\bAND\b")
@@ -72,7 +73,7 @@ def read_prompt(
         is_negative: it has no AND there: the word is a word.
 
     Raises:
-        ValueError: in one line: unknown syntax, a weight that is no number, too much of anything.
+        ValueError: in one line: unknown syntax, a weight that cannot be, too much of anything.
     """
     if syntax not in SYNTAXES:
         raise ValueError(f"unknown syntax {syntax!r}: choose from {', '.join(SYNTAXES)}.")
@@ -142,15 +143,15 @@ def _tag(kind: str, inside: str) -> Tag:
     text = named.get("te", placed[1] if len(placed) > 1 else "1")
     unet = named.get("unet", placed[2] if len(placed) > 2 else text)
     try:
-        return Tag("lora", placed[0].strip(), _finite(text), _finite(unet))
+        return Tag("lora", placed[0].strip(), _bounded(text), _bounded(unet))
     except ValueError:
         shown = ascii(f"<{kind}:{inside[:60]}>")
         raise ValueError(f"{shown}: a weight there is no number from -100 to 100.") from None
 
 
-def _finite(text: str) -> float:
+def _bounded(text: str) -> float:
     value = float(text)
-    if not -100 <= value <= 100:
+    if not abs(value) <= MOST_WEIGHT:
         raise ValueError
     return value
 
@@ -159,4 +160,10 @@ def _weighed(piece: str) -> tuple[float, str]:
     """Of ``a cat :1.2`` the 1.2 and the cat."""
     text, colon, end = piece.rpartition(":")
     number = _WEIGHT.fullmatch(end) if colon else None
-    return (1.0, piece) if number is None else (float(number[1]), text.rstrip())
+    if number is None:
+        return 1.0, piece
+    try:
+        return _bounded(number[1]), text.rstrip()
+    except ValueError:
+        shown = ascii(piece.strip()[-60:])
+        raise ValueError(f"{shown}: the weight of a prompt must be from -100 to 100.") from None

@@ -204,12 +204,10 @@ def test_a_plan_of_no_picture_is_wrong_usage(maple, wrong):
 
 
 def test_an_end_for_want_of_memory_says_what_each_part_takes(maple, monkeypatch):
-    from mlx_maple.pipeline import StableDiffusion
-
     def fail(*args, **options):
         raise RuntimeError("[malloc] Unable to allocate 9 bytes.")
 
-    monkeypatch.setattr(StableDiffusion, "_decode", fail)
+    monkeypatch.setattr("mlx_maple.drawing.phases.decode", fail)
     source = tiny_model.folder() / CKPT
     options = ("-m", source, "-s", 1, "-W", 256, "-H", 256, "--quiet")
     code, _, err = maple("generate", "a leaf", *options)

@@ -15,7 +15,7 @@ import tiny_model
 from PIL import Image
 
 from mlx_maple import images, loading
-from mlx_maple.cli import _memory, generate, main
+from mlx_maple.cli import _machine, _memory, generate, main
 
 SMALL = ["-W", "64", "-H", "64", "-s", "2", "--seed", "7"]
 
@@ -335,7 +335,7 @@ def test_an_error_after_some_pictures_tells_of_them(draw, monkeypatch):
 
 
 def test_a_picture_that_cannot_fit_is_refused_with_a_size_that_fits(draw, monkeypatch):
-    monkeypatch.setattr(_memory, "free_memory", lambda: 2e9)
+    monkeypatch.setattr(_machine, "free_memory", lambda: 2e9)
     code, out, err = draw("x", "-W", 4096, "-H", 2048, small=False)
     assert (code, out) == (4, "") and err.count("\n") == 1
     assert "4096x2048 needs about" in err and "2 GB are free: -W 768 -H 384 would fit" in err
@@ -353,7 +353,7 @@ def test_the_demand_of_sd15_is_about_what_was_measured():
 
 
 def test_free_memory_is_found_on_linux():
-    free = _memory.free_memory()
+    free = _machine.free_memory()
     if sys.platform == "linux":
         assert free is not None and 1e6 < free < 1e14
 

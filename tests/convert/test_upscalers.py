@@ -18,7 +18,7 @@ from maple_convert.errors import (
     UnsupportedCheckpoint,
 )
 from maple_convert.upscaler import expected_shapes, open_upscaler
-from mlx_maple import images, upscalers
+from mlx_maple import enlarge, images, upscalers
 from mlx_maple.cli import main
 from mlx_maple.metadata import Settings
 from mlx_maple.models.esrgan import ESRGAN, ESRGANConfig, unshuffled
@@ -207,7 +207,7 @@ def test_a_margin_of_nothing_leaves_seams(monkeypatch):
 
 
 def test_too_large_a_picture_is_refused(monkeypatch):
-    monkeypatch.setattr(upscalers, "MOST_PIXELS", 1000)
+    monkeypatch.setattr(enlarge, "MOST_PIXELS", 1000)
     with pytest.raises(ValueError, match="160x96 are more than 1,000 pixels"):
         upscalers.Upscaler(network())(picture(40, 24))
 

@@ -53,6 +53,17 @@ def test_it_makes_the_steps_that_it_is_asked_for(sd):
     assert plan.grid.sigmas == whole.grid.sigmas[20:]
 
 
+def test_its_steps_are_those_that_its_strength_leaves(sd):
+    """Strength decides where it begins: the last 2 of 200 steps, however many are asked for."""
+    weak = {**ARGUMENTS, "sampler": "euler", "steps": 20, "hires_strength": 0.01}
+    result = sd("a leaf", **weak)
+    assert result.settings[0].hires_steps == 10  # as many as there are, and not 20
+    job = sd.generate("a leaf", **{**weak, "hires_steps": 2}).gi_frame.f_locals["job"]
+    whole = make_plan(sd.noise_schedule, "euler", job.plan.schedule, 200)
+    assert job.second.plan.grid.sigmas == whole.grid.sigmas[-len(job.second.plan.grid.sigmas) :]
+    assert sd("a", **{**ARGUMENTS, "hires_strength": 1, "hires_steps": 2}).settings
+
+
 def test_it_begins_with_the_first_drawing(sd):
     """Barely left, the second is the first enlarged; wholly left, it is not."""
     arguments = {**ARGUMENTS, "sampler": "euler"}
@@ -74,14 +85,19 @@ def test_pictures_of_a_batch_are_those_drawn_alone(sd):
 def test_a_network_enlarges_where_one_is_named(build):
     seen = []
 
-    def find(name):
-        def upscale(image: Image.Image) -> Image.Image:
-            seen.append((name, image.size))
+    class Fourfold:
+        scale = 4.0
+
+        def __init__(self, name):
+            self.name = name
+
+        def __call__(self, image: Image.Image) -> Image.Image:
+            seen.append((self.name, image.size))
             return image.resize((image.width * 4, image.height * 4))
 
-        return upscale
-
-    sd = build(upscalers=find)
+    sd = build(upscalers=Fourfold)
+    with pytest.raises(ValueError, match="8192x16384 are more than 120,000,000 pixels: draw at a"):
+        sd.generate("a", hires_scale=1, hires_upscaler="x4", width=2048, height=4096)
     result = sd("a leaf", hires_steps=1, hires_upscaler="some-x4", **ARGUMENTS)
     assert seen == [("some-x4", (64, 64))] and result.images[0].size == (128, 128)
     assert result.settings[0].hires_upscaler == "some-x4"
@@ -102,6 +118,7 @@ def test_a_changing_prompt_goes_on_counting(sd):
         ({"hires_scale": 0.5}, "hires_scale must be a number from 1"),
         ({"hires_scale": 8, "width": 1024}, "width must be a whole number from 64 to 4,096"),
         ({"hires_strength": 0}, "hires_strength must be"),
+        ({"hires_strength": 0.1, "hires_steps": 101}, "take at most 100 steps, or more strength"),
         ({"hires_upscaler": "x4"}, "choose from latent, lanczos"),
     ],
 )

@@ -60,9 +60,7 @@ def test_a_fault_is_told_in_one_line(line, tmp_path, monkeypatch, fault, code):
     def broken(*args, **values):
         raise fault
 
-    from mlx_maple.pipeline import StableDiffusion
-
-    monkeypatch.setattr(StableDiffusion, "_phases", broken)
+    monkeypatch.setattr("mlx_maple.drawing.phases._phases", broken)
     worker._on_draw(**order(tmp_path))
     message = told(ours)[-1]
     assert message["kind"] == "failed" and message["error"]["code"] == code
@@ -100,9 +98,7 @@ def test_errors_name_files_without_their_folders(line, tmp_path, monkeypatch):
     def broken(*args, **values):
         raise OSError(28, "No space left on device", str(tmp_path / "file.png"))
 
-    from mlx_maple.pipeline import StableDiffusion
-
-    monkeypatch.setattr(StableDiffusion, "_phases", broken)
+    monkeypatch.setattr("mlx_maple.drawing.phases._phases", broken)
     worker._on_draw(**order(tmp_path))
     assert told(ours)[-1]["error"]["message"] == "file.png: No space left on device"
 

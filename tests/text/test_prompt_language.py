@@ -314,5 +314,9 @@ def test_what_has_no_end_is_refused(clip):
         encode_prompt(clip, "leaf " * 75 * MOST_CHUNKS + "leaf", syntax="a1111")
     with pytest.raises(ValueError, match="prompts are joined by AND"):
         read_prompt("a AND " * 40, 10)
+    for weight in ("101", "-100.5", "9" * 400):
+        with pytest.raises(ValueError, match="of a prompt must be from -100 to 100"):
+            read_prompt(f"a AND b :{weight}", 10)
+    assert read_prompt("a AND b :-100", 10).parts[1].weight == -100
     with pytest.raises(ValueError, match="changes 1,000 times"):
         phases("[a|b]" * 10_000, 1000)

@@ -692,9 +692,9 @@ async def reload() -> dict[str, Any]:
 @router.get("/memory")
 async def memory(request: Request) -> dict[str, Any]:
     """Memory of the machine and of the device, in bytes."""
-    from mlx_maple.cli import _memory
+    from mlx_maple.cli import _machine
 
-    free = await asyncio.to_thread(_memory.free_memory)
+    free = await asyncio.to_thread(_machine.free_memory)
     total = studio_of(request).device.get("memory")
     used = None if free is None or total is None else max(0, total - int(free))
     ram = {"free": free, "used": used, "total": total}

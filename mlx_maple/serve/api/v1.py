@@ -129,9 +129,9 @@ async def system(request: Request) -> schemas.System:
 
 
 def _free_memory() -> int | None:
-    from mlx_maple.cli import _memory
+    from mlx_maple.cli import _machine
 
-    free = _memory.free_memory()
+    free = _machine.free_memory()
     return None if free is None else int(free)
 
 
