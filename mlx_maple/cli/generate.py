@@ -45,7 +45,7 @@ OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "emphasis", "variation_seed", "variation_strength"),
     *("guidance_rescale", "guidance_start", "guidance_end", "tile", "freeu", "window"),
-    *("window_overlap",),
+    *("window_overlap", "token_merging", "deep_cache", "deep_cache_branch"),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
     *("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score"),
@@ -159,6 +159,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--emphasis", choices=("original", "no norm"), help="what weights on words do")
     add("--variation-seed", type=int, metavar="N", help="mix in the noise of this seed")
     add("--variation-strength", type=float, metavar="F", help="how much of it, 0 to 1")
+
+    add = parser.add_argument_group("less work for nearly the same").add_argument
+    add("--token-merging", type=float, metavar="F", help="merge this share of like pixels, to 0.75")
+    add("--deep-cache", type=int, metavar="N", help="run the whole network in one call of N")
+    add(
+        "--deep-cache-branch", type=int, metavar="N", help="how much runs in the others; 0 is least"
+    )
 
     add = parser.add_argument_group("large pictures").add_argument
     add("--window", type=int, metavar="PIXELS", help="show the network windows of this size")

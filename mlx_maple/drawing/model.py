@@ -15,6 +15,8 @@ from mlx_maple.drawing.results import Component, Info
 from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import made_ready
 from mlx_maple.engine.low_memory import Networks, Reload
+from mlx_maple.engine.prepare import PreparedUNet
+from mlx_maple.engine.token_merging import set_token_merging
 from mlx_maple.forms import HAVE_FORMS, PARTS, PLAIN, Form
 from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, ControlNet, T2IAdapter, UNet
 from mlx_maple.sampling import NoiseSchedule
@@ -141,6 +143,7 @@ class DiffusionModel:
         components = {part: _component(module) for part, module in present.items()}
         self._compiles = compile
         self._form = PLAIN  # that networks have just now
+        self._merging = 0.0  # share of its tokens that the UNet merges just now
         reload = dict(reload or {})
         held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
         reloads = {
@@ -228,11 +231,15 @@ class DiffusionModel:
         if network is None:
             return None
         if self._form != PLAIN and isinstance(network, HAVE_FORMS):
-            return self._form.apply(network)  # what a GPU is prepared for has no other form
-        low_memory = self.networks.is_low_memory if low_memory is None else low_memory
-        return made_ready(
-            network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
-        )
+            ready = self._form.apply(network)  # what a GPU is prepared for has no other form
+        else:
+            low_memory = self.networks.is_low_memory if low_memory is None else low_memory
+            ready = made_ready(
+                network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
+            )
+        if isinstance(ready, UNet | PreparedUNet) and self._merging:
+            set_token_merging(ready, self._merging)
+        return ready
 
     @property
     def is_on_cpu(self) -> bool:
@@ -258,6 +265,13 @@ class DiffusionModel:
                 form.apply(self.networks[part])
             else:
                 self.networks.drop(part)  # it is read again, in this form, when it is used
+
+    def set_token_merging(self, ratio: float) -> None:
+        """Have the UNet merge this share of its tokens from now on; 0 is none."""
+        self._merging = ratio
+        unet = self.networks.held("unet")
+        if isinstance(unet, UNet | PreparedUNet):
+            set_token_merging(unet, ratio)
 
     def dtype_of(self, part: str) -> mx.Dtype:
         """What the network of this name computes in."""

@@ -32,6 +32,7 @@ def run(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
             yield from _phases(sd, job)
         finally:
             sd.set_form(PLAIN)
+            _set_token_merging(job, 0.0, sd)
             sd.networks.release(*sd.configs)
             if job.refiner is not None:
                 job.refiner.networks.release(*job.refiner.configs)
@@ -44,6 +45,13 @@ def _room(sd: DiffusionModel, job: Job) -> int | None:
     return room(job.largest.shape, job.guidance_scale != 1)
 
 
+def _set_token_merging(job: Job, ratio: float, sd: DiffusionModel) -> None:
+    """Have all that draws merge this share of its tokens."""
+    for model in (sd, job.refiner):
+        if model is not None:
+            model.set_token_merging(ratio)
+
+
 def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     """Text, picture, steps, decoding; in low-memory mode each network goes after its phase."""
     clock, total = Clock(), job.plan.total
@@ -53,6 +61,7 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     yield from clock.away(Progress(index=0, total=total, stage="text"))
     _put_on(sd, job, notes)
     sd.set_form(job.form)
+    _set_token_merging(job, job.settings[0].token_merging, sd)
     prompts = encode_prompts(sd, job, notes)
     later = None if job.second is None else encode_prompts(sd, job.second, notes)
     sd.networks.release(*sd.text_encoders.tokenizers)

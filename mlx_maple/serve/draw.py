@@ -94,6 +94,9 @@ class Draw(BaseModel):
     guidance_start: float | None = Field(None, ge=0, le=1)
     guidance_end: float | None = Field(None, ge=0, le=1)
     tile: Literal["x", "y", "xy"] | None = None
+    token_merging: float | None = Field(None, ge=0, le=0.9)
+    deep_cache: int | None = Field(None, ge=1, le=100)
+    deep_cache_branch: int | None = Field(None, ge=0, le=63)
     window: int | None = Field(None, ge=64, le=2048)
     window_overlap: float | None = Field(None, ge=0, le=0.9)
     hires_scale: float | None = Field(None, ge=1, le=4)

@@ -29,7 +29,7 @@ from mlx_maple.serve.uploads import picture_bytes
 
 FEATURES = [
     *("txt2img", "img2img", "inpaint", "previews", "variations", "loras", "controlnet", "vae"),
-    *("hires", "tile", "windows", "prompt_weights"),
+    *("hires", "tile", "windows", "prompt_weights", "token_merging", "deep_cache"),
 ]
 ZIP_BYTES = 1 << 30  # of pictures in one archive
 _RESIDENT = re.compile(r"VmRSS:\s+(\d+) kB")
