@@ -1,5 +1,6 @@
 """A model's networks, made ready for the device, and what is known of them."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ from mlx_maple.sampling import NoiseSchedule
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
+READ_LATE = ("vae", "taesd")  # `load` leaves these to be read when they are first used
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # What a model of the family does where its own files do not say.
 DEFAULTS: dict[str, Any] = {
@@ -144,6 +146,8 @@ class DiffusionModel:
         self._compiles = compile
         self._form = PLAIN  # that networks have just now
         self._merging = 0.0  # share of its tokens that the UNet merges just now
+        self._thread = threading.current_thread()  # that what was not read yet is bound to
+        self._has_moved = False  # from there to others: nothing is bound any longer
         reload = dict(reload or {})
         held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
         reloads = {
@@ -239,6 +243,8 @@ class DiffusionModel:
             )
         if isinstance(ready, UNet | PreparedUNet) and self._merging:
             set_token_merging(ready, self._merging)
+        if self._has_moved:
+            mx.eval(ready.parameters())
         return ready
 
     @property
@@ -254,6 +260,17 @@ class DiffusionModel:
     def tokenize(self, text: str, *, syntax: str = "a1111") -> list[list[int]]:
         """Chunks of 77 ids, as the text encoder reads them; without tags, AND and changes."""
         return encode_prompt(self.tokenizer, text, syntax=syntax).ids
+
+    def come_here(self) -> None:
+        """Draw in this thread, whichever loaded the model.
+
+        MLX 0.32 lets an array be read by the one thread that described it. So a model that moves is
+        described again here, but for what is in memory, and read whole from then on.
+        """
+        is_at_home = threading.current_thread() is self._thread
+        if not (is_at_home or self._has_moved or self.is_low_memory):
+            self._has_moved = True
+            self.networks.drop(*READ_LATE)
 
     def set_form(self, form: Form) -> None:
         """Have the networks in a form from now on."""

@@ -24,12 +24,22 @@ from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
 
+BOUND = (
+    "MLX lets weights be read in the thread alone that opened them: draw there, or evaluate "
+    "them there first, mx.eval(network.parameters())."
+)
+
 
 def run(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
+    sd.come_here()
     with sd.networks.drawing(_room(sd, job)):
         try:
             yield from _phases(sd, job)
+        except RuntimeError as error:
+            if "no Stream" in str(error):
+                raise RuntimeError(BOUND) from error
+            raise
         finally:
             sd.set_form(PLAIN)
             _set_token_merging(job, 0.0, sd)
