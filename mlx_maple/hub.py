@@ -251,16 +251,21 @@ def _some_weights(present: set[str], count: int = 5) -> str:
     )
 
 
-def _repo_cache(name: HubName) -> Path:
-    """The folder of one repository in the hub's cache, whose layout is published."""
+def cache_folder() -> Path:
+    """Where downloads are kept."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / ("models--" + name.repo.replace("/", "--"))
+    return Path(constants.HF_HUB_CACHE)
+
+
+def folder_of(name: HubName) -> Path:
+    """The folder of one repository in the hub's cache, whose layout is published."""
+    return cache_folder() / ("models--" + name.repo.replace("/", "--"))
 
 
 def _cached_commit(name: HubName) -> str | None:
     try:
-        return (_repo_cache(name) / "refs" / name.revision).read_text().strip()
+        return (folder_of(name) / "refs" / name.revision).read_text().strip()
     except OSError:
         is_commit = re.fullmatch(r"[0-9a-f]{40}", name.revision)
         return name.revision if is_commit else None
@@ -268,7 +273,7 @@ def _cached_commit(name: HubName) -> str | None:
 
 def _from_cache(name: HubName, dtype: str, variant: str | None, why: str) -> tuple[Path, Choice]:
     commit = _cached_commit(name)
-    folder = _repo_cache(name) / "snapshots" / (commit or "absent")
+    folder = folder_of(name) / "snapshots" / (commit or "absent")
     files = {
         path.relative_to(folder).as_posix()
         for path in folder.rglob("*")
@@ -291,7 +296,7 @@ def _download(
     sizes = {sibling.rfilename: sibling.size or 0 for sibling in info.siblings or ()}
     choice = choose(name, sizes, dtype, variant)
     commit = info.sha or name.revision
-    snapshot = _repo_cache(name) / "snapshots" / commit
+    snapshot = folder_of(name) / "snapshots" / commit
     missing = [file for file in choice.files if not (snapshot / file).exists()]
     total, done = sum(sizes[file] for file in missing), 0
     for file in missing:
@@ -331,7 +336,7 @@ def _fetch_blob(name: HubName, commit: str, file: str, report: Callable[[int], N
         url = metadata.location
         headers.pop("authorization", None)
 
-    repo = _repo_cache(name)
+    repo = folder_of(name)
     blob = repo / "blobs" / metadata.etag
     partial = blob.with_name(f"{metadata.etag}.incomplete")
     lock = repo.parent / ".locks" / repo.name / f"{metadata.etag}.lock"

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageFilter, ImageOps, PngImagePlugin
 
 from mlx_maple import metadata
 from mlx_maple.metadata import PROGRAM, Recipe, Settings
@@ -30,6 +30,7 @@ READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # n
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # written, by ending
 FITS = ("stretch", "crop")
 MASK_BLUR = 4.0  # pixels; A1111's default
+FILL_RADII = (256, 64, 16, 4, 2)  # pixels that surroundings spread into what is masked
 QUALITY = 95  # of JPEG and WebP
 
 _USER_COMMENT = int(ExifTags.Base.UserComment)
@@ -450,6 +451,26 @@ def latent_mask(mask: FloatArray, factor: int) -> FloatArray:
     It is the cell's first, floor(i * factor), and counts as white from 0.5, as in diffusers.
     """
     return (mask[::factor, ::factor, None] >= 0.5).astype(np.float32)
+
+
+def filled(image: Image.Image, mask: FloatArray) -> Image.Image:
+    """A picture whose masked parts are made of what lies around them, ever finer to the edge.
+
+    Args:
+        image: RGB.
+        mask: (H, W), 1 where nothing of the picture is to be seen.
+    """
+    known = image.convert("RGBA")
+    known.putalpha(Image.fromarray(np.rint(255 * (1 - mask)).astype(np.uint8)))
+    result = Image.new("RGB", image.size, (128, 128, 128))
+    for radius in FILL_RADII:
+        # Premultiplied: what is hidden has no colour that could spread.
+        spread = known.convert("RGBa").filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
+        # Far from the edge little arrives; what does is all that is known there.
+        opacity = spread.getchannel("A").point([min(255, 16 * alpha) for alpha in range(256)])
+        result.paste(spread.convert("RGB"), mask=opacity)
+    result.paste(image, mask=known.getchannel("A"))
+    return result
 
 
 def composited(drawn: Image.Image, original: Image.Image, mask: FloatArray) -> Image.Image:

@@ -36,9 +36,6 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "guidance_start": (float, 0, 1),
     "guidance_end": (float, 0, 1),
     "freeu": (float, 0, 10),
-    "token_merging": (float, 0, 0.9),
-    "deep_cache": (int, 1, 100),
-    "deep_cache_branch": (int, 0, 63),
     "window": (int, 64, 4096),
     "window_overlap": (float, 0, 0.9),
     "seed": (int, -(2**63), 2**64 - 1),
@@ -83,9 +80,6 @@ class Settings:
         guidance_end: and up to which.
         tile: the axes along which it continues at the opposite edge: x, y or xy.
         freeu: FreeU's four factors, with spaces between; None where it was not used.
-        token_merging: share of the tokens that were merged.
-        deep_cache: one call in so many ran the whole network; None where all did.
-        deep_cache_branch: how much of it ran in the others.
         window: pixels a side of the windows that the network saw; None where it saw all at once.
         window_overlap: share of a window that its neighbours saw too.
         seed: of this one picture.
@@ -97,6 +91,8 @@ class Settings:
         strength: how far the given image was left, 0 to 1; None where there was none.
         fit: how that image came to its size: stretch or crop.
         mask_blur: of the mask's edge in pixels; None where there was no mask.
+        mask_content: what it began with inside the mask: original, fill, noise or nothing; None
+            where there was no mask.
         image_guidance_scale: how far an edit stayed with the picture that it changed; None where
             nothing was edited.
         control: the networks that steered, with their weights and shares of the steps.
@@ -110,6 +106,8 @@ class Settings:
         hires_strength: how far that second drawing left the first, 0 to 1.
         hires_steps: that it made.
         hires_upscaler: what enlarged the first: latent, lanczos, or a network's name.
+        hires_prompt: what the second drew, where that was something else.
+        hires_negative_prompt: likewise, what it avoided.
         zeroed_negative: nothing at all was avoided, not even an empty text (SDXL).
         original_size: of the picture that SDXL was told it is cut from, as 1024x768.
         crop: pixels cut off at the left and at the top, as 0,0.
@@ -141,9 +139,6 @@ class Settings:
     guidance_end: float = 1.0
     tile: str | None = None
     freeu: str | None = None
-    token_merging: float = 0.0
-    deep_cache: int | None = None
-    deep_cache_branch: int = 0
     window: int | None = None
     window_overlap: float = 0.5
     seed: int | None = None
@@ -155,6 +150,7 @@ class Settings:
     strength: float | None = None
     fit: str | None = None
     mask_blur: float | None = None
+    mask_content: str | None = None
     image_guidance_scale: float | None = None
     control: str = ""
     sample_posterior: bool = False
@@ -167,6 +163,8 @@ class Settings:
     hires_strength: float | None = None
     hires_steps: int | None = None
     hires_upscaler: str | None = None
+    hires_prompt: str | None = None
+    hires_negative_prompt: str | None = None
     zeroed_negative: bool = False
     original_size: str | None = None
     crop: str | None = None
@@ -386,9 +384,6 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Guidance rescale": "guidance_rescale",
     "Guidance start": "guidance_start",
     "Guidance end": "guidance_end",
-    "Token merging ratio": "token_merging",
-    "DeepCache": "deep_cache",
-    "DeepCache branch": "deep_cache_branch",
     "Window": "window",
     "Window overlap": "window_overlap",
     "Hires upscale": "hires_scale",
@@ -401,6 +396,11 @@ _UPSCALERS = {  # A1111's, and what is nearest here
     **{f"latent ({word})": "latent" for word in ("bicubic antialiased", "nearest-exact")},
     "nearest": "lanczos",
     "none": "lanczos",
+}
+_MASKED = {  # A1111's words; "original" is not said
+    "fill": "fill",
+    "noise": "latent noise",
+    "nothing": "latent nothing",
 }
 _DISCARD, _FIRST_PASS = "Discard penultimate sigma", "First pass size"
 _SYNTAX = "Prompt syntax"
@@ -449,17 +449,17 @@ def to_parameters(settings: Settings) -> str:
             settings.hires_strength if settings.strength is None else settings.strength,
         ),
         ("Mask blur", settings.mask_blur),
+        ("Masked content", _MASKED.get(settings.mask_content or "")),
         ("Clip skip", settings.clip_skip if settings.clip_skip != 1 else None),
         ("Hires upscale", settings.hires_scale),
         ("Hires steps", settings.hires_steps),
         ("Hires upscaler", _hires_label(settings.hires_upscaler)),
+        ("Hires prompt", settings.hires_prompt),
+        ("Hires negative prompt", settings.hires_negative_prompt),
         ("Guidance rescale", settings.guidance_rescale or None),
         ("Guidance start", settings.guidance_start or None),
         ("Guidance end", settings.guidance_end if settings.guidance_end != 1 else None),
         ("FreeU", settings.freeu),
-        ("Token merging ratio", settings.token_merging or None),
-        ("DeepCache", settings.deep_cache),
-        ("DeepCache branch", settings.deep_cache_branch or None),
         ("Window", settings.window),
         ("Window overlap", settings.window_overlap if settings.window else None),
         ("Tiling", {None: None, "xy": "True"}.get(settings.tile, settings.tile)),
@@ -547,6 +547,10 @@ def from_parameters(text: str) -> Recipe:
     if (emphasis := pairs.get("Emphasis", "Original").lower()) in ("original", "no norm"):
         used.add("Emphasis")
         values["emphasis"] = emphasis
+    if "mask_blur" in values:
+        theirs = {label: ours for ours, label in _MASKED.items()}
+        values["mask_content"] = theirs.get(pairs.get("Masked content", ""), "original")
+        used.add("Masked content")
     if is_ours and "FreeU" in pairs:
         values["freeu"] = pairs["FreeU"]
         used.add("FreeU")
@@ -588,9 +592,11 @@ def _hires(
     for key, what in (("Hires sampler", "sampler"), ("Hires schedule type", "schedule type")):
         if not is_ours and key in pairs:
             notes.append(f"its second drawing had a {what} of its own, {_short(pairs[key])}")
-    for key in ("Hires prompt", "Hires negative prompt", "Hires checkpoint"):
-        if key in pairs:
-            notes.append(f"its second drawing had another {key[6:]}, which is not read")
+    for name in ("hires_prompt", "hires_negative_prompt"):
+        if (key := name.capitalize().replace("_", " ")) in pairs:
+            values[name] = pairs[key]
+    if "Hires checkpoint" in pairs:
+        notes.append("its second drawing had another checkpoint, which is not read")
 
 
 def _hires_label(name: str | None) -> str | None:

@@ -48,13 +48,17 @@ class ModelFoldersError(ValueError):
     exit_code = 3
 
 
-def find(kind: str, name: str) -> Path | None:
+Named = Sequence[tuple[str, Path]]  # names and files; of equal names the one that counts is first
+
+
+def find(kind: str, name: str, among: Named | None = None) -> Path | None:
     """The file of a kind that goes by a name, or None.
 
     Args:
         kind: one of ``KINDS``.
         name: as ``list`` gives it, with or without the suffix and the folders above it; capital
             letters count only where two files differ in nothing else.
+        among: what ``named`` gave for this kind; None looks at the disk now.
 
     Raises:
         ValueError: for another kind.
@@ -64,7 +68,7 @@ def find(kind: str, name: str) -> Path | None:
     parts = PurePosixPath(wanted).parts
     if not parts or wanted.startswith("/") or ".." in parts or "\0" in wanted:
         return None
-    found, suffix = _named(kind), PurePosixPath(wanted).suffix.lower()
+    found, suffix = named(kind) if among is None else among, PurePosixPath(wanted).suffix.lower()
     if suffix in SUFFIXES[kind]:
         wanted = wanted[: -len(suffix)]
         found = [(key, path) for key, path in found if path.suffix.lower() == suffix]
@@ -77,18 +81,22 @@ def find(kind: str, name: str) -> Path | None:
     return next((path for fit in fits for key, path in found if fit(key)), None)
 
 
-def list(kind: str) -> dict[str, Path]:
+def list(kind: str, among: Named | None = None) -> dict[str, Path]:
     """Every file of a kind by its name: the path below its folder, "/" between, without a suffix.
 
     In order of name; where two files have one name, the first folder's and the first suffix's
     counts. Folders that are not there or may not be read hold nothing.
 
+    Args:
+        kind: one of ``KINDS``.
+        among: what ``named`` gave for this kind; None looks at the disk now.
+
     Raises:
         ValueError: for a kind that there is not.
         ModelFoldersError: if the environment names a YAML file that cannot be used.
     """
-    named = dict(reversed(_named(kind)))
-    return dict(sorted(named.items(), key=lambda pair: pair[0].lower()))
+    files = dict(reversed(named(kind) if among is None else among))
+    return dict(sorted(files.items(), key=lambda pair: pair[0].lower()))
 
 
 def folders(kind: str) -> tuple[Path, ...]:
@@ -110,8 +118,13 @@ def folders(kind: str) -> tuple[Path, ...]:
     return tuple(found.values())
 
 
-def _named(kind: str) -> Sequence[tuple[str, Path]]:
-    """Names and files of a kind; of equal names the one that counts comes first."""
+def named(kind: str) -> Named:
+    """Names and files of a kind, as they are on the disk now; for ``find`` and ``list``.
+
+    Raises:
+        ValueError: for a kind that there is not.
+        ModelFoldersError: if the environment names a YAML file that cannot be used.
+    """
     if kind not in SUBFOLDERS:
         raise ValueError(f"[model_folders] kind must be one of {', '.join(KINDS)}, got {kind!r}.")
     suffixes = SUFFIXES[kind]
@@ -125,11 +138,14 @@ def _named(kind: str) -> Sequence[tuple[str, Path]]:
     return found
 
 
+def roots() -> Sequence[Path]:
+    """What ``$MAPLE_MODELS`` names: folders and YAML files, whether they are there or not."""
+    texts = os.environ.get(VARIABLE, "").split(os.pathsep)
+    return tuple(_expanded(text.strip()) for text in texts if text.strip())
+
+
 def _candidates(kind: str) -> Iterator[Path]:
-    for text in os.environ.get(VARIABLE, "").split(os.pathsep):
-        if not text.strip():
-            continue
-        root = _expanded(text.strip())
+    for root in roots():
         if root.suffix.lower() in (".yaml", ".yml"):
             yield from _in_yaml(root, kind)
             continue

@@ -20,6 +20,7 @@ from typing import Any
 from mlx_maple import images, metadata
 from mlx_maple.control import IMAGE_GUIDANCE, describe_controls, read_controls, use_of_channels
 from mlx_maple.drawing.arguments import (
+    MASK_CONTENTS,
     check_form,
     check_refiner,
     check_steered,
@@ -28,7 +29,6 @@ from mlx_maple.drawing.arguments import (
     plan_of,
     preview_kind,
     read_array,
-    read_deep_cache,
     read_loras,
     read_mask,
     read_prompts,
@@ -95,9 +95,6 @@ class StableDiffusion(DiffusionModel):
         guidance_end: float = 1.0,
         tile: str | None = None,
         freeu: Sequence[float] | str | None = None,
-        token_merging: float = 0.0,
-        deep_cache: int | None = None,
-        deep_cache_branch: int = 0,
         window: int | None = None,
         window_overlap: float = 0.5,
         seed: int | None = None,
@@ -112,6 +109,7 @@ class StableDiffusion(DiffusionModel):
         sample_posterior: bool = False,
         mask: Picture | None = None,
         mask_blur: float = images.MASK_BLUR,
+        mask_content: str = "original",
         image_guidance_scale: float | None = None,
         depth_image: Picture | None = None,
         control_image: Picture | Sequence[Picture] | None = None,
@@ -131,6 +129,8 @@ class StableDiffusion(DiffusionModel):
         hires_strength: float = 0.5,
         hires_steps: int | None = None,
         hires_upscaler: str = "latent",
+        hires_prompt: str | None = None,
+        hires_negative_prompt: str | None = None,
         original_size: Any = None,
         crop: Any = None,
         target_size: Any = None,
@@ -163,11 +163,6 @@ class StableDiffusion(DiffusionModel):
             tile: the axes along which the picture continues at the opposite edge: "x", "y", "xy".
             freeu: FreeU's four factors b1, b2, s1, s2 (for SD 1.5 its authors take 1.5, 1.6, 0.9,
                 0.2): more contrast and detail for no more work.
-            token_merging: share of the pixels, to 0.75, that look around as one where they are
-                alike, at the finest level: faster where pictures are large, with less detail.
-            deep_cache: run the deep part of the network in one call of so many (3, say) and use
-                again what it made in the others: much faster, and another picture; None is always.
-            deep_cache_branch: how much runs every time; 0 is the least.
             window: pixels a side of overlapping windows that the network is shown one after the
                 other, for pictures larger than it draws well (MultiDiffusion); None shows it all.
             window_overlap: the least share of one that its neighbours see too, 0 to 0.9.
@@ -185,6 +180,8 @@ class StableDiffusion(DiffusionModel):
                 is drawn as diffusers does, before all other, from the same seed.
             mask: draw only where this picture is white; it takes ``image``.
             mask_blur: of its edge, in pixels (a Gaussian's standard deviation).
+            mask_content: what the drawing begins with inside the mask, as far as ``strength``
+                leaves it: "original", "fill" (its surroundings, blurred), "noise" or "nothing".
             image_guidance_scale: how far an edit stays with ``image``, for models that change a
                 picture by instruction; None is 1.5.
             depth_image: a depth map, bright is near, for models that follow one.
@@ -208,6 +205,8 @@ class StableDiffusion(DiffusionModel):
             variation_strength: how much of it, 0 to 1.
             ensd: A1111's "eta noise seed delta", added to the seed for the steps' noise.
             hires_scale: draw again, this many times larger, on top of the first drawing.
+            hires_prompt: what the second is to draw; None is the same.
+            hires_negative_prompt: likewise, what it is to stay away from.
             hires_strength: how far the second leaves the first, 0.01 to 1.
             hires_steps: that the second makes: at most ``hires_strength`` of all 1000; None is as
                 many as the first, or as there are.
@@ -253,6 +252,7 @@ class StableDiffusion(DiffusionModel):
                 raise ValueError("tile does not go with a refiner, whose edges stay open.")
         if mask is not None and image is None:
             raise ValueError("a mask needs the image that it covers.")
+        content = one_of("mask_content", mask_content, MASK_CONTENTS)
         if sample_posterior and (variation_strength or ensd):
             raise ValueError("sample_posterior does not go with variation_strength or ensd.")
         if hires_scale is not None and (image is not None or step_noise is not None):
@@ -333,8 +333,6 @@ class StableDiffusion(DiffusionModel):
             guidance_end=end,
             tile=form.tile,
             freeu=freeu_text(form),
-            token_merging=check_number("token_merging", token_merging),
-            **read_deep_cache(self, deep_cache, deep_cache_branch, window, refiner),
             **read_windows(self, window, window_overlap, tile),
             image_guidance_scale=image_guidance,
             control=describe_controls(controls, self.control_names),
@@ -346,6 +344,7 @@ class StableDiffusion(DiffusionModel):
             strength=None if picture is None else check_number("strength", strength),
             fit=None if picture is None else one_of("fit", fit, images.FITS),
             mask_blur=None if mask is None else check_number("mask_blur", mask_blur),
+            mask_content=None if mask is None else content,
             sample_posterior=bool(sample_posterior) and picture is not None,
             variation_strength=check_number("variation_strength", variation_strength),
             ensd=whole("ensd", ensd),
@@ -421,5 +420,6 @@ class StableDiffusion(DiffusionModel):
         )
         if hires_scale is not None:
             second = {"scale": hires_scale, "strength": hires_strength, "steps": hires_steps}
-            job = with_second(self, job, second, hires_upscaler)
+            texts = {"prompt": hires_prompt, "negative_prompt": hires_negative_prompt}
+            job = with_second(self, job, second, texts, hires_upscaler)
         return run(self, job)

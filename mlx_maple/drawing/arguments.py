@@ -20,8 +20,10 @@ from mlx_maple.metadata import Settings, check_number
 from mlx_maple.sampling import SAMPLERS, Plan, make_plan
 from mlx_maple.sizes import Sizes, read_pair
 from mlx_maple.text.language import Prompt, read_prompt
+from mlx_maple.text.prompt import encode_prompt
 
 PREVIEWS = ("linear", "taesd")
+MASK_CONTENTS = ("original", "fill", "noise", "nothing")
 # img2img without a size: at most this many times the pixels that the model was made for
 LARGEST_SHARE = 2.25
 
@@ -80,22 +82,6 @@ def read_windows(sd: DiffusionModel, window: Any, overlap: Any, tile: str | None
     if (window := whole("window", window)) % multiple:
         raise ValueError(f"window must be a multiple of {multiple}, got {window}.")
     return {"window": window, "window_overlap": overlap}
-
-
-def read_deep_cache(
-    sd: DiffusionModel, interval: Any, branch: Any, window: Any, refiner: DiffusionModel | None
-) -> dict[str, Any]:
-    """The settings of DeepCache, checked."""
-    branch = whole("deep_cache_branch", branch)
-    interval = None if interval is None else whole("deep_cache", interval)
-    if interval in (None, 1):  # every call is full
-        return {}
-    if window is not None:
-        raise ValueError("deep_cache does not go with window: each window has other features.")
-    for model in (sd, refiner):
-        if model is not None and branch >= (kept := model.configs["unet"].kept_states):
-            raise ValueError(f"deep_cache_branch must be from 0 to {kept - 1}, got {branch}.")
-    return {"deep_cache": interval, "deep_cache_branch": branch}
 
 
 def check_form(sd: DiffusionModel, form: Form) -> None:
@@ -180,8 +166,22 @@ def read_prompts(
     return {"prompt": prompt, "negative": negative}
 
 
-def with_second(sd: DiffusionModel, job: Job, asked: Mapping[str, Any], upscaler: str) -> Job:
-    """The drawing, and on top of it a larger one."""
+def with_second(
+    sd: DiffusionModel,
+    job: Job,
+    asked: Mapping[str, Any],
+    texts: Mapping[str, str | None],
+    upscaler: str,
+) -> Job:
+    """The drawing, and on top of it a larger one.
+
+    Args:
+        sd: that draws.
+        job: the first drawing.
+        asked: scale, strength and steps of the second.
+        texts: prompts of the second; None is the first one's.
+        upscaler: what enlarges the first.
+    """
     own, most = job.settings[0], sd.noise_schedule.train_steps
     assert own.sampler is not None and own.steps is not None
     strength = check_number("hires_strength", asked["strength"])
@@ -229,21 +229,32 @@ def with_second(sd: DiffusionModel, job: Job, asked: Mapping[str, Any], upscaler
         discard_penultimate=own.discard_penultimate,
         last=kept,
     )
+    said_texts = {name: text for name, text in texts.items() if text is not None}
+    for name, text in said_texts.items():
+        if not isinstance(text, str):
+            raise ValueError(f"hires_{name} must be text, got {type(text).__name__}.")
     words: dict[str, Any] = {**said, "hires_upscaler": upscaler}
+    words |= {f"hires_{name}": text for name, text in said_texts.items()}
     settings = [replace(each, **words) for each in job.settings]
     calls = SAMPLERS[own.sampler].calls
     counts = kept * calls, own.steps * calls
+    read = read_prompts(sd, replace(own, **said_texts), *counts)
+    for text in texts_of(prompt for prompt in read.values() if prompt is not None):
+        encode_prompt(sd.tokenizer, text, syntax=own.syntax)  # or raise, at once
+    notes = list(job.notes)
+    if "prompt" in said_texts and read["prompt"].tags != job.prompt.tags:
+        notes.append("LoRAs named in hires_prompt are not put on: those of the prompt stay")
     second = replace(
         job,
         settings=settings,
         plan=plan,
         size=(width, height),
         shape=(job.count, height // vae.downscale, width // vae.downscale, job.shape[3]),
-        **read_prompts(sd, own, *counts),
+        **read,
         latents=None,
         is_second=True,
     )
-    return replace(job, settings=settings, second=second, upscale=upscale)
+    return replace(job, settings=settings, second=second, upscale=upscale, notes=notes)
 
 
 def read_loras(sd: DiffusionModel, loras: Any, prompt: Prompt | None) -> Chosen | None:

@@ -24,25 +24,14 @@ from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
 
-BOUND = (
-    "MLX lets weights be read in the thread alone that opened them: draw there, or evaluate "
-    "them there first, mx.eval(network.parameters())."
-)
-
 
 def run(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
-    sd.come_here()
     with sd.networks.drawing(_room(sd, job)):
         try:
             yield from _phases(sd, job)
-        except RuntimeError as error:
-            if "no Stream" in str(error):
-                raise RuntimeError(BOUND) from error
-            raise
         finally:
             sd.set_form(PLAIN)
-            _set_token_merging(job, 0.0, sd)
             sd.networks.release(*sd.configs)
             if job.refiner is not None:
                 job.refiner.networks.release(*job.refiner.configs)
@@ -55,13 +44,6 @@ def _room(sd: DiffusionModel, job: Job) -> int | None:
     return room(job.largest.shape, job.guidance_scale != 1)
 
 
-def _set_token_merging(job: Job, ratio: float, sd: DiffusionModel) -> None:
-    """Have all that draws merge this share of its tokens."""
-    for model in (sd, job.refiner):
-        if model is not None:
-            model.set_token_merging(ratio)
-
-
 def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     """Text, picture, steps, decoding; in low-memory mode each network goes after its phase."""
     clock, total = Clock(), job.plan.total
@@ -71,7 +53,6 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     yield from clock.away(Progress(index=0, total=total, stage="text"))
     _put_on(sd, job, notes)
     sd.set_form(job.form)
-    _set_token_merging(job, job.settings[0].token_merging, sd)
     prompts = encode_prompts(sd, job, notes)
     later = None if job.second is None else encode_prompts(sd, job.second, notes)
     sd.networks.release(*sd.text_encoders.tokenizers)
@@ -80,7 +61,10 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     posterior = None
     if job.picture is not None:
         yield from clock.away(Progress(index=0, total=total, stage="encode"))
-        posterior = encode(sd, job.picture, notes)
+        picture = job.picture
+        if job.mask is not None and job.settings[0].mask_content == "fill":
+            picture = images.filled(picture, job.mask)
+        posterior = encode(sd, picture, notes)
         sd.networks.release("vae")
         clock.mark("encode")
 
@@ -138,12 +122,16 @@ def _sampled(
     model = guided_unet(sd, job, prompts, shown)  # not before: it loads the UNet
     model = refined(sd, job, model, shown, notes)
     noise, clean, draw = start(job, posterior)
-    blend = None
-    if job.mask is not None and clean is not None and not shown.holds_mask:
-        inside = images.latent_mask(job.mask, sd.configs["vae"].downscale)
-        outside = Outside(job.plan, mx.array(inside) > 0, noise, clean)
-        model, blend = outside.watched(model), outside.kept
-    x = job.plan.initial(noise, None if job.is_fresh else clean)
+    blend, begun = None, clean
+    if job.mask is not None and clean is not None:
+        inside = mx.array(images.latent_mask(job.mask, sd.configs["vae"].downscale)) > 0
+        # As in A1111, whose "latent noise" is the starting noise again.
+        if (content := job.settings[0].mask_content) in ("noise", "nothing"):
+            begun = mx.where(inside, noise if content == "noise" else 0.0, clean)
+        if not shown.holds_mask:
+            outside = Outside(job.plan, inside, noise, clean)
+            model, blend = outside.watched(model), outside.kept
+    x = job.plan.initial(noise, None if job.is_fresh else begun)
     # A GPU works on one step while this side describes the next and the caller looks at the
     # last; a CPU would only get in its own way, and two steps take more memory than one.
     ahead = 0 if sd.is_on_cpu or sd.networks.is_low_memory else 1

@@ -2,8 +2,10 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 PORT = 7860  # where A1111's clients look first
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -108,6 +110,12 @@ class Config:
     def is_local(self) -> bool:
         """Whether only this machine can reach it."""
         return self.host in LOOPBACK
+
+
+def pixels_of(width: int, height: int, arguments: Mapping[str, Any]) -> int:
+    """Pixels of all pictures of one job, of the larger drawing where there is a second."""
+    scale = arguments.get("hires_scale") or 1
+    return int(width * height * (arguments.get("count") or 1) * scale**2)
 
 
 def data_folder() -> Path:

@@ -5,13 +5,16 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from mlx_maple import enlarge
-from mlx_maple.serve.config import Limits
+from mlx_maple.serve.config import Limits, pixels_of
 
 LIMITS = Limits()
 MOST_CONTROLS = 3
-PICTURES = ("image", "mask")  # fields that are pictures; those of ``controls`` come beside them
+# Fields that are pictures; those of ``controls`` come beside them.
+PICTURES = ("image", "mask", "depth_image")
+LOADING = ("quantize", "low_memory", "dtype")  # arguments of ``load``
 # Fields that ``generate`` does not take as they are.
-OTHERS = ("model", "vae", "loras", "controls", "previews")
+OTHERS = ("model", "refiner", "vae", "taesd", "loras", "controls", "previews", "zeroed_negative")
+USUAL_LARGEST = 1024, 1024  # of models: what a drawing without a size has at most, as a rule
 
 
 class Undrawable(ValueError):
@@ -30,6 +33,18 @@ Seed = Annotated[
     Field(ge=-(2**63), le=2**64 - 1, description="a number, or its digits as text"),
     BeforeValidator(_seed, json_schema_input_type=int | str),
 ]
+Pair = Annotated[
+    str,
+    Field(pattern=r"^ *[0-9]{1,5} *[x,] *[0-9]{1,5} *$", max_length=20, examples=["1024x768"]),
+]
+
+
+def _factors(value: Any) -> Any:
+    """FreeU's factors as numbers; a picture's settings tell them in one text."""
+    return value.split() if isinstance(value, str) and len(value) < 100 else value
+
+
+Factor = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
 PictureIn = Annotated[
     str,
     Field(
@@ -79,8 +94,21 @@ class Draw(BaseModel):
     syntax: Literal["a1111", "plain"] | None = Field(
         None, description="whether brackets in prompts are weights, as A1111 has it"
     )
+    zeroed_negative: bool | None = Field(
+        None, description="avoid nothing at all, not even an empty text (SDXL)"
+    )
     model: str | None = Field(None, max_length=300)
     vae: str | None = Field(None, max_length=300)
+    taesd: str | None = Field(None, max_length=300, description="a small autoencoder for previews")
+    refiner: str | None = Field(
+        None, max_length=300, description="a model that draws the last part of the way"
+    )
+    refiner_start: float | None = Field(None, ge=0, le=1)
+    quantize: Literal[0, 4, 8] | None = Field(
+        None, description="bits to keep the weights in; 0 is as they are stored"
+    )
+    low_memory: bool | None = Field(None, description="hold one network at a time")
+    dtype: Literal["float16", "bfloat16", "float32"] | None = None
     loras: list[Lora] | None = Field(None, max_length=16)
     width: int | None = Field(None, ge=LIMITS.width[0], le=LIMITS.width[1], multiple_of=8)
     height: int | None = Field(None, ge=LIMITS.height[0], le=LIMITS.height[1], multiple_of=8)
@@ -94,9 +122,12 @@ class Draw(BaseModel):
     guidance_start: float | None = Field(None, ge=0, le=1)
     guidance_end: float | None = Field(None, ge=0, le=1)
     tile: Literal["x", "y", "xy"] | None = None
-    token_merging: float | None = Field(None, ge=0, le=0.9)
-    deep_cache: int | None = Field(None, ge=1, le=100)
-    deep_cache_branch: int | None = Field(None, ge=0, le=63)
+    freeu: Annotated[
+        list[Factor] | None,
+        Field(min_length=4, max_length=4, description="b1, b2, s1, s2"),
+        BeforeValidator(_factors, json_schema_input_type=list[float] | str | None),
+    ] = None
+    emphasis: Literal["original", "no norm"] | None = None
     window: int | None = Field(None, ge=64, le=2048)
     window_overlap: float | None = Field(None, ge=0, le=0.9)
     hires_scale: float | None = Field(None, ge=1, le=4)
@@ -105,6 +136,8 @@ class Draw(BaseModel):
     hires_upscaler: str | None = Field(
         None, max_length=300, description="latent, lanczos, or a name from GET /api/v1/networks"
     )
+    hires_prompt: str | None = Field(None, max_length=LIMITS.prompt)
+    hires_negative_prompt: str | None = Field(None, max_length=LIMITS.prompt)
     eta: float | None = Field(None, ge=0, le=1)
     discard_penultimate: bool | None = None
     noise: Literal["torch", "nvidia", "numpy", "mlx"] | None = None
@@ -117,7 +150,18 @@ class Draw(BaseModel):
     fit: Literal["stretch", "crop"] | None = None
     mask: PictureIn | None = None
     mask_blur: float | None = Field(None, ge=0, le=64)
+    mask_content: Literal["original", "fill", "noise", "nothing"] | None = None
+    sample_posterior: bool | None = None
     image_guidance_scale: float | None = Field(None, ge=0, le=100)
+    depth_image: PictureIn | None = Field(
+        None, description="a depth map, bright is near, for models that follow one"
+    )
+    original_size: Pair | None = None
+    crop: Pair | None = None
+    target_size: Pair | None = None
+    aesthetic_score: float | None = Field(None, ge=0, le=20)
+    negative_aesthetic_score: float | None = Field(None, ge=0, le=20)
+    preview: Literal["linear", "taesd"] | None = None
     controls: list[Control] | None = Field(None, max_length=MOST_CONTROLS)
     previews: bool = True
 
@@ -130,13 +174,19 @@ class Draw(BaseModel):
 
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments of ``StableDiffusion.generate``, as JSON, without pictures."""
-        found = self.model_dump(exclude_none=True, exclude={*PICTURES, *OTHERS})
+        found = self.model_dump(exclude_none=True, exclude={*PICTURES, *OTHERS, *LOADING})
+        if self.zeroed_negative:
+            found["negative_prompt"] = None
         if self.loras is not None:
             found["loras"] = [[lora.name, lora.weight] for lora in self.loras]
         if self.controls:
             for name in ("weight", "start", "end", "preprocess"):
                 found[f"control_{name}"] = [getattr(control, name) for control in self.controls]
         return found
+
+    def loading(self) -> dict[str, Any]:
+        """The keyword arguments of ``Catalog.how`` beside networks: what this drawing says."""
+        return self.model_dump(exclude_none=True, include=set(LOADING))
 
     def networks(self) -> list[tuple[str, str]]:
         """Kind and name of each network that it asks for, those named in its prompts among them."""
@@ -149,8 +199,10 @@ class Draw(BaseModel):
         if self.hires_upscaler not in (None, *enlarge.BUILT_IN):
             found.append(("upscaler", self.hires_upscaler or ""))
         if self.syntax != "plain":
-            for text in (self.prompt, self.negative_prompt or ""):
-                found += [("lora", tag.name) for tag in without_tags(text)[1] if tag.kind == "lora"]
+            texts = (self.prompt, self.negative_prompt, self.hires_prompt)
+            for text in (*texts, self.hires_negative_prompt):
+                tags = without_tags(text or "")[1]
+                found += [("lora", tag.name) for tag in tags if tag.kind == "lora"]
         return found
 
     def check(self) -> None:
@@ -176,8 +228,21 @@ class Draw(BaseModel):
             raise Undrawable("a mask needs the image that it covers")
         if self.hires_scale is not None and self.image is not None:
             raise Undrawable("hires_scale does not go with an image")
-        pixels = (self.width or 512) * (self.height or 512) * (self.count or 1)
-        pixels = int(pixels * (self.hires_scale or 1) ** 2)
+        if self.zeroed_negative and self.negative_prompt:
+            raise Undrawable("zeroed_negative does not go with a negative_prompt")
+
+    def check_size(self, own: tuple[int, int]) -> None:
+        """Refuse more pixels than one job may have.
+
+        Args:
+            own: width and height that the model draws where none are named.
+
+        Raises:
+            Undrawable: in one line.
+        """
+        width = own[0] if self.width is None else self.width
+        height = own[1] if self.height is None else self.height
+        pixels = pixels_of(width, height, self.model_dump(include={"count", "hires_scale"}))
         if pixels > LIMITS.pixels:
             raise Undrawable(
                 f"{pixels:,} pixels in one job; {LIMITS.pixels:,} at most: draw fewer or smaller"

@@ -117,8 +117,12 @@ class WorkerLink:
             self._link.close()
         self._process = self._link = None
 
-    def stop(self) -> None:
-        """Ask it to end, and see to it in the background; a later message starts a fresh one."""
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask it to end, and see to it in the background; a later message starts a fresh one.
+
+        Args:
+            at_once: do not wait for its answer.
+        """
         process = self._process
         if process is None:
             return
@@ -127,12 +131,13 @@ class WorkerLink:
             with socket.socket(fileno=os.dup(self._link.fileno())) as duplicate:
                 duplicate.shutdown(socket.SHUT_RDWR)
         self._process = self._link = None
-        threading.Thread(target=_reap, args=(process,), name="reap", daemon=True).start()
+        patience = 0.0 if at_once else PATIENCE
+        threading.Thread(target=_reap, args=(process, patience), name="reap", daemon=True).start()
 
 
-def _reap(process: subprocess.Popen[bytes]) -> None:
+def _reap(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:
     try:
-        process.wait(PATIENCE)
+        process.wait(patience)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -6,6 +6,7 @@ Layout of the data folder:
     pictures/          <job>-<index>.png, each with its settings inside
     thumbnails/        made again when they are missing
     inputs/            pictures that jobs start from: waiting ones, and those with pictures
+    enlarged/          pictures on their way to who had them enlarged
     lock               held by the server that uses the folder
 
 A picture is written before its row: a file without a row is a picture whose server was killed in
@@ -121,7 +122,8 @@ class Store:
         self.pictures = folder / "pictures"
         self.thumbnails = folder / "thumbnails"
         self.inputs = folder / "inputs"
-        for path in (folder, self.pictures, self.thumbnails, self.inputs):
+        self.enlarged = folder / "enlarged"
+        for path in (folder, self.pictures, self.thumbnails, self.inputs, self.enlarged):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._lock = open(folder / "lock", "w")
         try:
@@ -227,6 +229,8 @@ class Store:
         for folder in (self.pictures, self.thumbnails, self.inputs):
             for path in folder.glob(".*.tmp"):
                 path.unlink(missing_ok=True)
+        for path in self.enlarged.iterdir():
+            path.unlink(missing_ok=True)
         known = {row[0] for row in self._db.execute("SELECT id FROM pictures")}
         for path in sorted(self.pictures.iterdir()):
             match = _PICTURE.fullmatch(path.name)

@@ -12,10 +12,11 @@ import secrets
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import anyio
@@ -23,7 +24,8 @@ import anyio
 from mlx_maple.serve.bounds import Bound
 from mlx_maple.serve.catalog import Catalog, Entry
 from mlx_maple.serve.config import Config
-from mlx_maple.serve.draw import PICTURES, Draw, Undrawable
+from mlx_maple.serve.draw import PICTURES, USUAL_LARGEST, Draw, Undrawable
+from mlx_maple.serve.enlarging import Enlarging
 from mlx_maple.serve.link import WorkerLink
 from mlx_maple.serve.queue import Busy, FairQueue
 from mlx_maple.serve.store import JobRecord, Picture, Store, new_id
@@ -32,6 +34,7 @@ from mlx_maple.serve.uploads import picture_bytes
 ENDED = ("done", "failed", "cancelled")
 REMEMBERED = 200  # ended jobs that are kept in memory
 WATCH_SECONDS = 3.0  # that one look at a job keeps its previews coming
+CANCEL_SECONDS = 2.0  # that a cancelled job may go on loading its model
 PLANNER_SECONDS = 60.0  # without a question until the planner's process goes
 ANSWER_SECONDS = 60.0  # that a plan may take
 MOST_ASKED = 32  # questions that wait for the planner
@@ -61,14 +64,17 @@ class Job:
         client: who asked.
         draw: what was asked for, with pictures as true.
         how: the arguments of ``load``.
-        arguments: of ``generate``, without pictures.
+        arguments: of ``generate``, without pictures; of ``Enlarging``.
         inputs: files of the pictures that it starts from, by argument.
+        kind: "draw", or "enlarge": a job that the history does not keep.
+        refiner: the arguments of ``load`` for the model that draws the last part, or None.
         previews: whether previews are wanted even while nobody looks.
         created: seconds since 1970; so are ``started`` and ``finished``.
         state: queued, running, offered, done, failed or cancelled.
         progress: of a running job.
         preview: the latest one, a JPEG in base64.
         pictures: when it is done.
+        files: likewise, of a job that enlarges.
         error: code and message, when it failed.
         cancelling: whether it was asked to end, and has not yet.
         seen: what an interrupted job had drawn so far, a PNG in base64.
@@ -82,6 +88,8 @@ class Job:
     how: dict[str, Any]
     arguments: dict[str, Any]
     inputs: dict[str, str]
+    kind: str = "draw"
+    refiner: dict[str, Any] | None = None
     previews: bool = True
     created: float = field(default_factory=time.time)
     started: float | None = None
@@ -91,6 +99,7 @@ class Job:
     preview: str | None = None
     preview_step: int = 0
     pictures: list[Picture] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     timings: dict[str, float] | None = None
     error: dict[str, str] | None = None
@@ -227,6 +236,8 @@ class Studio:
         await asyncio.to_thread(draw.check)
         entry, how = await asyncio.to_thread(self._chosen, draw)
         pictures = dict(files or {})
+        if draw.image is None and "image" not in pictures:  # else its size counts: see worker.py
+            await self._check_size(draw, how)
         for number, control in enumerate(draw.controls or ()):
             pictures[f"control-{number}"] = await self._picture(control.image)
         for name in PICTURES:
@@ -237,21 +248,47 @@ class Studio:
             client=client,
             draw={**draw.said(), **dict.fromkeys(files or (), True), "model": entry.id},
             how=how,
+            refiner=await asyncio.to_thread(self._refiner, draw),
             arguments=draw.arguments(),
             inputs={},
             previews=draw.previews and not only_watched,
         )
+        await self._queued(job, pictures)
+        return job
+
+    async def enlarge(self, client: str, how: Enlarging, files: Sequence[bytes]) -> Job:
+        """Queue a job that enlarges pictures; ``Job.files`` are the caller's to remove.
+
+        Raises:
+            Busy: too many jobs wait.
+        """
+        self._queue.check(client, self._retry_after())
+        job = Job(
+            id=new_id(),
+            client=client,
+            draw={"prompt": ""},
+            kind="enlarge",
+            how={},
+            arguments=asdict(how),
+            inputs={},
+            previews=False,
+        )
+        await self._queued(job, {f"image-{number:02}": data for number, data in enumerate(files)})
+        return job
+
+    async def _queued(self, job: Job, pictures: Mapping[str, bytes]) -> None:
+        """Keep what a job starts from, and put it at the end of its client's line."""
         async with self._submitting:
-            self._queue.check(client, self._retry_after())
+            self._queue.check(job.client, self._retry_after())
             for name, data in pictures.items():
                 await self.stored(self.store.keep_input, job.id, name, data)
                 job.inputs[name] = str(self.store.input_path(job.id, name).absolute())
-            await self.stored(self.store.add_job, _record(job))
+            if job.kind == "draw":
+                await self.stored(self.store.add_job, _record(job))
             self._jobs[job.id] = job
-            self._queue.put(client, job)
+            self._queue.put(job.client, job)
         self._tell("job", job)
         self._next()
-        return job
 
     def _chosen(self, draw: Draw) -> tuple[Entry, dict[str, Any]]:
         """The model that a request names and how it is loaded, when all it names is there."""
@@ -259,7 +296,30 @@ class Studio:
         for kind, name in draw.networks():
             self.catalog.network(kind, name)
         controlnets = [control.name for control in draw.controls or ()]
-        return entry, self.catalog.how(entry, vae=draw.vae, controlnets=controlnets)
+        how = self.catalog.how(
+            entry, vae=draw.vae, taesd=draw.taesd, controlnets=controlnets, **draw.loading()
+        )
+        return entry, how
+
+    async def _check_size(self, draw: Draw, how: dict[str, Any]) -> None:
+        """Refuse more pixels than one job may have; the model is looked into where that counts."""
+        own = USUAL_LARGEST
+        try:
+            draw.check_size(own)
+        except Undrawable:
+            if draw.width is None or draw.height is None:
+                try:
+                    defaults = (await self.ask("describe", model=how))["defaults"]
+                except Unready:
+                    return  # whatever is wrong with the model, the job will say
+                own = defaults["width"], defaults["height"]
+            draw.check_size(own)
+
+    def _refiner(self, draw: Draw) -> dict[str, Any] | None:
+        """How the model is loaded that draws the last part."""
+        if not draw.refiner:
+            return None
+        return self.catalog.how(self.catalog.find(draw.refiner), **draw.loading())
 
     async def _picture(self, text: str) -> bytes:
         """The bytes of a picture that came as text, is one of the history, or began one of it."""
@@ -284,10 +344,11 @@ class Studio:
         return None if record is None else await self._remembered(record)
 
     async def jobs(self, count: int = 50) -> list[Job]:
-        """Offered, running and waiting jobs, then the last ones that ended."""
+        """Offered, running and waiting drawings, then the last ones that ended."""
         live = [job for job in self._jobs.values() if job.state == "offered"]
         live += [self.current] if self.current is not None else []
         live += list(self._queue)
+        live = [job for job in live if job.kind == "draw"]
         ended = []
         for record in await self.stored(self.store.recent_jobs, count):
             ended.append(self._jobs.get(record.id) or await self._remembered(record))
@@ -295,18 +356,29 @@ class Studio:
         return live + [job for job in ended if job.id not in shown]
 
     async def cancel(self, job: Job) -> None:
-        """End a job: one that waits at once, the one that is drawn between two steps."""
+        """End a job: one that waits at once, the one that is drawn between two steps.
+
+        While its model is loaded the worker does not listen: it is replaced soon, if it must.
+        """
         if job.cancelling:
             return  # the worker reads between two steps: what is sent again only fills its line
         if job is self.current:
             job.cancelling = True
             self._worker.send("cancel", job=job.id)
             self._tell("job", job)
+            loop = asyncio.get_running_loop()
+            loop.call_later(CANCEL_SECONDS, self._replace_loading_worker, job)
         elif job.state == "offered" or self._queue.remove(job.client, job):
             job.cancelling = True
             self._tell_waiting()
             # It is written also where who asked for it has left meanwhile.
             await asyncio.shield(self._spawn(self._end(job, "cancelled")))
+
+    def _replace_loading_worker(self, job: Job) -> None:
+        """End the worker where it still loads a model for a job that was cancelled."""
+        if job is self.current and self.worker_state in ("starting", "loading"):
+            self._worker.stop(at_once=True)
+            self._worker_ended("the drawing process was replaced")
 
     async def resume(self, job: Job) -> None:
         """Put an offered job back into the queue.
@@ -319,7 +391,9 @@ class Studio:
         if job.state != "offered" or job.cancelling:
             raise Undrawable(f"the job is {job.state}, not offered")
         self._queue.check(job.client, self._retry_after())
-        _, job.how = await asyncio.to_thread(self._chosen, _again(job.draw))
+        draw = _again(job.draw)
+        _, job.how = await asyncio.to_thread(self._chosen, draw)
+        job.refiner = await asyncio.to_thread(self._refiner, draw)
         if job.state == "offered" and not job.cancelling:
             job.state = "queued"
             self._queue.put(job.client, job)
@@ -431,15 +505,13 @@ class Studio:
             return
         self.current = job
         job.state, job.started = "running", time.time()
-        self._worker.send(
-            "draw",
-            job=job.id,
-            model=job.how,
-            arguments=job.arguments,
-            inputs=job.inputs,
-            folder=str(self.store.pictures.absolute()),
-            previews=job.previews,
-        )
+        order: dict[str, Any] = {"job": job.id, "arguments": job.arguments, "inputs": job.inputs}
+        if job.kind == "draw":
+            order |= {"model": job.how, "refiner": job.refiner, "previews": job.previews}
+            folder = self.store.pictures
+        else:
+            folder = self.store.enlarged
+        self._worker.send(job.kind, folder=str(folder.absolute()), **order)
         self._tell("job", job)
         self._tell_waiting()
 
@@ -471,7 +543,10 @@ class Studio:
         now = time.time()
         taken = now - (job.started or now)
         self._seconds_each += 0.3 * (taken - self._seconds_each)
-        if kind == "done":
+        if kind == "done" and job.kind == "enlarge":
+            job.files = [Path(name) for name in message["files"]]
+            self._spawn(self._end(job, "done"))
+        elif kind == "done":
             job.notes, job.timings = message["notes"], message["timings"]
             pictures = [
                 Picture(id=f"{job.id}-{index}", job=job.id, index=index, created=now, **picture)
@@ -556,7 +631,7 @@ class Studio:
             self._feeds.discard(feed)
 
     def _tell(self, kind: str, job: Job) -> None:
-        for feed in self._feeds:
+        for feed in self._feeds if job.kind == "draw" else ():
             feed.tell(kind, job)
 
     def _tell_waiting(self) -> None:

@@ -2,12 +2,12 @@
 
 It is started by link.py and speaks JSON over a socket, one message each way at a time:
 
-    in    draw, cancel, watch, load, describe, plan
-    out   ready, model, progress, preview, done, failed, cancelled, described, planned
+    in    draw, enlarge, cancel, watch, load, describe, plan
+    out   ready, model, progress, preview, done, failed, cancelled, answered
 
-Between two steps it looks at what came in, so that it can be cancelled, and finds out there when
-the server is gone; then it ends. MLX ties weights that are still to be read to the thread that
-loaded them: this process has one thread.
+Between two steps, and while a model is downloaded or converted, it looks at what came in, so that
+it can be cancelled, and finds out there when the server is gone; then it ends. MLX ties weights
+that are still to be read to the thread that loaded them: this process has one thread.
 """
 
 import base64
@@ -19,14 +19,17 @@ import re
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_maple.serve.config import Limits
+from mlx_maple import images
+from mlx_maple.serve import enlarging
+from mlx_maple.serve.config import Limits, pixels_of
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -45,6 +48,10 @@ CODES = {1: "failed", 2: "invalid", 3: "unusable", 4: "no_memory", 130: "cancell
 
 class Cancelled(Exception):
     """The job that is being drawn shall end."""
+
+
+class ServerGone(Exception):
+    """Nobody is at the other end of the line."""
 
 
 class Worker:
@@ -67,10 +74,17 @@ class Worker:
             getattr(self, f"_on_{message.pop('kind')}")(**message)
 
     def _next(self) -> dict[str, Any]:
-        return json.loads(self._link.recv_bytes(MOST_BYTES))
+        try:
+            return json.loads(self._link.recv_bytes(MOST_BYTES))
+        except (EOFError, OSError) as error:
+            # By a name of its own: a model file that ends early is an EOFError, too.
+            raise ServerGone from error
 
     def _say(self, kind: str, **values: Any) -> None:
-        self._link.send_bytes(json.dumps({"kind": kind, **values}).encode())
+        try:
+            self._link.send_bytes(json.dumps({"kind": kind, **values}).encode())
+        except OSError as error:
+            raise ServerGone from error
 
     # What is asked for -------------------------------------------------------------------------
 
@@ -78,6 +92,8 @@ class Worker:
         """Have a model ready before the first job asks for it."""
         try:
             self._model(model)
+        except ServerGone:
+            raise
         except Exception as error:
             code, line = _described(error)
             self._say("failed", job="", error={"code": code, "message": line})
@@ -93,50 +109,23 @@ class Worker:
 
     def _on_describe(self, *, request: str, model: Mapping[str, Any]) -> None:
         """Say what a model is, without reading its weights."""
-        try:
-            sd = _skeleton(model)
-            info = asdict(sd.info)
-            described = {
-                "family": info["family"],
-                "prediction": info["prediction"],
-                "parameters": info["parameters"],
-                "bytes": info["bytes"],
-                "defaults": sd.defaults,
-                "notes": list(info["notes"]),
-            }
-        except Exception as error:
-            code, line = _public(error)
-            self._say("described", request=request, error={"code": code, "message": line})
-        else:
-            self._say("described", request=request, answer=described)
+        self._answer(request, partial(_description, model))
 
     def _on_plan(
         self, *, request: str, model: Mapping[str, Any], arguments: Mapping[str, Any]
     ) -> None:
         """Say what a drawing will take in memory."""
-        from mlx_maple.cli import _machine, _memory, _plan, _terminal
-        from mlx_maple.engine.memory import advice
+        self._answer(request, partial(_plan_of, model, arguments))
 
+    def _answer(self, request: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Answer a question, or say why not."""
         try:
-            low = bool(model.get("low_memory"))
-            drawing = _plan.request_of(_skeleton(model), arguments, low_memory=low)
-            plan = _memory.plan_of(drawing)
-            free = _machine.device_memory()
-            fits = None if free is None else plan.peak <= free
-            of = "" if free is None else f" of {_terminal.size(free)}"
-            tries = [] if fits is not False or free is None else advice(plan.request, int(free))
-            answer = {
-                "fits": fits,
-                "peak": plan.peak,
-                "free": free,
-                "message": f"takes about {_terminal.size(plan.peak)}{of}",
-                "advice": [f"{words}: {_terminal.size(peak)}" for words, peak in tries],
-            }
+            answer = work()
         except Exception as error:
             code, line = _public(error)
-            self._say("planned", request=request, error={"code": code, "message": line})
+            self._say("answered", request=request, error={"code": code, "message": line})
         else:
-            self._say("planned", request=request, answer=answer)
+            self._say("answered", request=request, answer=answer)
 
     def _on_draw(
         self,
@@ -147,16 +136,29 @@ class Worker:
         inputs: Mapping[str, str],
         folder: str,
         previews: bool,
+        refiner: Mapping[str, Any] | None = None,
     ) -> None:
-        """Draw one job and write its pictures; whatever goes wrong is told, and ends only it."""
-        self._job, self._is_cancelled = job, False
+        """Draw one job and write its pictures."""
         self._watched_until = float("inf") if previews else 0.0
+        models = (model, refiner)
+        self._do(job, partial(self._draw, job, models, arguments, inputs, Path(folder)))
+
+    def _on_enlarge(
+        self, *, job: str, arguments: dict[str, Any], inputs: Mapping[str, str], folder: str
+    ) -> None:
+        """Enlarge one job's pictures and write them."""
+        self._watched_until = 0.0
+        self._do(job, partial(self._enlarge, job, arguments, inputs, Path(folder)))
+
+    def _do(self, job: str, work: Callable[[], dict[str, Any]]) -> None:
+        """Do one job; whatever goes wrong is told, and ends only it."""
+        self._job, self._is_cancelled = job, False
         try:
-            outcome = self._draw(job, model, arguments, inputs, Path(folder))
+            outcome = work()
         except Cancelled as end:
             picture = end.args[0] if end.args else None
             self._say("cancelled", job=job, picture=picture)
-        except (EOFError, BrokenPipeError, ConnectionError):
+        except ServerGone:
             raise
         except Exception as error:
             code, line = _public(error)
@@ -175,19 +177,23 @@ class Worker:
     def _draw(
         self,
         job: str,
-        model: Mapping[str, Any],
+        models: tuple[Mapping[str, Any], Mapping[str, Any] | None],
         arguments: dict[str, Any],
         inputs: Mapping[str, str],
         folder: Path,
     ) -> dict[str, Any]:
         from mlx_maple.cli import _memory, is_out_of_memory
 
+        model, refiner = models
+
         opened: dict[str, Any] = {name: _opened(name, path) for name, path in inputs.items()}
         controls = [opened.pop(name) for name in sorted(opened) if name.startswith("control-")]
         if controls:
             opened["control_image"] = controls
-        size = _size_beside(opened.get("image"), arguments)
+        if refiner is not None:
+            opened["refiner"] = self._model(refiner)
         sd = self._model(model)
+        size = _bounded_size(sd, opened.get("image"), arguments)
         self._look(None)
         drawing = sd.generate(**arguments, **opened)
         _memory.check(sd, {**arguments, **opened, **size})
@@ -230,6 +236,29 @@ class Worker:
             "timings": result.timings,
         }
 
+    def _enlarge(
+        self, job: str, arguments: Mapping[str, Any], inputs: Mapping[str, str], folder: Path
+    ) -> dict[str, Any]:
+        how = enlarging.Enlarging(**arguments)
+        names, files = sorted(inputs), []
+
+        def told(done: int, total: int) -> None:
+            self._look(None)
+            told_of = {"stage": "sample", "index": done, "total": total, "pace": 0.0}
+            self._say("progress", job=job, **told_of)
+
+        for number, name in enumerate(names):
+            told(number, len(names))
+            enlarged = enlarging.enlarged(
+                _opened(name, inputs[name]), how, lambda *_: self._look(None)
+            )
+            path = folder / f"{job}-{name}.png"
+            buffer = io.BytesIO()
+            enlarged.save(buffer, "PNG")
+            images.write_whole(path, buffer.getvalue())
+            files.append(str(path))
+        return {"files": files}
+
     def _look(self, progress: "Progress | None") -> None:
         """Take what came in; raise ``Cancelled``, with what is seen so far, when that was it."""
         while self._link.poll():
@@ -258,6 +287,7 @@ class Worker:
 
         def progress(done: int, total: int, label: str) -> None:
             nonlocal told
+            self._look(None)
             if (now := time.monotonic()) - told >= PREVIEW_SECONDS:
                 told = now
                 self._say(
@@ -286,6 +316,40 @@ class Worker:
         while self._models and needed > _available():
             self._models.popitem(last=False)
             _free()
+
+
+def _description(model: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model is and draws with where nothing else is said."""
+    sd = _skeleton(model)
+    info = asdict(sd.info)
+    return {
+        "family": info["family"],
+        "prediction": info["prediction"],
+        "parameters": info["parameters"],
+        "bytes": info["bytes"],
+        "defaults": sd.defaults,
+        "notes": list(info["notes"]),
+    }
+
+
+def _plan_of(model: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """What a drawing will take in memory."""
+    from mlx_maple.cli import _machine, _memory, _plan, _terminal
+    from mlx_maple.engine.memory import advice
+
+    low = bool(model.get("low_memory"))
+    plan = _memory.plan_of(_plan.request_of(_skeleton(model), arguments, low_memory=low))
+    free = _machine.device_memory()
+    fits = None if free is None else plan.peak <= free
+    of = "" if free is None else f" of {_terminal.size(free)}"
+    tries = [] if fits is not False or free is None else advice(plan.request, int(free))
+    return {
+        "fits": fits,
+        "peak": plan.peak,
+        "free": free,
+        "message": f"takes about {_terminal.size(plan.peak)}{of}",
+        "advice": [f"{words}: {_terminal.size(peak)}" for words, peak in tries],
+    }
 
 
 def _skeleton(how: Mapping[str, Any]) -> "StableDiffusion":
@@ -342,36 +406,41 @@ def _public(error: BaseException) -> tuple[str, str]:
 
 def _opened(name: str, path: str) -> "Image.Image":
     """A picture that a job starts from."""
-    from mlx_maple import images
-
     try:
         return images.open_image(path)
     except images.ImageError as error:
         raise images.ImageError(f"{name}: {error.reason}") from None
 
 
-def _size_beside(picture: "Image.Image | None", arguments: Mapping[str, Any]) -> dict[str, int]:
-    """Width and height where one is asked for and the other follows a picture's.
+def _bounded_size(
+    sd: "StableDiffusion", picture: "Image.Image | None", arguments: Mapping[str, Any]
+) -> dict[str, int]:
+    """Width and height that will be drawn, with the model's own and the picture's counted in.
 
     Raises:
         ValueError: that is larger than what may be asked for.
     """
-    from mlx_maple import images
+    from mlx_maple.drawing.arguments import LARGEST_SHARE
 
     width, height = arguments.get("width"), arguments.get("height")
-    if picture is None or (width is None) == (height is None):
-        return {}
-    width, height = images.size_like(picture.size, 1, width=width, height=height)
-    pixels = width * height * (arguments.get("count") or 1)
-    if max(width, height) > LIMITS.width[1] or pixels > LIMITS.pixels:
-        raise ValueError(f"beside the image {width}x{height} would be drawn: name a smaller size.")
+    own = sd.defaults["width"], sd.defaults["height"]
+    if picture is not None and (width is None or height is None):
+        largest = int(LARGEST_SHARE * own[0] * own[1])
+        if (width is None) != (height is None):
+            largest = 1  # it follows the side that is named
+        width, height = images.size_like(picture.size, largest, width=width, height=height)
+    width = own[0] if width is None else width
+    height = own[1] if height is None else height
+    pixels = pixels_of(width, height, arguments)
+    if max(width, height) > max(LIMITS.width[1], *own) or pixels > LIMITS.pixels:
+        count = arguments.get("count") or 1
+        what = f"{count} pictures of {width}x{height}" if count > 1 else f"{width}x{height}"
+        raise ValueError(f"{what} ({pixels:,} pixels) would be drawn: name a smaller size.")
     return {"width": width, "height": height}
 
 
 def _saved(path: Path, image: "Image.Image", settings: Any) -> dict[str, Any]:
     """Write a finished picture; returns what the history keeps of it."""
-    from mlx_maple import images
-
     images.save_image(image, path, settings)
     return {"width": image.width, "height": image.height, "settings": asdict(settings)}
 
@@ -410,5 +479,5 @@ def main(descriptor: int) -> None:
     with Connection(descriptor) as link:
         try:
             Worker(link).run()
-        except (EOFError, BrokenPipeError, ConnectionError):
+        except ServerGone:
             return

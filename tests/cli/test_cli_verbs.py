@@ -110,7 +110,7 @@ def test_models_lists_downloads_and_clears_one_by_name(maple, hub):
     assert "some/model" in out and "some/words" not in out
     assert maple("models", "clear", "--all")[1] == "removed 0, 0 B\n"
     assert maple("models", "clear", "some/model")[1].startswith("removed 1, 8.92 MB")
-    assert not hub_module._repo_cache(hub_module.HubName("some/model")).exists()
+    assert not hub_module.folder_of(hub_module.HubName("some/model")).exists()
 
 
 def test_doctor(maple, monkeypatch):

@@ -193,7 +193,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_stopped(hub, large):
     hub.cut["a.ckpt"] = [100_000] + [0] * 200  # the connection never comes back
     with pytest.raises(HubError, match="goes on where it stopped"):
         fetch(HubName(SD))
-    partial = list((hub_module._repo_cache(HubName(SD)) / "blobs").glob("*.incomplete"))
+    partial = list((hub_module.folder_of(HubName(SD)) / "blobs").glob("*.incomplete"))
     assert [p.stat().st_size for p in partial] == [100_000]
     hub.cut.clear()
     hub.requests.clear()
@@ -221,7 +221,7 @@ def test_a_download_that_arrives_damaged_is_not_used(hub, large):
     hub.cut["a.ckpt"] = [100_000] + [0] * 200
     with pytest.raises(HubError):
         fetch(HubName(SD))
-    (partial,) = (hub_module._repo_cache(HubName(SD)) / "blobs").glob("*.incomplete")
+    (partial,) = (hub_module.folder_of(HubName(SD)) / "blobs").glob("*.incomplete")
     partial.write_bytes(b"x" * 100_000)
     hub.cut.clear()
     with pytest.raises(HubError, match=r"a\.ckpt arrived damaged"):

@@ -93,7 +93,7 @@ def test_pull_prints_where_the_model_is(maple, shelf):
     code, out, err = maple("models", "pull", "sd15")
     path = Path(out.strip())
     assert code == 0 and err == "" and (path / "unet" / "config.json").is_file()
-    assert hub_module._repo_cache(hub_module.HubName(SD15)) in path.parents
+    assert hub_module.folder_of(hub_module.HubName(SD15)) in path.parents
     count = len(shelf.requests)
     code, out, _ = maple("models", "pull", "sd15", "--json")
     report = json.loads(out)

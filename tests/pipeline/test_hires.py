@@ -151,3 +151,18 @@ def test_ours_comes_back_from_the_block(sd):
     back = from_parameters(to_parameters(settings)).settings
     for name in ("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"):
         assert getattr(back, name) == getattr(settings, name)
+
+
+def test_the_second_drawing_can_have_prompts_of_its_own(sd):
+    arguments = {**ARGUMENTS, "hires_steps": 2, "hires_strength": 0.9}
+    same, other, avoided = (
+        sd("a leaf", **arguments, **more)
+        for more in ({}, {"hires_prompt": "a ship"}, {"hires_negative_prompt": "a ship"})
+    )
+    assert not np.array_equal(same.latents, other.latents)
+    assert not np.array_equal(same.latents, avoided.latents)
+    again = sd("a leaf", **arguments, hires_prompt="a leaf", hires_negative_prompt="")
+    assert np.array_equal(same.latents, again.latents)
+    settings = other.settings[0]
+    assert (settings.prompt, settings.hires_prompt) == ("a leaf", "a ship")
+    assert from_parameters(to_parameters(settings)).settings.hires_prompt == "a ship"

@@ -455,3 +455,18 @@ def test_a_linear_preview_shows_the_colours():
     preview = images.linear_preview(latents, factors, (32, 32))
     assert preview.size == (32, 32)
     assert preview.getpixel((0, 0)) == (255, 128, 128)
+
+
+def test_what_is_masked_is_filled_from_around_it():
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:, :32], pixels[:, 32:] = (200, 40, 40), (40, 40, 200)
+    pixels[16:48, 16:48] = (0, 255, 0)
+    mask = np.zeros((64, 64), np.float32)
+    mask[16:48, 16:48] = 1
+    filled = np.asarray(images.filled(Image.fromarray(pixels), mask)).astype(int)
+    assert np.array_equal(filled[mask == 0], pixels[mask == 0])
+    assert (filled[mask == 1][:, 1] < 60).all()  # nothing of the green shows
+    near_left, near_right = filled[32, 18], filled[32, 45]
+    assert near_left[0] > 150 and near_right[2] > 150
+    everything = images.filled(Image.fromarray(pixels), np.ones_like(mask))
+    assert everything.getextrema() == ((128, 128),) * 3

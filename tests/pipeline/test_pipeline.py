@@ -10,6 +10,7 @@ from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_maple import images
+from mlx_maple.drawing.arguments import MASK_CONTENTS
 from mlx_maple.drawing.autoencode import encode
 from mlx_maple.drawing.denoise import encode_prompts, guided_unet
 from mlx_maple.drawing.starts import Outside
@@ -414,6 +415,38 @@ def test_the_network_sees_the_picture_in_every_call(sd, monkeypatch, sampler, sc
     assert max(errors) < (0.02 if schedule == "linspace" else 1e-4)  # that one interpolates sigma
 
 
+@pytest.mark.parametrize("strength", [0.5, 1.0])
+def test_what_is_masked_can_begin_otherwise(sd, strength):
+    """Outside nothing changes; from noise alone it does not matter what was inside."""
+    arguments = {"image": picture(), "mask": right_half(), "mask_blur": 0, "seed": 1, "steps": 4}
+    arguments |= {"strength": strength, "sampler": "ddim"}
+    found = [sd("a", mask_content=c, **arguments) for c in MASK_CONTENTS]
+    for content, result in zip(MASK_CONTENTS, found, strict=True):
+        assert same(np.asarray(result.images[0])[:, :64], np.asarray(picture())[:, :64])
+        assert result.settings[0].mask_content == content
+    drawn = {np.array(result.images[0]).tobytes() for result in found}
+    # The filled picture's latents differ a little outside too, where both stand in every step.
+    assert len(drawn) == (4 if strength < 1 else 2)
+
+
+def test_nothing_in_a_mask_begins_with_the_noise_of_its_level(sd):
+    arguments = {"image": picture(), "mask": right_half(), "mask_blur": 0, "strength": 0.5}
+    job = checked(sd, {**arguments, "mask_content": "nothing", "sampler": "ddim", "steps": 4})
+    seen = []
+
+    def spy(self, latents, timesteps, context, *more):
+        seen.append(np.array(latents))
+        return mx.zeros_like(latents)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(UNet, "__call__", spy)
+        sd("a", **arguments, mask_content="nothing", sampler="ddim", steps=4, seed=1)
+    noise = mx.array(initial_noise("torch", 1, (8, 16, 4))[None])
+    expected = np.array(job.plan.initial(noise, mx.zeros_like(noise)))
+    assert np.allclose(seen[0][:1, :, 8:], expected[:, :, 8:], atol=1e-5)
+    assert not np.allclose(seen[0][:1, :, :8], expected[:, :, :8], atol=1e-2)
+
+
 # Previews ----------------------------------------------------------------------------------------
 
 
@@ -510,6 +543,7 @@ BAD = [
     ({"mask": right_half()}, "a mask needs the image"),
     ({"image": picture(), "mask": 3}, "expected a PIL image"),
     ({"image": picture(), "mask": right_half(), "mask_blur": -1}, "mask_blur must be"),
+    ({"mask_content": "x"}, "unknown mask_content 'x': choose from original, fill"),
     ({"image": picture(), "sample_posterior": True, "ensd": 1}, "does not go with"),
     ({"variation_strength": 2}, "variation_strength must be"),
     ({"variation_strength": 0.5, "variation_seed": "x"}, "variation_seed must be"),

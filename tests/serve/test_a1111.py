@@ -12,6 +12,15 @@ from PIL import Image
 ASKED = {k: v for k, v in QUICK.items()}
 
 
+def encoded(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+PIXEL = encoded(Image.new("RGB", (64, 64)))
+
+
 def decoded(text):
     return Image.open(io.BytesIO(base64.b64decode(text)))
 
@@ -51,16 +60,11 @@ def test_samplers_by_their_names(client, sampler, scheduler, ours):
 def test_options_decide(client):
     assert client.post("/sdapi/v1/options", json={"randn_source": "CPU", "x": 1}).json() == {}
     assert client.get("/sdapi/v1/options").json()["randn_source"] == "CPU"
-    drawn(client, override_settings={"eta_noise_seed_delta": 31337, "token_merging_ratio": 0.5})
+    drawn(client, override_settings={"eta_noise_seed_delta": 31337})
     settings = client.get("/api/v1/pictures?limit=1").json()["pictures"][0]["settings"]
     assert settings["noise"] == "torch" and settings["ensd"] == 31337
-    assert settings["token_merging"] == 0.5
     client.post("/sdapi/v1/options", json={"randn_source": "NV"})
-    for wrong in (
-        {"randn_source": "dice"},
-        {"CLIP_stop_at_last_layers": "x"},
-        {"token_merging_ratio": 1},
-    ):
+    for wrong in ({"randn_source": "dice"}, {"CLIP_stop_at_last_layers": "x"}):
         assert client.post("/sdapi/v1/options", json=wrong).status_code == 422
     assert "secret" not in client.get("/sdapi/v1/options").json()
 
@@ -87,12 +91,6 @@ def test_image_to_image_and_an_inverted_mask(client):
     assert after[0].getpixel(outside) == source.getpixel(outside)
     assert after[1].getpixel(inside) == source.getpixel(inside)
     assert after[0].getpixel(inside) != source.getpixel(inside)
-
-
-def encoded(image):
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def test_progress_and_interruption(client):
@@ -143,12 +141,24 @@ def test_progress_and_interruption(client):
         ("txt2img", {"batch_size": 16, "n_iter": 16}, 422, "count"),
         ("txt2img", {"steps": 10**6}, 422, "steps"),
         ("txt2img", {"enable_hr": True, "hr_resize_x": 1024}, 422, "hr_scale"),
+        ("txt2img", {"enable_hr": True, "hr_sampler_name": "DDIM"}, 422, "sampler"),
+        ("txt2img", {"enable_hr": True, "hr_checkpoint_name": "x"}, 422, "model"),
+        ("txt2img", {"seed_resize_from_w": 512}, 422, "seed"),
+        ("txt2img", {"s_churn": 0.5}, 422, "churn"),
+        ("txt2img", {"infotext": "a cat\nSteps: 1"}, 422, "infotext"),
+        ("txt2img", {"refiner_checkpoint": "../x"}, 404, "no model"),
+        ("txt2img", {"alwayson_scripts": {"Refiner": {"args": [True, "x", 0.5]}}}, 404, "no model"),
+        ("img2img", {"init_images": [PIXEL], "mask": PIXEL, "mask_blur_x": 1}, 422, "mask_blur_x"),
+        ("img2img", {"init_images": [PIXEL], "resize_mode": 3}, 422, "resize_mode"),
+        ("img2img", {"init_images": [PIXEL], "latent_mask": PIXEL}, 422, "latent"),
         ("options", {"CLIP_stop_at_last_layers": 1000}, 422, "bounds"),
         ("txt2img", {"override_settings": {"sd_model_checkpoint": "/etc/passwd"}}, 404, "no model"),
         ("img2img", {}, 404, "Init image"),
         ("img2img", {"init_images": ["http://127.0.0.1:1/x.png"]}, 422, "base64"),
         ("interrogate", {"image": ""}, 404, "Model not found"),
         ("extra-single-image", {"image": "aGVsbG8=", "upscaler_1": "Lanczos"}, 422, "picture"),
+        ("extra-single-image", {"image": PIXEL, "upscaler_1": "/etc/passwd"}, 404, "Upscaler"),
+        ("extra-single-image", {"image": PIXEL, "gfpgan_visibility": 1}, 422, "face"),
     ],
 )
 def test_errors_in_its_form(client, path, values, status, words):
@@ -156,6 +166,52 @@ def test_errors_in_its_form(client, path, values, status, words):
     body = answer.json()
     assert answer.status_code == status, body
     assert {"error", "detail", "body", "errors"} <= body.keys() and words in body["errors"]
+
+
+@pytest.mark.parametrize("values", [{}, {"s_churn": 0, "s_noise": 1, "seed_resize_from_w": -1}])
+def test_what_asks_for_nothing_special_is_drawn(client, values):
+    """As webuiapi and the web UI's own page send it, with hires fix off."""
+    drawn(client, hr_sampler_name="DDIM", hr_checkpoint_name="x", restore_faces=False, **values)
+
+
+def test_what_has_no_effect_is_told(client):
+    asked = {"frobnicate": 1, "comments": {}, "override_settings": {"use_xformers": True}}
+    _, info, _ = drawn(client, **asked)
+    note = info["extra_generation_params"]["Notes"]
+    assert "frobnicate" in note and "use_xformers" in note and "comments" not in note
+    assert drawn(client)[1]["extra_generation_params"] == {}
+
+
+def test_what_is_masked_begins_as_asked(client):
+    source = Image.radial_gradient("L").resize((64, 64)).convert("RGB")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (16, 16, 48, 48))
+    values = {**ASKED, "init_images": [encoded(source)], "mask": encoded(mask), "mask_blur": 0}
+    values |= {"denoising_strength": 0.5, "steps": 4}
+    found = {}
+    for number in (None, 0, 1, 2, 3):
+        more = {} if number is None else {"inpainting_fill": number}
+        answer = client.post("/sdapi/v1/img2img", json={**values, **more}).json()
+        found[number] = decoded(answer["images"][0]).tobytes()
+        note = json.loads(answer["info"])["extra_generation_params"]["Notes"]
+        assert "only masked" in note  # which A1111 does unless it is told not to
+    assert found[None] == found[0]  # A1111's default is to fill
+    assert len({found[number] for number in (0, 1, 2, 3)}) == 4
+
+
+def test_hires_prompts_and_a_refiner_are_drawn_with(client):
+    hires = {"enable_hr": True, "hr_scale": 2, "hr_second_pass_steps": 1}
+    same, other = (drawn(client, **hires, hr_prompt=text)[1] for text in ("", "a ship"))
+    assert "Hires prompt" not in same["infotexts"][0]
+    assert "Hires prompt: a ship" in other["infotexts"][0]
+    drawn(client, refiner_checkpoint=client.get("/sdapi/v1/options").json()["sd_model_checkpoint"])
+    settings = client.get("/api/v1/pictures?limit=1").json()["pictures"][0]["settings"]
+    assert (settings["refiner"], settings["refiner_start"]) == (settings["model"], 0.8)
+
+
+def test_memory_is_one_machines(client):
+    ram = client.get("/sdapi/v1/memory").json()["ram"]
+    assert ram["free"] + ram["used"] == ram["total"] and 0 < ram["free"] < ram["total"]
 
 
 @pytest.mark.parametrize("path", ["txt2img", "options"])
@@ -210,3 +266,25 @@ def test_settings_and_sizes_of_pictures(client):
         json={"image": image, "upscaler_1": "Nearest", "upscaling_resize": 3},
     ).json()
     assert decoded(larger["image"]).size == (192, 192)
+
+
+def test_pictures_are_enlarged_by_the_worker(client, studio, monkeypatch):
+    """As jobs of the queue, which no list of drawings shows and which leave nothing behind."""
+    files = {"imageList": [{"data": PIXEL, "name": "a"}, {"data": PIXEL, "name": "b"}]}
+    values = {"upscaler_1": "Lanczos", "resize_mode": 1, "upscaling_resize_w": 100}
+    kinds = []
+    send = studio._worker.send
+    monkeypatch.setattr(
+        studio._worker, "send", lambda kind, **v: (kinds.append(kind), send(kind, **v))
+    )
+    more = {"upscaling_resize_h": 40, "upscaler_2": "Nearest", "extras_upscaler_2_visibility": 0.5}
+    answer = client.post("/sdapi/v1/extra-batch-images", json={**files, **values, **more}).json()
+    assert [decoded(image).size for image in answer["images"]] == [(100, 40)] * 2
+    assert kinds == ["enlarge"]
+    assert all(job["draw"]["prompt"] for job in client.get("/api/v1/jobs").json()["jobs"])
+    for folder in (studio.store.enlarged, studio.store.inputs):
+        assert not [path for path in folder.iterdir() if "image-0" in path.name]
+    large = {"image": PIXEL, "upscaler_1": "Lanczos", "resize_mode": 1}
+    large |= {"upscaling_resize_w": 8192, "upscaling_resize_h": 8192}
+    refused = client.post("/sdapi/v1/extra-single-image", json=large)
+    assert refused.status_code == 422 and "too large" in refused.json()["errors"]

@@ -124,20 +124,12 @@ def test_from_a_picture_of_the_history_and_a_mask(client, drawn, finished):
 
 def test_what_the_pipeline_can_is_passed_on(client, finished):
     job = finished(
-        submitted(
-            client,
-            hires_scale=2,
-            hires_steps=1,
-            tile="xy",
-            guidance_rescale=0.5,
-            steps=2,
-            deep_cache=2,
-        )
+        submitted(client, hires_scale=2, hires_steps=1, tile="xy", guidance_rescale=0.5, steps=2)
     )
     assert job["state"] == "done", job["error"]
     picture = job["pictures"][0]
     assert (picture["width"], picture["height"]) == (128, 128)
-    assert {"hires_scale": 2.0, "tile": "xy", "guidance_rescale": 0.5, "deep_cache": 2}.items() <= (
+    assert {"hires_scale": 2.0, "tile": "xy", "guidance_rescale": 0.5}.items() <= (
         picture["draw"].items()
     )
     assert client.post("/api/v1/jobs", json={**picture["draw"], "steps": 1}).status_code == 202
@@ -298,6 +290,22 @@ def test_presets_are_kept(client):
     assert client.put("/api/v1/presets/x", json={"image": "aGVsbG8="}).status_code == 422
     assert client.delete("/api/v1/presets/my own").status_code == 204
     assert client.delete("/api/v1/presets/my own").status_code == 404
+
+
+def test_an_unnamed_size_counts_as_the_models_own(client, studio, monkeypatch):
+    asked = {"prompt": "x", "count": 16, "hires_scale": 4}  # of 64x64 each: 4 megapixels
+    assert client.post("/api/v1/jobs", json={**asked, "width": 1024}).status_code == 422
+    job = client.post("/api/v1/jobs", json={**asked, "height": 64})
+    assert job.status_code == 202
+    client.post(f"/api/v1/jobs/{job.json()['id']}/cancel")
+
+    async def describe(kind, **question):
+        return {"defaults": {"width": 1024, "height": 1024}}
+
+    monkeypatch.setattr(studio, "ask", describe)
+    refused = client.post("/api/v1/jobs", json={**asked, "count": 2})
+    assert refused.status_code == 422
+    assert "33,554,432 pixels" in refused.json()["error"]["message"]
 
 
 def test_presets_are_bounded(client):

@@ -11,6 +11,7 @@ from mlx_maple.serve.config import Limits
 from mlx_maple.serve.protocol import protocol_of
 
 LARGE = b"x" * (8 << 20)  # more than the system's buffers take
+OPENED = []  # connections of one test
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -42,15 +43,26 @@ def within(act, **limits):
             try:
                 await asyncio.wait_for(act(listener.getsockname()[1]), 20)
             finally:
+                for writer in OPENED:
+                    writer.transport.abort()
+                    with contextlib.suppress(OSError):
+                        await writer.wait_closed()
+                OPENED.clear()
                 server.should_exit = server.force_exit = True
                 await task
 
     asyncio.run(run())
 
 
+async def connected(port):
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    OPENED.append(writer)
+    return reader, writer
+
+
 async def status(port, request=GET):
     """What one request on a connection of its own gets, and the connection."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await connected(port)
     writer.write(request)
     return (await reader.readline()).split()[1], reader, writer
 
@@ -59,11 +71,10 @@ def test_connections_are_bounded_and_a_503_says_so():
     async def act(port):
         opened = [await status(port) for _ in range(3)]
         assert [each[0] for each in opened] == [b"200"] * 3
-        code, reader, writer = await status(port)
+        code, reader, _ = await status(port)
         assert code == b"503"
         rest = await reader.read()  # to its end: the connection is closed
         assert b"too many connections" in rest and b"retry-after" in rest
-        writer.close()
         opened.pop()[2].close()
         await asyncio.sleep(0.1)
         assert (await status(port))[0] == b"200"
@@ -84,20 +95,18 @@ def test_who_does_not_read_is_let_go_of():
             got = await reader.read()
         assert len(got) < len(LARGE)
         # Who reads gets it all.
-        _, reader, writer = await status(port, large)
+        _, reader, _ = await status(port, large)
         await reader.readuntil(b"\r\n\r\n")
         assert len(await reader.readexactly(len(LARGE))) == len(LARGE)
-        writer.close()
 
     within(act, read_seconds=0.3)
 
 
 def test_a_head_is_waited_for_a_bounded_time():
     async def act(port):
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        reader, writer = await connected(port)
         writer.write(b"GET / HT")
         assert await asyncio.wait_for(reader.read(), 5) == b""
-        writer.close()
 
     within(act, header_seconds=0.2)
 

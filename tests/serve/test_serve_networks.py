@@ -10,9 +10,13 @@ import pytest
 import tiny_model
 from known import BASE, TINY
 from PIL import Image
+from safetensors.numpy import save_file
 from starlette.testclient import TestClient
 
+from maple_convert.upscaler import expected_shapes
+from mlx_maple import model_folders
 from mlx_maple.serve.app import make_app
+from mlx_maple.serve.catalog import Catalog, UnknownName
 from mlx_maple.serve.config import Config
 from mlx_maple.serve.worker import Worker
 
@@ -34,6 +38,14 @@ def client(tmp_path_factory):
     ):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(source, folder / place)
+    upscaler = folder / "ESRGAN" / "twice.safetensors"
+    upscaler.parent.mkdir()
+    draw = np.random.default_rng(1)
+    shape = {"width": 8, "growth": 4, "num_blocks": 1, "doublings": 1, "shuffle": 1}
+    weights = {
+        n: draw.normal(0, 0.15, s).astype(np.float32) for n, s in expected_shapes(shape).items()
+    }
+    save_file(weights, upscaler)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAPLE_MODELS", str(folder))
         patch.setenv("MAPLE_CACHE", str(folder / "cache"))
@@ -96,6 +108,41 @@ def test_models_swap_and_a_controlnet_steers(client):
     vae = {"override_settings": {**model["override_settings"], "sd_vae": "other"}}
     _, info = picture(client, prompt="a leaf", **vae)
     assert info["sd_vae_name"] == "other"
+
+
+def test_a_network_enlarges(client):
+    names = [row["name"] for row in client.get("/sdapi/v1/upscalers").json()]
+    assert names == ["None", "Lanczos", "Nearest", "twice"]
+    found = {}
+    for name in ("Lanczos", "twice"):
+        values = {"image": png(), "upscaler_1": name, "upscaling_resize": 3}
+        answer = client.post("/sdapi/v1/extra-single-image", json=values)
+        assert answer.status_code == 200, answer.text
+        found[name] = Image.open(io.BytesIO(base64.b64decode(answer.json()["image"])))
+        assert found[name].size == (192, 192)  # two passes of two times, and back
+    assert found["Lanczos"].tobytes() != found["twice"].tobytes()
+
+
+def test_names_that_nothing_goes_by_do_not_walk_the_disk(client, tmp_path, monkeypatch):
+    monkeypatch.setenv("MAPLE_MODELS", str(tmp_path))
+    (tmp_path / "Lora" / "below").mkdir(parents=True)
+    catalog, looks = Catalog(Config(data=tmp_path / "data")), []
+    named = model_folders.named
+    monkeypatch.setattr(model_folders, "named", lambda kind: (looks.append(kind), named(kind))[1])
+    for number in range(20):
+        with pytest.raises(UnknownName):
+            catalog.find(f"nobody-{number}")
+        with pytest.raises(UnknownName):
+            catalog.network("lora", f"nobody-{number}")
+    assert len(looks) == len(model_folders.KINDS)  # one look
+    # What comes later is found all the same, in a folder's folder and in a new one.
+    (tmp_path / "Lora" / "below" / "late.safetensors").write_bytes(b"")
+    assert catalog.network("lora", "late").endswith("below/late.safetensors")
+    (tmp_path / "VAE").mkdir()
+    (tmp_path / "VAE" / "late.safetensors").write_bytes(b"")
+    assert catalog.network("vae", "late").endswith("VAE/late.safetensors")
+    assert catalog.networks("vae") == ["late"]
+    assert len(looks) == 3 * len(model_folders.KINDS)
 
 
 def test_models_go_when_there_is_no_room(monkeypatch):

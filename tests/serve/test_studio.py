@@ -6,7 +6,9 @@ from contextlib import ExitStack
 import anyio
 import pytest
 
+from mlx_maple.serve import studio as module
 from mlx_maple.serve.config import Config
+from mlx_maple.serve.link import WorkerLink
 from mlx_maple.serve.queue import Busy
 from mlx_maple.serve.store import JobRecord, new_id
 from mlx_maple.serve.studio import MOST_ASKED, Job, Studio
@@ -65,6 +67,35 @@ def test_a_job_is_cancelled_also_where_who_asked_has_left(tmp_path):
             await studio.cancel(waiting)
         await asyncio.wait_for(waiting.ended.wait(), 10)
         assert waiting.state == "cancelled" and studio.waiting == 0
+
+    within(tmp_path, act)
+
+
+@pytest.mark.parametrize("stage", ["loading", "sample"])
+def test_a_cancelled_job_does_not_wait_for_its_model(tmp_path, monkeypatch, stage):
+    """A worker that loads does not listen: it is replaced. One that draws is not."""
+    monkeypatch.setattr(module, "CANCEL_SECONDS", 0.05)
+
+    async def act(studio, sent):
+        stopped = []
+        monkeypatch.setattr(WorkerLink, "is_running", True)
+        studio._worker.stop = lambda **how: stopped.append(how)
+        studio._is_ready = True
+        running, after = job(), job()
+        studio.current = running
+        studio._jobs[running.id] = studio._jobs[after.id] = running
+        running.state, running.progress = "running", {"stage": stage}
+        studio._queue.put(after.client, after)
+        await studio.cancel(running)
+        assert running.cancelling and running.state == "running"  # which the state says meanwhile
+        await asyncio.sleep(0.2)
+        if stage == "loading":
+            assert stopped == [{"at_once": True}]
+            assert running.state == "cancelled" and running.error is None
+            assert studio.current is after and sent[-1] == "draw"
+        else:
+            assert stopped == [] and studio.current is running
+        studio.current = None
 
     within(tmp_path, act)
 

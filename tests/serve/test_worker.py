@@ -9,7 +9,7 @@ import pytest
 from known import QUICK, TINY
 from PIL import Image
 
-from mlx_maple.serve.worker import Worker
+from mlx_maple.serve.worker import ServerGone, Worker
 
 HOW = {"source": str(TINY), "dtype": None, "quantize": None, "low_memory": False}
 
@@ -52,6 +52,7 @@ def told(ours):
         (RuntimeError("[read] Unable to read 8 bytes from file."), "failed"),
         (ZeroDivisionError("x"), "failed"),
         (OSError(28, "No space left on device"), "failed"),
+        (EOFError("Ran out of input"), "failed"),  # of a model file, not of the line
     ],
 )
 def test_a_fault_is_told_in_one_line(line, tmp_path, monkeypatch, fault, code):
@@ -83,6 +84,24 @@ def test_a_word_to_cancel_counts_for_its_own_job_only(line, tmp_path):
         ours.send_bytes(json.dumps({"kind": "cancel", "job": job}).encode())
         worker._on_draw(**order(tmp_path))
         assert told(ours)[-1]["kind"] == kind
+
+
+def test_a_job_is_cancelled_while_its_model_is_converted(line, tmp_path, monkeypatch):
+    from mlx_maple import loading
+
+    worker, ours = line
+    done = []
+
+    def load(progress, **how):
+        for number in range(10):
+            progress(number, 10, "converting")
+            done.append(number)
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(worker, "_make_room", lambda how: None)
+    ours.send_bytes(json.dumps({"kind": "cancel", "job": "0" * 24}).encode())
+    worker._on_draw(**order(tmp_path, model={**HOW, "source": "other"}))
+    assert told(ours)[-1]["kind"] == "cancelled" and not done
 
 
 def test_errors_name_files_without_their_folders(line, tmp_path, monkeypatch):
@@ -134,7 +153,7 @@ def test_it_ends_when_the_server_is_gone(model):
     def run():
         try:
             worker.run()
-        except (EOFError, BrokenPipeError):
+        except ServerGone:
             ended.append(True)
 
     thread = threading.Thread(target=run)

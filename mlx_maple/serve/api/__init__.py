@@ -1,5 +1,7 @@
 """The HTTP APIs: ours (v1), AUTOMATIC1111's and OpenAI's, each a thin view of the studio."""
 
+import os
+
 import anyio
 from fastapi import Request
 
@@ -39,3 +41,15 @@ async def drawn(request: Request, job: Job) -> Job:
         await job.ended.wait()
         tasks.cancel_scope.cancel()
     return job
+
+
+def machine_memory() -> tuple[int | None, int | None]:
+    """All of the machine's memory and what of it is free, in bytes; None where it does not say."""
+    from mlx_maple.cli import _machine
+
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError):
+        total = None
+    free = _machine.free_memory()
+    return total, None if free is None else int(free if total is None else min(free, total))

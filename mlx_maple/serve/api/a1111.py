@@ -14,7 +14,9 @@ import base64
 import io
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import fields
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Request
@@ -22,31 +24,59 @@ from PIL import Image, ImageOps
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mlx_maple import images, metadata
+from mlx_maple.control import IMAGE_GUIDANCE
 from mlx_maple.metadata import Settings
-from mlx_maple.serve.api import client_of, drawn, studio_of
+from mlx_maple.serve.api import client_of, drawn, machine_memory, studio_of
+from mlx_maple.serve.catalog import UnknownName
 from mlx_maple.serve.draw import LIMITS, MOST_CONTROLS, Draw
+from mlx_maple.serve.enlarging import NOTHING, RESIZERS, Enlarging
 from mlx_maple.serve.errors import ApiError
 from mlx_maple.serve.store import Picture
 from mlx_maple.serve.studio import Job, Studio
 from mlx_maple.serve.uploads import picture_bytes
 
-RESIZERS = {"Lanczos": Image.Resampling.LANCZOS, "Nearest": Image.Resampling.NEAREST}
 FITS = {0: "stretch", 1: "crop"}
+FILLS = ("fill", "original", "noise", "nothing")  # by number
+MODEL_OPTION = "sd_model_checkpoint"
 NOISE = {"GPU": "nvidia", "NV": "nvidia", "CPU": "torch"}
 DEFAULT_OPTIONS: dict[str, Any] = {
     "sd_vae": "Automatic",
     "CLIP_stop_at_last_layers": 1,
     "eta_noise_seed_delta": 0,
     "randn_source": "NV",
-    "token_merging_ratio": 0.0,
     "samples_format": "png",
     "show_progress_every_n_steps": 1,
     "live_previews_enable": True,
 }
-# What asks for something that is not there, and the values that do not.
-NOT_THERE = {
-    "restore_faces": "face restoration is",
-    "script_name": "scripts are",
+# What a request may ask for that is not there, with the values that do not ask for it. Anything
+# else would be passed over, and the picture be another one than was asked for.
+NOT_THERE: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "restore_faces": ("face restoration is", (None, False)),
+    "script_name": ("scripts are", (None, "", "None")),
+    "seed_resize_from_w": ("resizing from another size's seed is", (None, -1, 0)),
+    "seed_resize_from_h": ("resizing from another size's seed is", (None, -1, 0)),
+    "hr_checkpoint_name": (
+        "another model for the second pass is",
+        (None, "", "Use same checkpoint"),
+    ),
+    "hr_sampler_name": ("another sampler for the second pass is", (None, "", "Use same sampler")),
+    "hr_scheduler": ("another schedule for the second pass is", (None, "", "Use same scheduler")),
+    "firstphase_width": ("hires fix of that kind is", (None, 0)),
+    "firstphase_height": ("hires fix of that kind is", (None, 0)),
+    "s_churn": ("churn is", (None, 0)),
+    "s_tmin": ("churn is", (None, 0)),
+    "s_tmax": ("churn is", (None, 0)),
+    "s_noise": ("another scale of noise is", (None, 1)),
+    "s_min_uncond": ("skipping guidance by sigma is", (None, 0)),
+    "initial_noise_multiplier": ("another scale of noise is", (None, 1)),
+    "latent_mask": ("a mask of latents is", (None, "")),
+    "infotext": ("drawing from a picture's text is", (None, "")),
+}
+# Fields that change no picture.
+HARMLESS = {
+    *("do_not_save_samples", "do_not_save_grid", "save_images", "send_images", "comments"),
+    *("disable_extra_networks", "override_settings_restore_afterwards", "script_args", "styles"),
+    *("force_task_id", "mask_round", "session_hash", "inpaint_full_res_padding"),
 }
 # The ControlNet extension's preprocessors that there are here.
 PREPROCESSORS = {
@@ -109,6 +139,8 @@ class _Asked(BaseModel):
     script_name: str | None = Field(None, max_length=200)
     alwayson_scripts: dict[str, Any] | None = None
     override_settings: dict[str, Any] | None = None
+    refiner_checkpoint: str | None = Field(None, max_length=300)
+    refiner_switch_at: float | None = Field(None, ge=0, le=1)
     send_images: bool = True
 
 
@@ -130,6 +162,11 @@ class Txt2Img(_Asked):
     hr_resize_y: int | None = 0
     hr_upscaler: str | None = Field(None, max_length=300)
     hr_second_pass_steps: int | None = Field(0, ge=0, le=LIMITS.steps[1])
+    hr_prompt: str | None = Field("", max_length=LIMITS.prompt)
+    hr_negative_prompt: str | None = Field("", max_length=LIMITS.prompt)
+    hr_checkpoint_name: str | None = Field(None, max_length=300)
+    hr_sampler_name: str | None = Field(None, max_length=80)
+    hr_scheduler: str | None = Field(None, max_length=80)
 
 
 class Img2Img(_Asked):
@@ -138,7 +175,13 @@ class Img2Img(_Asked):
     init_images: list[str] | None = Field(None, max_length=8)
     mask: str | None = None
     mask_blur: float | None = Field(4, ge=0, le=64)
+    mask_blur_x: float | None = Field(None, ge=0, le=64)
+    mask_blur_y: float | None = Field(None, ge=0, le=64)
     inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
+    inpainting_fill: int | None = Field(0, ge=0, le=3)
+    inpaint_full_res: bool | None = True
+    image_cfg_scale: float | None = Field(None, ge=0, le=100)
+    include_init_images: bool = False
     resize_mode: int | None = Field(0, ge=0, le=3)
     denoising_strength: float | None = Field(0.75, ge=0, le=1)
 
@@ -178,6 +221,10 @@ async def txt2img(request: Request, asked: Txt2Img) -> Drawn:
             "hires_steps": asked.hr_second_pass_steps or None,
             "hires_upscaler": metadata.upscaler_word(asked.hr_upscaler or "Latent"),
         }
+        if asked.hr_prompt not in (None, "", asked.prompt):
+            extra["hires_prompt"] = asked.hr_prompt
+        if asked.hr_negative_prompt not in (None, "", asked.negative_prompt):
+            extra["hires_negative_prompt"] = asked.hr_negative_prompt
     return await _draw(request, asked, {}, **extra)
 
 
@@ -194,8 +241,20 @@ async def img2img(request: Request, asked: Img2Img) -> Drawn:
     inputs = await asyncio.to_thread(_inputs, asked, pixels)
     extra: dict[str, Any] = {"strength": asked.denoising_strength, "fit": FITS[mode]}
     if "mask" in inputs:
-        extra["mask_blur"] = asked.mask_blur
+        extra |= {"mask_blur": _mask_blur(asked), "mask_content": FILLS[asked.inpainting_fill or 0]}
+    # What models that edit take where nobody says is also what clients send to all others.
+    if asked.image_cfg_scale not in (None, 0, IMAGE_GUIDANCE):
+        extra["image_guidance_scale"] = asked.image_cfg_scale
     return await _draw(request, asked, inputs, **extra)
+
+
+def _mask_blur(asked: Img2Img) -> float | None:
+    across, down = (
+        asked.mask_blur if side is None else side for side in (asked.mask_blur_x, asked.mask_blur_y)
+    )
+    if across != down:
+        raise ApiError(422, "mask_blur_x: one blur for both axes is offered", field="mask_blur_x")
+    return across
 
 
 def _inputs(asked: Img2Img, pixels: int) -> dict[str, bytes]:
@@ -216,14 +275,12 @@ async def _draw(request: Request, asked: _Asked, inputs: dict[str, bytes], **ext
     options = {**await _options(studio), **(asked.override_settings or {})}
     asked = await _with_styles(studio, asked)
     draw = _translated(asked, options, extra)
-    parameters = asked.model_dump(exclude={"init_images", "mask"})
+    kept = asked.model_dump(include={"include_init_images"}).get("include_init_images")
+    parameters = asked.model_dump(exclude=set() if kept else {"init_images", "mask"})
     _check_text(parameters)
     job = await studio.submit(client_of(request, "a1111"), draw, files=inputs, only_watched=True)
     await drawn(request, job)
-    if job.state == "failed":
-        error = job.error or {"code": "failed", "message": ""}
-        status = 422 if error["code"] == "invalid" else 500
-        raise ApiError(status, error["message"], code=error["code"])
+    _raise_failure(job)
     encoded = [await _encoded(studio, picture) for picture in job.pictures]
     if job.seen is not None:  # interrupted: what was seen of it
         encoded = [job.seen]
@@ -234,13 +291,37 @@ async def _draw(request: Request, asked: _Asked, inputs: dict[str, bytes], **ext
     )
 
 
+def _raise_failure(job: Job) -> None:
+    if job.state == "failed":
+        error = job.error or {"code": "failed", "message": ""}
+        status = 422 if error["code"] in ("invalid", "unusable") else 500
+        raise ApiError(status, error["message"], code=error["code"])
+
+
 def _refuse(asked: _Asked) -> None:
     """An error for what would otherwise be passed over, and change the picture."""
-    for name, what in NOT_THERE.items():
-        if getattr(asked, name, None):
+    said = {**(asked.model_extra or {}), **asked.model_dump(include=set(NOT_THERE))}
+    if isinstance(asked, Txt2Img) and not asked.enable_hr:
+        said = {name: value for name, value in said.items() if not name.startswith("hr_")}
+    for name, (what, usual) in NOT_THERE.items():
+        if name in said and said[name] not in usual:
             raise ApiError(422, f"{name}: {what} not offered here", field=name)
-    for name in _scripts(asked).keys() - {"controlnet"}:
+    for name in _scripts(asked).keys() - {"controlnet", "refiner"}:
         raise ApiError(422, f"always on script {name[:80]} not found", field="alwayson_scripts")
+
+
+def _passed_over(asked: _Asked) -> list[str]:
+    """One line for each thing that was asked for and had no effect."""
+    extra = asked.model_extra or {}
+    unknown = sorted(extra.keys() - NOT_THERE.keys() - HARMLESS)
+    notes = [f"not known here: {', '.join(name[:40] for name in unknown[:10])}"] if unknown else []
+    foreign = sorted((asked.override_settings or {}).keys() - {*DEFAULT_OPTIONS, MODEL_OPTION})
+    if foreign:
+        listed = ", ".join(name[:40] for name in foreign[:10])
+        notes.append(f"options that mean nothing here: {listed}")
+    if isinstance(asked, Img2Img) and asked.mask and asked.inpaint_full_res:
+        notes.append('"only masked" is redrawn within the whole picture')
+    return notes
 
 
 def _check_text(values: Any) -> None:
@@ -304,7 +385,7 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
     values: dict[str, Any] = {
         "prompt": asked.prompt,
         "negative_prompt": asked.negative_prompt or "",
-        "model": options.get("sd_model_checkpoint") or None,
+        "model": options.get(MODEL_OPTION) or None,
         "width": None if asked.width is None else asked.width // 8 * 8,
         "height": None if asked.height is None else asked.height // 8 * 8,
         "steps": asked.steps,
@@ -315,13 +396,13 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
         "clip_skip": options.get("CLIP_stop_at_last_layers") or None,
         "ensd": options.get("eta_noise_seed_delta") or None,
         "tile": "xy" if asked.tiling else None,
-        "token_merging": options.get("token_merging_ratio") or None,
         "controls": _controls(asked),
         **extra,
     }
     if asked.subseed_strength:
         values["variation_strength"] = asked.subseed_strength
         values["variation_seed"] = None if asked.subseed in (None, -1) else asked.subseed
+    values |= _refiner(asked)
     if options.get("sd_vae") not in (None, "", "Automatic", "None"):
         values["vae"] = options["sd_vae"]
     if sampler := asked.sampler_name or asked.sampler_index:
@@ -341,6 +422,17 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
         raise ApiError(422, f"{name}: {fault['msg']}", field=name) from None
 
 
+def _refiner(asked: _Asked) -> dict[str, Any]:
+    """The model that draws the last part: named in the request, or in the script of that name."""
+    name, start = asked.refiner_checkpoint, asked.refiner_switch_at
+    script = _scripts(asked).get("refiner", [])
+    if len(script) == 3 and script[0] is True:
+        _, name, start = script
+    if name in (None, "", "None"):
+        return {}
+    return {"refiner": name, "refiner_start": 0.8 if start is None else start}
+
+
 def _has_eta(sampler: str) -> bool:
     from mlx_maple.sampling import SAMPLERS
 
@@ -348,14 +440,18 @@ def _has_eta(sampler: str) -> bool:
 
 
 async def _encoded(studio: Studio, picture: Picture) -> str:
-    path = studio.store.picture_path(picture)
-    return await asyncio.to_thread(lambda: base64.b64encode(path.read_bytes()).decode("ascii"))
+    return await asyncio.to_thread(_base64_of, studio.store.picture_path(picture))
+
+
+def _base64_of(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode("ascii")
 
 
 def _info(asked: _Asked, job: Job) -> dict[str, Any]:
     """The JSON text that tells of a drawing."""
     every = [_settings(picture) for picture in job.pictures]
     first = every[0] if every else Settings(prompt=asked.prompt)
+    notes = [*job.notes, *_passed_over(asked)]
     return {
         "prompt": first.prompt,
         "all_prompts": [settings.prompt for settings in every],
@@ -381,7 +477,7 @@ def _info(asked: _Asked, job: Job) -> dict[str, Any]:
         "seed_resize_from_w": -1,
         "seed_resize_from_h": -1,
         "denoising_strength": first.strength,
-        "extra_generation_params": {"Notes": "; ".join(job.notes)} if job.notes else {},
+        "extra_generation_params": {"Notes": "; ".join(notes)} if notes else {},
         "index_of_first_image": 0,
         "infotexts": [metadata.to_parameters(settings) for settings in every],
         "styles": asked.styles or [],
@@ -461,7 +557,7 @@ async def skip(request: Request) -> dict[str, Any]:
 async def _options(studio: Studio) -> dict[str, Any]:
     stored = await studio.stored(studio.store.options)
     stored.pop("secret", None)
-    return {"sd_model_checkpoint": studio.catalog.default, **DEFAULT_OPTIONS, **stored}
+    return {MODEL_OPTION: studio.catalog.default, **DEFAULT_OPTIONS, **stored}
 
 
 @router.get("/options")
@@ -480,20 +576,17 @@ async def set_options(
     known = {
         name: value
         for name, value in asked.items()
-        if name in DEFAULT_OPTIONS or name == "sd_model_checkpoint"
+        if name in DEFAULT_OPTIONS or name == MODEL_OPTION
     }
     _check_text(known)
     for name, value in known.items():
         expected = type(DEFAULT_OPTIONS.get(name, ""))
         low, high = (0, 64) if name == "CLIP_stop_at_last_layers" else (-(2**53), 2**53)
-        if name == "sd_model_checkpoint":
+        if name == MODEL_OPTION:
             if not isinstance(value, str):
                 raise ApiError(422, "sd_model_checkpoint: a model's title", field=name)
             entry = await asyncio.to_thread(studio.catalog.find, value)
             known[name] = entry.id
-        elif name == "token_merging_ratio":
-            if not isinstance(value, int | float) or not 0 <= value <= 0.9:
-                raise ApiError(422, f"{name}: takes a number from 0 to 0.9", field=name)
         elif name == "randn_source" and value not in NOISE:
             raise ApiError(422, f"randn_source: one of {', '.join(NOISE)}", field=name)
         elif not isinstance(value, expected) or (isinstance(value, str) and len(value) > 300):
@@ -532,17 +625,14 @@ async def models(request: Request) -> list[dict[str, Any]]:
 async def vaes(request: Request) -> list[dict[str, str]]:
     """Autoencoders in the model folders."""
     found = await asyncio.to_thread(studio_of(request).catalog.networks, "vae")
-    return [{"model_name": name, "filename": path.name} for name, path in found.items()]
+    return [{"model_name": name, "filename": name} for name in found]
 
 
 @router.get("/loras")
 async def loras(request: Request) -> list[dict[str, Any]]:
     """LoRAs in the model folders."""
     found = await asyncio.to_thread(studio_of(request).catalog.networks, "lora")
-    return [
-        {"name": name, "alias": name, "path": path.name, "metadata": {}}
-        for name, path in found.items()
-    ]
+    return [{"name": name, "alias": name, "path": name, "metadata": {}} for name in found]
 
 
 @router.get("/embeddings")
@@ -584,9 +674,10 @@ async def schedulers() -> list[dict[str, Any]]:
 @router.get("/upscalers")
 async def upscalers(request: Request) -> list[dict[str, Any]]:
     """What extra-single-image can enlarge with."""
+    networks = await asyncio.to_thread(studio_of(request).catalog.networks, "upscaler")
     return [
         {"name": name, "model_name": None, "model_path": None, "model_url": None, "scale": 4}
-        for name in ("None", *RESIZERS)
+        for name in (NOTHING, *RESIZERS, *networks)
     ]
 
 
@@ -696,14 +787,17 @@ async def reload() -> dict[str, Any]:
 
 @router.get("/memory")
 async def memory(request: Request) -> dict[str, Any]:
-    """Memory of the machine and of the device, in bytes."""
-    from mlx_maple.cli import _machine
-
-    free = await asyncio.to_thread(_machine.free_memory)
-    total = studio_of(request).device.get("memory")
-    used = None if free is None or total is None else max(0, total - int(free))
-    ram = {"free": free, "used": used, "total": total}
-    return {"ram": ram, "cuda": {"error": "unavailable"}}
+    """Memory of the machine and of the worker's device, in bytes."""
+    studio = studio_of(request)
+    total, free = await asyncio.to_thread(machine_memory)
+    used = None if free is None or total is None else max(0, total - free)
+    answer: dict[str, Any] = {"ram": {"free": free, "used": used, "total": total}}
+    if studio.device.get("backend") == "cuda":
+        whole = studio.device.get("memory")
+        answer["cuda"] = {"system": {"free": None, "used": None, "total": whole}}
+    else:  # a Mac's memory is one
+        answer["cuda"] = {"error": "unavailable"}
+    return answer
 
 
 # Pictures ----------------------------------------------------------------------------------------
@@ -738,7 +832,11 @@ class _Extras(BaseModel):
     upscaling_resize_w: int = Field(512, ge=1, le=8192)
     upscaling_resize_h: int = Field(512, ge=1, le=8192)
     upscaling_crop: bool = True
-    upscaler_1: str = Field("None", max_length=80)
+    upscaler_1: str | None = Field(NOTHING, max_length=300)
+    upscaler_2: str | None = Field(NOTHING, max_length=300)
+    extras_upscaler_2_visibility: float = Field(0, ge=0, le=1)
+    gfpgan_visibility: float = Field(0, ge=0, le=1)
+    codeformer_visibility: float = Field(0, ge=0, le=1)
 
 
 class ExtrasRequest(_Extras):
@@ -763,37 +861,68 @@ class ExtrasBatchRequest(_Extras):
 @router.post("/extra-single-image")
 async def extra_single_image(request: Request, asked: ExtrasRequest) -> dict[str, str]:
     """Enlarge a picture."""
-    pixels = studio_of(request).config.limits.upload_pixels
-    image = await asyncio.to_thread(_enlarged, asked.image, asked, pixels)
+    (image,) = await _enlarged(request, asked, [asked.image])
     return {"html_info": "", "image": image}
 
 
 @router.post("/extra-batch-images")
 async def extra_batch_images(request: Request, asked: ExtrasBatchRequest) -> dict[str, Any]:
     """Enlarge pictures."""
-    pixels = studio_of(request).config.limits.upload_pixels
-    enlarged = [
-        await asyncio.to_thread(_enlarged, file.data, asked, pixels) for file in asked.imageList
-    ]
-    return {"html_info": "", "images": enlarged}
+    texts = [file.data for file in asked.imageList]
+    return {"html_info": "", "images": await _enlarged(request, asked, texts)}
 
 
-def _enlarged(text: str, asked: _Extras, pixels: int) -> str:
-    """A picture in base64, larger, in base64."""
-    image = images.to_rgb(images.decode_image(picture_bytes(text, pixels), pixels))
-    if asked.upscaler_1 != "None":
-        if asked.upscaler_1 not in RESIZERS:
-            raise ApiError(404, f"Upscaler not found: {asked.upscaler_1}", field="upscaler_1")
-        factor = asked.upscaling_resize
-        size = max(1, int(image.width * factor)), max(1, int(image.height * factor))
-        if asked.resize_mode == 1:
-            size = asked.upscaling_resize_w, asked.upscaling_resize_h
-        if size[0] * size[1] > pixels:
-            raise ApiError(422, f"{size[0]}x{size[1]} is too large", field="upscaling_resize")
-        how = RESIZERS[asked.upscaler_1]
-        is_cut = asked.resize_mode == 1 and asked.upscaling_crop
-        image = ImageOps.fit(image, size, how) if is_cut else image.resize(size, how)
-    return base64.b64encode(_png(image)).decode("ascii")
+async def _enlarged(request: Request, asked: _Extras, texts: Sequence[str]) -> list[str]:
+    """Pictures in base64, larger, in base64; it is a job like any other."""
+    studio = studio_of(request)
+    for name in ("gfpgan_visibility", "codeformer_visibility"):
+        if getattr(asked, name):
+            raise ApiError(422, f"{name}: face restoration is not offered here", field=name)
+    how = await asyncio.to_thread(_enlarging, studio, asked)
+    pixels = studio.config.limits.upload_pixels
+
+    def read() -> list[bytes]:
+        found = [picture_bytes(text, pixels) for text in texts]
+        for data in found:
+            how.target(images.check_header(data, pixels))
+        return found
+
+    try:
+        files = await asyncio.to_thread(read)
+    except ValueError as error:
+        raise ApiError(422, str(error).rstrip("."), field="upscaling_resize") from None
+    job = await studio.enlarge(client_of(request, "a1111"), how, files)
+    try:
+        await drawn(request, job)
+        _raise_failure(job)
+        if job.state != "done":
+            raise ApiError(422, "the job was interrupted", code="cancelled")
+        return [await asyncio.to_thread(_base64_of, path) for path in job.files]
+    finally:
+        for path in job.files:
+            path.unlink(missing_ok=True)
+
+
+def _enlarging(studio: Studio, asked: _Extras) -> Enlarging:
+    wanted = [(asked.upscaler_1 or NOTHING, 1.0)]
+    if asked.upscaler_2 not in (None, "", NOTHING) and asked.extras_upscaler_2_visibility:
+        wanted.append((asked.upscaler_2 or NOTHING, asked.extras_upscaler_2_visibility))
+    upscalers = []
+    for name, share in wanted:
+        if name not in (NOTHING, *RESIZERS):
+            try:
+                name = studio.catalog.network("upscaler", name)
+            except UnknownName:
+                raise ApiError(404, f"Upscaler not found: {name}", field="upscaler_1") from None
+        upscalers.append((name, share))
+    by_size = asked.resize_mode == 1
+    return Enlarging(
+        upscalers=upscalers,
+        factor=asked.upscaling_resize,
+        size=(asked.upscaling_resize_w, asked.upscaling_resize_h) if by_size else None,
+        is_cut=by_size and asked.upscaling_crop,
+        most_pixels=studio.config.limits.upload_pixels,
+    )
 
 
 class InterrogateRequest(BaseModel):

@@ -216,11 +216,12 @@ class Named(BaseModel):
 
 
 class Networks(BaseModel):
-    """What lies in the model folders beside models."""
+    """What can be drawn with beside models."""
 
     loras: list[Named]
     embeddings: list[Named]
     vaes: list[Named]
+    taesds: list[Named]
     controlnets: list[Named]
     upscalers: list[Named]
 

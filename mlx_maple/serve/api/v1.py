@@ -29,7 +29,8 @@ from mlx_maple.serve.uploads import picture_bytes
 
 FEATURES = [
     *("txt2img", "img2img", "inpaint", "previews", "variations", "loras", "controlnet", "vae"),
-    *("hires", "tile", "windows", "prompt_weights", "token_merging", "deep_cache"),
+    *("hires", "tile", "windows", "prompt_weights", "freeu", "refiner", "taesd", "depth", "sizes"),
+    *("quantize", "low_memory"),
 ]
 ZIP_BYTES = 1 << 30  # of pictures in one archive
 _RESIDENT = re.compile(r"VmRSS:\s+(\d+) kB")
@@ -228,11 +229,11 @@ async def samplers() -> schemas.Samplers:
 
 @router.get("/networks", tags=["models"])
 async def networks(request: Request) -> schemas.Networks:
-    """LoRAs, embeddings, autoencoders, ControlNets and upscalers in the model folders."""
+    """Networks beside models: in the model folders, and known ones in the hub's cache."""
     catalog = studio_of(request).catalog
 
     def look() -> dict[str, list[schemas.Named]]:
-        kinds = ("lora", "embedding", "vae", "controlnet", "upscaler")
+        kinds = ("lora", "embedding", "vae", "taesd", "controlnet", "upscaler")
         return {f"{k}s": [schemas.Named(name=n) for n in catalog.networks(k)] for k in kinds}
 
     return schemas.Networks(**await asyncio.to_thread(look))
@@ -567,6 +568,10 @@ def draw_again(settings: dict[str, Any]) -> dict[str, Any]:
             del draw[name]
     if settings.get("model"):
         draw["model"] = settings["model"]
+    if settings.get("refiner"):
+        draw["refiner"], draw["refiner_start"] = settings["refiner"], settings.get("refiner_start")
+    if settings.get("zeroed_negative"):
+        draw["zeroed_negative"] = bool(draw.pop("negative_prompt", None) is None)
     for name in ("seed", "variation_seed"):
         if abs(draw.get(name) or 0) > 2**53:  # more than a number in JavaScript holds
             draw[name] = str(draw[name])
