@@ -153,8 +153,8 @@ def load(
 ) -> StableDiffusion:
     """Load a model to draw with.
 
-    The autoencoder is read when it is first used, which MLX can only do in the thread that loaded:
-    draw there.
+    The autoencoder is read when it is first used. A model may draw in any thread, in one at a time;
+    a thread that has drawn ends with ``mx.clear_streams()``.
 
     Args:
         source: a checkpoint file, a diffusers folder, a maple folder, a checkpoint's name in the

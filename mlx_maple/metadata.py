@@ -36,6 +36,9 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "guidance_start": (float, 0, 1),
     "guidance_end": (float, 0, 1),
     "freeu": (float, 0, 10),
+    "token_merging": (float, 0, 0.9),
+    "deep_cache": (int, 1, 100),
+    "deep_cache_branch": (int, 0, 63),
     "window": (int, 64, 4096),
     "window_overlap": (float, 0, 0.9),
     "seed": (int, -(2**63), 2**64 - 1),
@@ -80,6 +83,9 @@ class Settings:
         guidance_end: and up to which.
         tile: the axes along which it continues at the opposite edge: x, y or xy.
         freeu: FreeU's four factors, with spaces between; None where it was not used.
+        token_merging: share of the tokens that were merged.
+        deep_cache: one call in so many ran the whole network; None where all did.
+        deep_cache_branch: how much of it ran in the others.
         window: pixels a side of the windows that the network saw; None where it saw all at once.
         window_overlap: share of a window that its neighbours saw too.
         seed: of this one picture.
@@ -139,6 +145,9 @@ class Settings:
     guidance_end: float = 1.0
     tile: str | None = None
     freeu: str | None = None
+    token_merging: float = 0.0
+    deep_cache: int | None = None
+    deep_cache_branch: int = 0
     window: int | None = None
     window_overlap: float = 0.5
     seed: int | None = None
@@ -384,6 +393,9 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Guidance rescale": "guidance_rescale",
     "Guidance start": "guidance_start",
     "Guidance end": "guidance_end",
+    "Token merging ratio": "token_merging",
+    "DeepCache": "deep_cache",
+    "DeepCache branch": "deep_cache_branch",
     "Window": "window",
     "Window overlap": "window_overlap",
     "Hires upscale": "hires_scale",
@@ -460,6 +472,9 @@ def to_parameters(settings: Settings) -> str:
         ("Guidance start", settings.guidance_start or None),
         ("Guidance end", settings.guidance_end if settings.guidance_end != 1 else None),
         ("FreeU", settings.freeu),
+        ("Token merging ratio", settings.token_merging or None),
+        ("DeepCache", settings.deep_cache),
+        ("DeepCache branch", settings.deep_cache_branch or None),
         ("Window", settings.window),
         ("Window overlap", settings.window_overlap if settings.window else None),
         ("Tiling", {None: None, "xy": "True"}.get(settings.tile, settings.tile)),

@@ -29,6 +29,7 @@ from mlx_maple.drawing.arguments import (
     plan_of,
     preview_kind,
     read_array,
+    read_deep_cache,
     read_loras,
     read_mask,
     read_prompts,
@@ -95,6 +96,9 @@ class StableDiffusion(DiffusionModel):
         guidance_end: float = 1.0,
         tile: str | None = None,
         freeu: Sequence[float] | str | None = None,
+        token_merging: float = 0.0,
+        deep_cache: int | None = None,
+        deep_cache_branch: int = 0,
         window: int | None = None,
         window_overlap: float = 0.5,
         seed: int | None = None,
@@ -163,6 +167,11 @@ class StableDiffusion(DiffusionModel):
             tile: the axes along which the picture continues at the opposite edge: "x", "y", "xy".
             freeu: FreeU's four factors b1, b2, s1, s2 (for SD 1.5 its authors take 1.5, 1.6, 0.9,
                 0.2): more contrast and detail for no more work.
+            token_merging: share of the pixels, to 0.75, that look around as one where they are
+                alike, at the finest level: faster where pictures are large, with less detail.
+            deep_cache: run the deep part of the network in one call of so many (3, say) and use
+                again what it made in the others: much faster, and another picture; None is always.
+            deep_cache_branch: how much runs every time; 0 is the least.
             window: pixels a side of overlapping windows that the network is shown one after the
                 other, for pictures larger than it draws well (MultiDiffusion); None shows it all.
             window_overlap: the least share of one that its neighbours see too, 0 to 0.9.
@@ -333,6 +342,8 @@ class StableDiffusion(DiffusionModel):
             guidance_end=end,
             tile=form.tile,
             freeu=freeu_text(form),
+            token_merging=check_number("token_merging", token_merging),
+            **read_deep_cache(self, deep_cache, deep_cache_branch, window, refiner),
             **read_windows(self, window, window_overlap, tile),
             image_guidance_scale=image_guidance,
             control=describe_controls(controls, self.control_names),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_maple.cli import (
     CANCELLED,
     DONE,
+    FAULT,
     UNUSABLE,
     USAGE,
     Failure,
@@ -45,7 +46,7 @@ OPTIONS = (
     *("negative", "width", "height", "steps", "guidance", "seed", "count", "sampler", "schedule"),
     *("eta", "noise", "clip_skip", "syntax", "emphasis", "variation_seed", "variation_strength"),
     *("guidance_rescale", "guidance_start", "guidance_end", "tile", "freeu", "window"),
-    *("window_overlap",),
+    *("window_overlap", "token_merging", "deep_cache", "deep_cache_branch"),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
     *("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score"),
@@ -54,6 +55,7 @@ OPTIONS = (
     *("control_weight", "control_start", "control_end"),
 )
 PICTURES = ("image", "mask", "depth_image", "control_image")  # settings that name files
+NO_LORA = "none"  # what --lora says for none, also of those that a picture names
 PREVIEW_SECONDS = 0.25  # between two previews
 MOST_PROMPTS = 1 << 24  # characters of a file of prompts
 
@@ -91,7 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="LORA[:WEIGHT]",
         help="change the model by this file, or one of that name in $MAPLE_MODELS; weights as in "
-        "style:0.8 or style:unet=0.8,te=0.5; again for several",
+        "style:0.8 or style:unet=0.8,te=0.5; again for several; none is none, also of those that "
+        "--from-image brings",
     )
     add(
         "--embedding",
@@ -159,6 +162,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--emphasis", choices=("original", "no norm"), help="what weights on words do")
     add("--variation-seed", type=int, metavar="N", help="mix in the noise of this seed")
     add("--variation-strength", type=float, metavar="F", help="how much of it, 0 to 1")
+
+    add = parser.add_argument_group("less work for nearly the same").add_argument
+    add("--token-merging", type=float, metavar="F", help="merge this share of like pixels, to 0.75")
+    add("--deep-cache", type=int, metavar="N", help="run the whole network in one call of N")
+    add(
+        "--deep-cache-branch", type=int, metavar="N", help="how much runs in the others; 0 is least"
+    )
 
     add = parser.add_argument_group("large pictures").add_argument
     add("--window", type=int, metavar="PIXELS", help="show the network windows of this size")
@@ -298,11 +308,13 @@ def run(args: argparse.Namespace) -> int:
 
     screen = Screen(quiet=args.quiet, forced=args.progress)
     session = _Session()
+    if args.lora == [NO_LORA]:
+        args.lora = []
     outputs = _outputs.parse_output(args.output, args.overwrite)
     written = None
     if args.from_image is not None:
         recipe = images.read_settings(args.from_image)
-        written, missing = _drawable(recipe.settings)
+        written, missing = _drawable(recipe.settings, args)
         for note in [*recipe.notes, *missing]:
             _note(note, session, screen)
     requests = _requests(args, written)
@@ -375,21 +387,42 @@ def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Req
     return [_Request(args.prompt, given)]
 
 
-def _drawable(written: "Settings") -> tuple["Settings", list[str]]:
-    """A picture's settings less what they name and is not here, and notes on that."""
+def _drawable(written: "Settings", args: argparse.Namespace) -> tuple["Settings", list[str]]:
+    """A picture's settings less what they name and is not here, and notes on that.
+
+    Raises:
+        Failure: where a LoRA is not here, and no --lora stands for those of the picture.
+    """
     from maple_convert.errors import one_line
     from mlx_maple import enlarge, model_folders
+    from mlx_maple.adapters import read_choices
     from mlx_maple.text.language import without_tags
 
-    def is_missing(tag: Any) -> bool:
-        return tag.kind == "lora" and model_folders.find("lora", tag.name) is None
+    where = f"which is not in ${model_folders.VARIABLE}"
+
+    def is_missing(name: str) -> bool:
+        return model_folders.find("lora", name) is None
 
     try:
-        prompt, tags = without_tags(written.prompt, is_missing)
-    except ValueError:  # no tag that can be read: drawing will say so
+        prompt, tags = without_tags(
+            written.prompt, lambda tag: tag.kind == "lora" and is_missing(tag.name)
+        )
+        missing = [tag.name for tag in tags] if args.prompt is None else []
+        if args.lora is None:
+            named = [choice.name for choice in read_choices(written.loras or "")]
+            missing = [name for name in named if is_missing(name)] + missing
+    except ValueError:  # nothing that can be read: drawing will say so
         return written, []
-    where = f"which is not in ${model_folders.VARIABLE}"
-    names = [one_line(tag.name, 80) for tag in tags]
+    names = list(dict.fromkeys(one_line(name, 80) for name in missing))
+    if names and args.lora is None:
+        folders = ", ".join(str(folder) for folder in model_folders.folders("lora"))
+        several = f", nor are {len(names) - 1} more" if names[1:] else ""
+        raise Failure(
+            FAULT,
+            f"{args.from_image}: was drawn with the LoRA {names[0]}, {where} "
+            f"({folders or 'which names no folder of LoRAs'}){several}: put it there, name its "
+            f"file with --lora, or draw without by --lora {NO_LORA}",
+        )
     notes = [f"was drawn with the LoRA {name}, {where}: left out" for name in names]
     upscaler = written.hires_upscaler
     if upscaler not in (None, *enlarge.BUILT_IN) and not Path(upscaler).is_file():

@@ -84,6 +84,22 @@ def read_windows(sd: DiffusionModel, window: Any, overlap: Any, tile: str | None
     return {"window": window, "window_overlap": overlap}
 
 
+def read_deep_cache(
+    sd: DiffusionModel, interval: Any, branch: Any, window: Any, refiner: DiffusionModel | None
+) -> dict[str, Any]:
+    """The settings of DeepCache, checked."""
+    branch = whole("deep_cache_branch", branch)
+    interval = None if interval is None else whole("deep_cache", interval)
+    if interval in (None, 1):  # every call is full
+        return {}
+    if window is not None:
+        raise ValueError("deep_cache does not go with window: each window has other features.")
+    for model in (sd, refiner):
+        if model is not None and branch >= (kept := model.configs["unet"].kept_states):
+            raise ValueError(f"deep_cache_branch must be from 0 to {kept - 1}, got {branch}.")
+    return {"deep_cache": interval, "deep_cache_branch": branch}
+
+
 def check_form(sd: DiffusionModel, form: Form) -> None:
     """Raise unless the networks can be brought into a form."""
     if form.tile is not None and sd.is_low_memory:

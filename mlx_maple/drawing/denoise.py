@@ -25,6 +25,7 @@ from mlx_maple.drawing.autoencode import moments
 from mlx_maple.drawing.jobs import Job
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.engine.compiled import guided_steps
+from mlx_maple.engine.deep_cache import CachedCalls, DeepCache, cached_step
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.guidance import Prompts, encoded, guided_model
 from mlx_maple.sampling import Step, guided
@@ -186,6 +187,7 @@ def _pair(
     of a batch, and a picture is to be the same alone and among others.
     """
     unet = sd.unet
+    cache = _deep_cache(job)
     positive, negative = _with_vectors(sd, job, positive, negative)
     contexts = positive.context, None if negative is None else negative.context
     vectors = positive.vector, None if negative is None else negative.vector
@@ -196,17 +198,22 @@ def _pair(
         first, second = _repeated(vectors, job.count)
         told = None if first is None else (first, second)
         steps = guided_steps(unet)
-        return shown.joined(steps.model(wanted, avoided, scale, timesteps, vectors=told))
+        step = None if cache is None else cached_step(steps, cache)
+        model = steps.model(wanted, avoided, scale, timesteps, vectors=told, step=step)
+        return shown.joined(model)
     del unet
 
     def of(copies: int) -> Model:
         wanted, avoided = _repeated(contexts, copies)
         assert wanted is not None
         first, second = _repeated(vectors, copies)
+        calls = None if cache is None else CachedCalls(cache, lambda: sd.unet)
 
         def asked(latents: mx.array, timestep: float) -> mx.array:
+            if calls is not None:
+                calls.begin()
             model = guided(
-                shown.call(partial(_predict, sd), timestep),
+                shown.call(partial(_predict, sd) if calls is None else calls, timestep),
                 wanted,
                 avoided,
                 scale,
@@ -221,14 +228,21 @@ def _pair(
 
     if not sd.is_on_cpu:
         return of(job.count)
-    single = of(1)
+    # One for each: with DeepCache a picture has features of its own.
+    singles = [of(1) for _ in range(job.count)]
 
     def one_by_one(latents: mx.array, timestep: float) -> mx.array:
-        return mx.concatenate(
-            [single(latents[i : i + 1], timestep) for i in range(latents.shape[0])]
-        )
+        pictures = [single(latents[i : i + 1], timestep) for i, single in enumerate(singles)]
+        return mx.concatenate(pictures)
 
     return one_by_one
+
+
+def _deep_cache(job: Job) -> DeepCache | None:
+    settings = job.settings[0]
+    if settings.deep_cache is None:
+        return None
+    return DeepCache(settings.deep_cache, settings.deep_cache_branch)
 
 
 def _predict(

@@ -1,5 +1,6 @@
 """A model's networks, made ready for the device, and what is known of them."""
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,12 +16,15 @@ from mlx_maple.drawing.results import Component, Info
 from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import made_ready
 from mlx_maple.engine.low_memory import Networks, Reload
+from mlx_maple.engine.prepare import PreparedUNet
+from mlx_maple.engine.token_merging import set_token_merging
 from mlx_maple.forms import HAVE_FORMS, PARTS, PLAIN, Form
 from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, ControlNet, T2IAdapter, UNet
 from mlx_maple.sampling import NoiseSchedule
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
 
+READ_LATE = ("vae", "taesd")  # `load` leaves these to be read when they are first used
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # What a model of the family does where its own files do not say.
 DEFAULTS: dict[str, Any] = {
@@ -141,6 +145,9 @@ class DiffusionModel:
         components = {part: _component(module) for part, module in present.items()}
         self._compiles = compile
         self._form = PLAIN  # that networks have just now
+        self._merging = 0.0  # share of its tokens that the UNet merges just now
+        self._thread = threading.current_thread()  # that what was not read yet is bound to
+        self._has_moved = False  # from there to others: nothing is bound any longer
         reload = dict(reload or {})
         held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
         reloads = {
@@ -228,11 +235,17 @@ class DiffusionModel:
         if network is None:
             return None
         if self._form != PLAIN and isinstance(network, HAVE_FORMS):
-            return self._form.apply(network)  # what a GPU is prepared for has no other form
-        low_memory = self.networks.is_low_memory if low_memory is None else low_memory
-        return made_ready(
-            network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
-        )
+            ready = self._form.apply(network)  # what a GPU is prepared for has no other form
+        else:
+            low_memory = self.networks.is_low_memory if low_memory is None else low_memory
+            ready = made_ready(
+                network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
+            )
+        if isinstance(ready, UNet | PreparedUNet) and self._merging:
+            set_token_merging(ready, self._merging)
+        if self._has_moved:
+            mx.eval(ready.parameters())
+        return ready
 
     @property
     def is_on_cpu(self) -> bool:
@@ -248,6 +261,17 @@ class DiffusionModel:
         """Chunks of 77 ids, as the text encoder reads them; without tags, AND and changes."""
         return encode_prompt(self.tokenizer, text, syntax=syntax).ids
 
+    def come_here(self) -> None:
+        """Draw in this thread, whichever loaded the model.
+
+        MLX 0.32 lets an array be read by the one thread that described it. So a model that moves is
+        described again here, but for what is in memory, and read whole from then on.
+        """
+        is_at_home = threading.current_thread() is self._thread
+        if not (is_at_home or self._has_moved or self.is_low_memory):
+            self._has_moved = True
+            self.networks.drop(*READ_LATE)
+
     def set_form(self, form: Form) -> None:
         """Have the networks in a form from now on."""
         if form == self._form:
@@ -258,6 +282,13 @@ class DiffusionModel:
                 form.apply(self.networks[part])
             else:
                 self.networks.drop(part)  # it is read again, in this form, when it is used
+
+    def set_token_merging(self, ratio: float) -> None:
+        """Have the UNet merge this share of its tokens from now on; 0 is none."""
+        self._merging = ratio
+        unet = self.networks.held("unet")
+        if isinstance(unet, UNet | PreparedUNet):
+            set_token_merging(unet, ratio)
 
     def dtype_of(self, part: str) -> mx.Dtype:
         """What the network of this name computes in."""

@@ -24,14 +24,25 @@ from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
 
+BOUND = (
+    "MLX lets weights be read in the thread alone that opened them: draw there, or evaluate "
+    "them there first, mx.eval(network.parameters())."
+)
+
 
 def run(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     """One drawing. Every ``yield`` may be its end; no network is held beyond it in vain."""
+    sd.come_here()
     with sd.networks.drawing(_room(sd, job)):
         try:
             yield from _phases(sd, job)
+        except RuntimeError as error:
+            if "no Stream" in str(error):
+                raise RuntimeError(BOUND) from error
+            raise
         finally:
             sd.set_form(PLAIN)
+            _set_token_merging(job, 0.0, sd)
             sd.networks.release(*sd.configs)
             if job.refiner is not None:
                 job.refiner.networks.release(*job.refiner.configs)
@@ -44,6 +55,13 @@ def _room(sd: DiffusionModel, job: Job) -> int | None:
     return room(job.largest.shape, job.guidance_scale != 1)
 
 
+def _set_token_merging(job: Job, ratio: float, sd: DiffusionModel) -> None:
+    """Have all that draws merge this share of its tokens."""
+    for model in (sd, job.refiner):
+        if model is not None:
+            model.set_token_merging(ratio)
+
+
 def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     """Text, picture, steps, decoding; in low-memory mode each network goes after its phase."""
     clock, total = Clock(), job.plan.total
@@ -53,6 +71,7 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     yield from clock.away(Progress(index=0, total=total, stage="text"))
     _put_on(sd, job, notes)
     sd.set_form(job.form)
+    _set_token_merging(job, job.settings[0].token_merging, sd)
     prompts = encode_prompts(sd, job, notes)
     later = None if job.second is None else encode_prompts(sd, job.second, notes)
     sd.networks.release(*sd.text_encoders.tokenizers)

@@ -108,6 +108,10 @@ class Networks:
         """Whether a network can be loaded anew; not one that was put in by hand."""
         return name in self._reload or name in self._renew
 
+    def held(self, name: str) -> Any:
+        """The network, where it is held just now; else None."""
+        return self._held.get(name)
+
     def drop(self, *names: str) -> None:
         """Let go of networks that can be loaded anew; each is when it is asked for next."""
         for name in names:

@@ -10,11 +10,16 @@ import mlx.core as mx
 
 from mlx_maple.engine.kernels import Size
 from mlx_maple.engine.prepare import PreparedUNet, Transformer
+from mlx_maple.models import UNet
+from mlx_maple.models import token_merging as plain
 from mlx_maple.models.token_merging import Merging, finest, match
 
 
-def set_token_merging(unet: PreparedUNet, ratio: float) -> None:
+def set_token_merging(unet: UNet | PreparedUNet, ratio: float) -> None:
     """Merge tokens at the finest level that has transformers; 0 takes it back."""
+    if not isinstance(unet, PreparedUNet):
+        plain.set_token_merging(unet, ratio)
+        return
     if ratio == unet.merging:
         return
     levels = finest(*([_transformers(steps) for steps in way] for way in (unet.down, unet.up)))

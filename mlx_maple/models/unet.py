@@ -107,6 +107,12 @@ class UNetConfig:
             if depth:  # heads are told for levels without transformers too, and mean nothing there
                 checks.multiples("UNetConfig", "block_out_channels", [width], heads, "heads there")
 
+    @property
+    def kept_states(self) -> int:
+        """How many maps the way down leaves for the way up."""
+        levels = len(self.block_out_channels)
+        return 1 + levels * self.layers_per_block + levels - 1
+
     def up_depths(self, level: int) -> tuple[int, ...]:
         """Depth of the transformer behind each residual block of a level on the way up.
 

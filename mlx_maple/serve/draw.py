@@ -122,6 +122,9 @@ class Draw(BaseModel):
     guidance_start: float | None = Field(None, ge=0, le=1)
     guidance_end: float | None = Field(None, ge=0, le=1)
     tile: Literal["x", "y", "xy"] | None = None
+    token_merging: float | None = Field(None, ge=0, le=0.9)
+    deep_cache: int | None = Field(None, ge=1, le=100)
+    deep_cache_branch: int | None = Field(None, ge=0, le=63)
     freeu: Annotated[
         list[Factor] | None,
         Field(min_length=4, max_length=4, description="b1, b2, s1, s2"),

@@ -14,7 +14,7 @@ import pytest
 import tiny_model
 from PIL import Image
 
-from mlx_maple import images, loading
+from mlx_maple import images, loading, metadata
 from mlx_maple.cli import _machine, _memory, generate, main
 
 SMALL = ["-W", "64", "-H", "64", "-s", "2", "--seed", "7"]
@@ -136,12 +136,36 @@ def test_what_cannot_be_brought_back_is_said(draw):
     text = "a <lora:fox:1> leaf\nSteps: 2, Sampler: DPM++ SDE Karras, CFG scale: 7, Seed: 5, "
     info.add_text("parameters", text + "Size: 64x64, Model hash: 0123456789, Model: other")
     image.save("theirs.png", pnginfo=info)
-    code, out, err = draw("--from-image", "theirs.png", small=False)
+    code, out, err = draw("--from-image", "theirs.png", "--lora", "none", small=False)
     assert code == 0 and out == "a-leaf-5.png\n", err
     notes = [line for line in err.splitlines() if line.startswith("note: ")]
     assert any("the LoRA fox, which is not in $MAPLE_MODELS: left out" in note for note in notes)
     assert any("torchsde" in note for note in notes)
     assert any("was drawn with the model other 0123456789" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "loras"), [("a <lora:fox:1> leaf", None), ("a leaf", "fox:0.8; fox:0.2")]
+)
+def test_a_lora_that_is_not_here_is_named(draw, monkeypatch, tmp_path, prompt, loras):
+    """Whether the prompt or the settings name it, and before a model is loaded."""
+    said = {"width": 64, "height": 64, "steps": 1, "seed": 5, "loras": loras}
+    settings = metadata.Settings(prompt=prompt, **said)
+    images.save_image(Image.new("RGB", (64, 64)), Path("theirs.png"), settings)
+    (folder := tmp_path / "shelf" / "Lora").mkdir(parents=True)
+    monkeypatch.setenv("MAPLE_MODELS", str(tmp_path / "shelf"))
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load", None)
+        code, out, err = draw("--from-image", "theirs.png", small=False)
+    assert (code, out) == (1, "") and err.count("\n") == 1
+    for words in ("theirs.png", "the LoRA fox,", str(folder), "--lora none"):
+        assert words in err, words
+    assert draw("--from-image", "theirs.png", "--lora", "none", small=False)[0] == 0
+    assert draw("--from-image", "theirs.png", "a fox", small=False)[0] == (
+        0 if loras is None else 1
+    )
+    code, _, err = draw("--from-image", "theirs.png", "--lora", "other", small=False)
+    assert code == 1 and "no LoRA by that name" in err and "other" in err
 
 
 def test_an_upscaler_that_is_not_here_is_replaced(draw):

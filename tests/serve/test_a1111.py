@@ -60,11 +60,16 @@ def test_samplers_by_their_names(client, sampler, scheduler, ours):
 def test_options_decide(client):
     assert client.post("/sdapi/v1/options", json={"randn_source": "CPU", "x": 1}).json() == {}
     assert client.get("/sdapi/v1/options").json()["randn_source"] == "CPU"
-    drawn(client, override_settings={"eta_noise_seed_delta": 31337})
+    drawn(client, override_settings={"eta_noise_seed_delta": 31337, "token_merging_ratio": 0.5})
     settings = client.get("/api/v1/pictures?limit=1").json()["pictures"][0]["settings"]
     assert settings["noise"] == "torch" and settings["ensd"] == 31337
+    assert settings["token_merging"] == 0.5
     client.post("/sdapi/v1/options", json={"randn_source": "NV"})
-    for wrong in ({"randn_source": "dice"}, {"CLIP_stop_at_last_layers": "x"}):
+    for wrong in (
+        {"randn_source": "dice"},
+        {"CLIP_stop_at_last_layers": "x"},
+        {"token_merging_ratio": 1},
+    ):
         assert client.post("/sdapi/v1/options", json=wrong).status_code == 422
     assert "secret" not in client.get("/sdapi/v1/options").json()
 

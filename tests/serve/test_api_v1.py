@@ -124,12 +124,20 @@ def test_from_a_picture_of_the_history_and_a_mask(client, drawn, finished):
 
 def test_what_the_pipeline_can_is_passed_on(client, finished):
     job = finished(
-        submitted(client, hires_scale=2, hires_steps=1, tile="xy", guidance_rescale=0.5, steps=2)
+        submitted(
+            client,
+            hires_scale=2,
+            hires_steps=1,
+            tile="xy",
+            guidance_rescale=0.5,
+            steps=2,
+            deep_cache=2,
+        )
     )
     assert job["state"] == "done", job["error"]
     picture = job["pictures"][0]
     assert (picture["width"], picture["height"]) == (128, 128)
-    assert {"hires_scale": 2.0, "tile": "xy", "guidance_rescale": 0.5}.items() <= (
+    assert {"hires_scale": 2.0, "tile": "xy", "guidance_rescale": 0.5, "deep_cache": 2}.items() <= (
         picture["draw"].items()
     )
     assert client.post("/api/v1/jobs", json={**picture["draw"], "steps": 1}).status_code == 202

@@ -44,6 +44,7 @@ DEFAULT_OPTIONS: dict[str, Any] = {
     "CLIP_stop_at_last_layers": 1,
     "eta_noise_seed_delta": 0,
     "randn_source": "NV",
+    "token_merging_ratio": 0.0,
     "samples_format": "png",
     "show_progress_every_n_steps": 1,
     "live_previews_enable": True,
@@ -396,6 +397,7 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
         "clip_skip": options.get("CLIP_stop_at_last_layers") or None,
         "ensd": options.get("eta_noise_seed_delta") or None,
         "tile": "xy" if asked.tiling else None,
+        "token_merging": options.get("token_merging_ratio") or None,
         "controls": _controls(asked),
         **extra,
     }
@@ -587,6 +589,9 @@ async def set_options(
                 raise ApiError(422, "sd_model_checkpoint: a model's title", field=name)
             entry = await asyncio.to_thread(studio.catalog.find, value)
             known[name] = entry.id
+        elif name == "token_merging_ratio":
+            if not isinstance(value, int | float) or not 0 <= value <= 0.9:
+                raise ApiError(422, f"{name}: takes a number from 0 to 0.9", field=name)
         elif name == "randn_source" and value not in NOISE:
             raise ApiError(422, f"randn_source: one of {', '.join(NOISE)}", field=name)
         elif not isinstance(value, expected) or (isinstance(value, str) and len(value) > 300):

@@ -29,6 +29,7 @@ from mlx_maple.serve.uploads import picture_bytes
 
 FEATURES = [
     *("txt2img", "img2img", "inpaint", "previews", "variations", "loras", "controlnet", "vae"),
+    *("hires", "tile", "windows", "prompt_weights", "token_merging", "deep_cache"),
     *("hires", "tile", "windows", "prompt_weights", "freeu", "refiner", "taesd", "depth", "sizes"),
     *("quantize", "low_memory"),
 ]
