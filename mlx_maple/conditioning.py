@@ -33,11 +33,13 @@ class Conditioning:
         context: (B, T, D) states.
         vector: (B, V) float32, of models that take one beside the time.
         pooled: (B, P), the whole prompt in one state, of encoders that make the vector.
+        is_avoided: whether the drawing stays away from it, so that no image prompt goes with it.
     """
 
     context: mx.array
     vector: mx.array | None = None
     pooled: mx.array | None = None
+    is_avoided: bool = False
 
     def arrays(self) -> list[mx.array]:
         """All that is there, to be evaluated."""

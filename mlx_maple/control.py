@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mlx_maple import images
+from mlx_maple.image_prompt import ImagePrompt
 from mlx_maple.metadata import check_number
 from mlx_maple.models import ControlNet, T2IAdapter, TAESDConfig, UNetConfig, VAEConfig
 from mlx_maple.preprocess import PREPROCESSORS
@@ -247,6 +248,7 @@ class Shown:
         channels: (1, h, w, C') to stand behind the latents' own, or None.
         guidance: the scale that the network is told, or None.
         steering: what steers.
+        images: pictures that are looked at beside the text.
         timesteps: of the drawing's steps, falling; shares of them are counted in it.
         image_guidance: how far an edit stays with its picture; None where nothing is edited.
         holds_mask: whether the channels say where there is something to draw.
@@ -255,6 +257,7 @@ class Shown:
     channels: mx.array | None = None
     guidance: float | None = None
     steering: Sequence[Steering] = ()
+    images: Sequence[ImagePrompt] = ()
     timesteps: Sequence[float] = ()
     image_guidance: float | None = None
     holds_mask: bool = False
@@ -290,9 +293,9 @@ class Shown:
             return unet
 
         def predict(
-            latents: mx.array, timesteps: mx.array, context: mx.array, *more: Any
+            latents: mx.array, timesteps: mx.array, context: mx.array, *more: Any, **seen: Any
         ) -> mx.array:
-            told: dict[str, Any] = {}
+            told: dict[str, Any] = seen
             if self.guidance is not None:
                 told["guidance"] = mx.full((latents.shape[0],), self.guidance, mx.float32)
             controls = [each for each in steering if not isinstance(each.hint, list)]
@@ -305,17 +308,21 @@ class Shown:
         return predict
 
     def steering_at(self, timestep: float) -> list[Steering]:
-        """What steers at a timestep: step i of m where start <= i / m and (i + 1) / m <= end.
+        """What steers at a timestep."""
+        return [each for each in self.steering if self._counts(each, timestep)]
+
+    def images_at(self, timestep: float) -> list[int]:
+        """The numbers of the image prompts that are seen at a timestep."""
+        return [i for i, each in enumerate(self.images) if self._counts(each, timestep)]
+
+    def _counts(self, each: Steering | ImagePrompt, timestep: float) -> bool:
+        """Whether a timestep is in its share: step i of m where start <= i / m, (i + 1) / m <= end.
 
         A call between two steps counts as of the one before it.
         """
         steps = len(self.timesteps)
         index = max(0, sum(time >= timestep for time in self.timesteps) - 1)
-        return [
-            each
-            for each in self.steering
-            if each.start <= index / steps and (index + 1) / steps <= each.end
-        ]
+        return each.start <= index / steps and (index + 1) / steps <= each.end
 
 
 NOTHING = Shown()

@@ -155,8 +155,9 @@ def guided_model(
         models.move_to_end(key)
         return models[key]
 
-    def alone(text: str) -> Model:
-        return kept(text, lambda: pair(prompts.states[text], None, 1.0))
+    def alone(text: str, is_avoided: bool = False) -> Model:
+        states = replace(prompts.states[text], is_avoided=is_avoided)
+        return kept((text, is_avoided), lambda: pair(states, None, 1.0))
 
     def call(latents: mx.array, timestep: float) -> mx.array:
         nonlocal count
@@ -170,10 +171,10 @@ def guided_model(
                 return alone(texts[0])(latents, timestep)
             if not guidance_rescale:
                 states, other = prompts.states[texts[0]], prompts.states[avoided]
-                model = kept((texts[0], avoided), lambda: pair(states, other, scale))
+                model = kept((texts[0], "less", avoided), lambda: pair(states, other, scale))
                 return model(latents, timestep)
         assert avoided is not None  # what several prompts differ from
-        models = [alone(text) for text in (avoided, *texts)]
+        models = [alone(avoided, True), *(alone(text) for text in texts)]
         base, *others = _in_turn(models, latents, timestep)
         towards = mx.zeros_like(base)
         for each, prediction in zip(prompts.wanted, others, strict=True):

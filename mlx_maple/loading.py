@@ -33,9 +33,10 @@ from maple_convert.layouts.diffusers_config import (
     SDXL_SCALING_FACTOR,
     UNKNOWN,
 )
+from maple_convert.layouts.lora import FAMILIES
 from maple_convert.recommend import recommended
 from maple_convert.tensors import Tensor
-from mlx_maple import hub, known_models, model_folders, twins, upscalers
+from mlx_maple import hub, image_encoders, known_models, model_folders, twins, upscalers
 from mlx_maple.adapter_files import AdapterFiles
 from mlx_maple.adapters import Adapters
 from mlx_maple.control import control_name
@@ -44,6 +45,7 @@ from mlx_maple.engine.attention import in_chunks
 from mlx_maple.engine.low_memory import Reload, set_environment
 from mlx_maple.engine.tiling import in_stripes
 from mlx_maple.hub import HubError, Progress
+from mlx_maple.image_prompt import ENCODER, PREFIX, numbered
 from mlx_maple.known_models import KnownModel
 from mlx_maple.metadata import check_number
 from mlx_maple.models import (
@@ -51,8 +53,12 @@ from mlx_maple.models import (
     AutoencoderKL,
     CLIPTextConfig,
     CLIPTextEncoder,
+    CLIPVisionConfig,
+    CLIPVisionEncoder,
     ControlNet,
     ControlNetConfig,
+    IPAdapter,
+    IPAdapterConfig,
     T2IAdapter,
     T2IAdapterConfig,
     TAESDConfig,
@@ -60,6 +66,7 @@ from mlx_maple.models import (
     UNetConfig,
     VAEConfig,
 )
+from mlx_maple.models.unet import attention_channels
 from mlx_maple.pipeline import TEXT_ENCODERS, StableDiffusion
 from mlx_maple.predictions import seen_prediction
 from mlx_maple.sampling import SAMPLERS, SCHEDULES, NoiseSchedule
@@ -85,6 +92,8 @@ _MODULES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
     "taesd": (TAESDConfig, TAESD),
     "controlnet": (ControlNetConfig, ControlNet),
     "t2i_adapter": (T2IAdapterConfig, T2IAdapter),
+    "image_encoder": (CLIPVisionConfig, CLIPVisionEncoder),
+    "ip_adapter": (IPAdapterConfig, IPAdapter),
 }
 _STEERS = ("controlnet", "t2i_adapter")  # of no use as a part of a model
 # What a network of its own file is given as.
@@ -94,6 +103,8 @@ _OPTIONS = {
     "taesd": "--vae",
     "controlnet": "--controlnet",
     "t2i_adapter": "--controlnet",
+    "image_encoder": "--ip-encoder",
+    "ip_adapter": "--ip-adapter",
 }
 _STAND_INS = {
     "vae": "taesd",
@@ -141,6 +152,8 @@ def load(
     vae: str | Path | None = None,
     taesd: str | Path | None = None,
     controlnet: str | Path | Sequence[str | Path] | None = None,
+    ip_adapter: str | Path | Sequence[str | Path] | None = None,
+    ip_encoder: str | Path | None = None,
     loras: Any = (),
     embeddings: Iterable[str | Path] = (),
     compile: bool = True,
@@ -177,6 +190,9 @@ def load(
         taesd: take a small autoencoder for previews from here.
         controlnet: networks that steer drawings by a picture, named likewise: one, or a list;
             ControlNets or T2I-Adapters.
+        ip_adapter: networks that make prompts of pictures, named likewise: one, or a list.
+        ip_encoder: the CLIP image encoder that looks at them; None looks beside the adapter, in
+            the models' folders and, where it is a published one, on the hub.
         loras: that every drawing has unless it says otherwise; see ``StableDiffusion.generate``.
         embeddings: files of learned words (textual inversions), or their names in the models'
             folders; words of those folders are also found when a prompt has them.
@@ -241,6 +257,7 @@ def load(
             names[part] = elsewhere.name
         if "unet" in replaced:
             notes += _take_unet(model, sources["unet"])
+        looked_at = _image_prompts(ip_adapter, ip_encoder, find, sources, names, notes)
         configs = {part: component.config for part, component in model.components.items()}
         fetch = partial(_adapter_of_hub, local_files_only=local_files_only, progress=progress)
         adapters = AdapterFiles(configs, fetch).adapters(embeddings)
@@ -262,7 +279,46 @@ def load(
             del shown
         loads = {"reload" if low_memory else "renew": again}
         given: dict[str, Any] = {"compile": compile, "max_memory": max_memory, **loads}
+        given["ip_adapters"] = _ip_adapters(modules, names, looked_at)
         return _assemble(model, modules, found, names, notes, adapters, **given)
+
+
+def _image_prompts(
+    given: str | Path | Sequence[str | Path] | None,
+    encoder: str | Path | None,
+    find: Callable[..., _Found],
+    sources: dict[str, "_Source"],
+    names: dict[str, str],
+    notes: list[str],
+) -> dict[str, str]:
+    """Add the IP-Adapters and their image encoders to what is loaded.
+
+    Returns:
+        Of each adapter, in order, the name of the network that looks at its pictures.
+    """
+    several = [given] if isinstance(given, str | Path) else given or ()
+    if encoder is not None and not several:
+        raise ValueError("[load] ip_encoder goes with an ip_adapter, and none is given.")
+    found: dict[str, str] = {}
+    encoders: dict[Path, str] = {}  # by place; one may serve several
+    for number, what in enumerate(several):
+        adapter = find(what, None, "ip_adapter")
+        origin = _Source(_opening(adapter), adapter, "ip_adapter")
+        with origin.open() as opened:
+            config = origin.component(opened).config
+        named = encoder if encoder is not None else image_encoders.find(adapter.path, config)
+        looks = find(named, None, "clip_vision")
+        with open_model(looks.path, variant=looks.variant) as opened:
+            image_encoders.check(looks.path, opened, adapter.path, config)
+        part = numbered(PREFIX, number)
+        if looks.path not in encoders:
+            encoders[looks.path] = numbered(ENCODER, len(encoders))
+            sources[encoders[looks.path]] = _Source(_opening(looks), looks, "image_encoder")
+            notes += [*looks.notes, f"{adapter.name} looks at pictures with {looks.path}"]
+        sources[part], names[part] = origin, adapter.name
+        notes += adapter.notes
+        found[part] = encoders[looks.path]
+    return found
 
 
 def _lacking(model: SourceModel) -> list[str]:
@@ -828,6 +884,8 @@ def _check_fit(path: Path, modules: Mapping[str, nn.Module], paths: Mapping[str,
                 raise UnsupportedCheckpoint(
                     paths[part], f"makes {factor} pixels a latent cell, and this model {cells}"
                 )
+        if isinstance(module, IPAdapter):
+            _check_image_prompts(paths[part], module.config, unet)
         if isinstance(module, T2IAdapter):
             theirs, ours = module.config.channels, unet.block_out_channels
             # SDXL's finest level has no transformers: its adapters begin at the next size.
@@ -846,6 +904,23 @@ def _check_fit(path: Path, modules: Mapping[str, nn.Module], paths: Mapping[str,
                 raise UnsupportedCheckpoint(
                     path, f"its latents have {channels} channels and the {part}'s have {found}"
                 )
+
+
+def _check_image_prompts(path: Path, config: IPAdapterConfig, unet: UNetConfig) -> None:
+    """Raise unless an IP-Adapter has keys and values for a UNet's cross-attentions."""
+    theirs, ours = config.cross_attention_dim, unet.cross_attention_dim
+    if theirs != ours:
+        one, other = (FAMILIES.get(width, "a model") for width in (theirs, ours))
+        raise UnsupportedCheckpoint(
+            path, f"is for {one} (its text {theirs} wide); this model is {other} ({ours})"
+        )
+    if config.channels != attention_channels(unet):
+        theirs, ours = len(config.channels), len(attention_channels(unet))
+        raise UnsupportedCheckpoint(
+            path,
+            f"is for another UNet: it has keys and values for {theirs} cross-attentions, and this "
+            f"model's {ours} are others",
+        )
 
 
 # What a ControlNet has in common with the UNets that it can steer, and what to call it.
@@ -868,7 +943,7 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
         module: the network.
         one_by_one: each weight before the next, so that no two are read and cast at once.
     """
-    if part not in ("text_encoder", "text_encoder_2", "unet", *_STEERS):
+    if part in ("vae", "taesd"):
         return
     weights = [(f"{part}.{name}", value) for name, value in _parameters(module)]
     try:
@@ -939,6 +1014,18 @@ def _controlnets(
         if isinstance(module, ControlNet | T2IAdapter):
             name = names[part]
             found[name if name not in found else f"{name} ({len(found) + 1})"] = module
+    return found
+
+
+def _ip_adapters(
+    modules: Mapping[str, nn.Module], names: Mapping[str, str], looked_at: Mapping[str, str]
+) -> dict[str, tuple[IPAdapter, CLIPVisionEncoder]]:
+    """The IP-Adapters by their files' names, each with its encoder; a second one is numbered."""
+    found: dict[str, tuple[IPAdapter, CLIPVisionEncoder]] = {}
+    for part, encoder in looked_at.items():
+        pair = cast(IPAdapter, modules[part]), cast(CLIPVisionEncoder, modules[encoder])
+        name = names[part]
+        found[name if name not in found else f"{name} ({len(found) + 1})"] = pair
     return found
 
 

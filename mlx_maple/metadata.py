@@ -48,6 +48,9 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "control_weight": (float, -10, 10),
     "control_start": (float, 0, 1),
     "control_end": (float, 0, 1),
+    "ip_scale": (float, -10, 10),
+    "ip_start": (float, 0, 1),
+    "ip_end": (float, 0, 1),
     "mask_blur": (float, 0, 64),
     "variation_seed": (int, -(2**63), 2**64 - 1),
     "variation_strength": (float, 0, 1),
@@ -102,6 +105,7 @@ class Settings:
         image_guidance_scale: how far an edit stayed with the picture that it changed; None where
             nothing was edited.
         control: the networks that steered, with their weights and shares of the steps.
+        image_prompts: the IP-Adapters that made prompts of pictures, with scales and shares.
         sample_posterior: the image's latents were drawn from their distribution, not its mean.
         variation_seed: of the second noise that was mixed in.
         variation_strength: how much of it.
@@ -162,6 +166,7 @@ class Settings:
     mask_content: str | None = None
     image_guidance_scale: float | None = None
     control: str = ""
+    image_prompts: str = ""
     sample_posterior: bool = False
     variation_seed: int | None = None
     variation_strength: float = 0.0
@@ -193,8 +198,8 @@ class Settings:
 
     def arguments(self) -> dict[str, Any]:
         """What is set, as keyword arguments for ``StableDiffusion.generate``."""
-        about = ("control", "injected", "model", "model_hash", "unet", "vae", "dtype", "bits")
-        about += ("version", "refiner", "refiner_start", "zeroed_negative")
+        about = ("control", "image_prompts", "injected", "model", "model_hash", "unet", "vae")
+        about += ("dtype", "bits", "version", "refiner", "refiner_start", "zeroed_negative")
         found = {
             name: value
             for name, value in asdict(self).items()
@@ -300,6 +305,11 @@ def _what_was_given(settings: Settings) -> list[str]:
         notes.append(
             f"was steered by {settings.control}: name the same with --controlnet and "
             "--control-image"
+        )
+    if settings.image_prompts:
+        notes.append(
+            f"was prompted with pictures by {settings.image_prompts}: name the same with "
+            "--ip-adapter and --ip-image"
         )
     return notes
 

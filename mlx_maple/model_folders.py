@@ -25,6 +25,8 @@ SUBFOLDERS: dict[str, tuple[str, ...]] = {
     "unet": ("unet", "diffusion_models"),
     "vae": ("VAE", "vae"),
     "controlnet": ("ControlNet", "controlnet"),
+    "ip_adapter": ("ipadapter", "ip_adapter"),
+    "clip_vision": ("clip_vision",),
     "upscaler": ("ESRGAN", "RealESRGAN", "upscale_models"),
 }
 KINDS = tuple(SUBFOLDERS)
@@ -35,6 +37,8 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "unet": (".safetensors", ".gguf", ".pt", ".ckpt", ".pth", ".bin"),
     "vae": (".safetensors", ".pt", ".ckpt", ".pth", ".bin"),
     "controlnet": (".safetensors", ".pth", ".ckpt", ".pt", ".bin"),
+    "ip_adapter": (".safetensors", ".bin", ".pth", ".pt"),
+    "clip_vision": (".safetensors", ".bin", ".pth", ".pt"),
     "upscaler": (".pth", ".safetensors", ".pt"),
 }
 DEPTH = 4  # folders below a kind's own that are looked into; links can make a tree endless

@@ -38,6 +38,7 @@ from mlx_maple.drawing.arguments import (
     read_step_noise,
     read_windows,
     seeded,
+    sees_alike,
     steers_both,
     texts_of,
     whole,
@@ -55,6 +56,7 @@ from mlx_maple.drawing.results import Progress as Progress
 from mlx_maple.drawing.results import Result as Result
 from mlx_maple.forms import freeu_text, read_form
 from mlx_maple.guidance import EMPHASES
+from mlx_maple.image_prompt import describe_image_prompts, read_image_prompts
 from mlx_maple.metadata import Settings, check_number
 from mlx_maple.sampling.noise import NOISE_SOURCES
 from mlx_maple.text.language import SYNTAXES, left_out
@@ -121,6 +123,10 @@ class StableDiffusion(DiffusionModel):
         control_start: float | Sequence[float] = 0.0,
         control_end: float | Sequence[float] = 1.0,
         control_preprocess: str | Sequence[str] = "none",
+        ip_image: Picture | Sequence[Any] | None = None,
+        ip_scale: float | Sequence[float] = 1.0,
+        ip_start: float | Sequence[float] = 0.0,
+        ip_end: float | Sequence[float] = 1.0,
         clip_skip: int | None = None,
         syntax: str = "a1111",
         emphasis: str = "original",
@@ -200,6 +206,11 @@ class StableDiffusion(DiffusionModel):
             control_end: and to which.
             control_preprocess: what is made of the picture first: "none", "canny" (edges),
                 "scribble" or "invert".
+            ip_image: a picture that the model's IP-Adapter looks at beside the prompt, or a list of
+                some that it looks at together; for several adapters a list of such, one for each.
+            ip_scale: how strongly it counts, one for all adapters or a list; so are the next two.
+            ip_start: share of the steps from which it does.
+            ip_end: and to which.
             clip_skip: which text layer to read, from the end; 1 is the last.
             syntax: how prompts are written: "a1111" with weights, changes, AND and BREAK, of any
                 length; or "plain", cut to 75 tokens.
@@ -323,6 +334,13 @@ class StableDiffusion(DiffusionModel):
             notes.append("no control_image: the ControlNet is not used")
         if controls and refiner is not None and not steers_both(self, refiner):
             notes.append("the refiner draws without the ControlNet, which is not made for it")
+        prompted = read_image_prompts(
+            list(self.ip_adapters), ip_image, scale=ip_scale, start=ip_start, end=ip_end
+        )
+        if self.ip_adapters and not prompted:
+            notes.append("no ip_image: the IP-Adapter is not used")
+        if prompted and refiner is not None and not sees_alike(self, refiner):
+            notes.append("the refiner draws without the IP-Adapter, which is not made for it")
         told = None
         if self.configs["unet"].time_cond_dim is not None:
             told, guidance = guidance, 1.0
@@ -347,6 +365,7 @@ class StableDiffusion(DiffusionModel):
             **read_windows(self, window, window_overlap, tile),
             image_guidance_scale=image_guidance,
             control=describe_controls(controls, self.control_names),
+            image_prompts=describe_image_prompts(prompted, self.ip_adapters),
             seed=secrets.randbelow(2**32) if seed is None else whole("seed", seed),
             noise=one_of("noise", noise, NOISE_SOURCES),
             clip_skip=skipped,
@@ -420,6 +439,7 @@ class StableDiffusion(DiffusionModel):
             edited=edited,
             depth=None if depth_image is None else images.to_grey(depth_image),
             controls=controls,
+            image_prompts=prompted,
             told=told,
             image_guidance=image_guidance,
             sizes=sizes,

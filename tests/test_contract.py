@@ -18,8 +18,12 @@ from mlx_maple.models import (
     AutoencoderKL,
     CLIPTextConfig,
     CLIPTextEncoder,
+    CLIPVisionConfig,
+    CLIPVisionEncoder,
     ControlNet,
     ControlNetConfig,
+    IPAdapter,
+    IPAdapterConfig,
     T2IAdapter,
     T2IAdapterConfig,
     TAESDConfig,
@@ -36,7 +40,10 @@ MODULES = {
     "taesd": (TAESDConfig, TAESD),
     "controlnet": (ControlNetConfig, ControlNet),
     "t2i_adapter": (T2IAdapterConfig, T2IAdapter),
+    "image_encoder": (CLIPVisionConfig, CLIPVisionEncoder),
+    "ip_adapter": (IPAdapterConfig, IPAdapter),
 }
+OTHER_KIND = dict.fromkeys(("inner_dim", "num_attention_heads", "num_layers"))
 ODD = {
     "text_encoder": [
         {"hidden_size": 128, "num_hidden_layers": 3, "vocab_size": 300, "projection_dim": 40},
@@ -76,6 +83,12 @@ ODD = {
         {"block_out_channels": [64, 128, 64, 64], "hint_widths": [8, 24]},
         {"block_out_channels": [32], "transformer_layers": [2], "hint_channels": 1},
     ],
+    "image_encoder": [{"hidden_size": 24, "image_size": 12, "patch_size": 4, "projection_dim": 7}],
+    "ip_adapter": [
+        {**OTHER_KIND, "projection": "linear", "tokens": 3, "channels": [8, 16, 8]},
+        {**OTHER_KIND, "projection": "mlp", "tokens": None, "image_dim": 20},
+        {"inner_dim": 10, "num_attention_heads": 1, "num_layers": 2, "channels": [8]},
+    ],
 }
 # What a ControlNet's config takes from a UNet's and no ControlNet has.
 NOT_A_CONTROLNETS = {"out_channels", "time_cond_dim", "up_transformer_layers"}
@@ -107,8 +120,8 @@ def test_settings_are_the_config_classes_own(name):
     kind, _ = MODULES[name]
     own = {field.name for field in fields(kind)}
     assert set(SETTINGS[name]) == own - (NOT_A_CONTROLNETS if name == "controlnet" else set())
-    if name == "text_encoder_2":
-        return  # the class's defaults are the first one's
+    if name in ("text_encoder_2", "ip_adapter"):
+        return  # the class's defaults are another one's
     defaults = kind()
     for key, value in settings(name, {}).items():
         found = getattr(defaults, key)

@@ -271,6 +271,8 @@ _COMPONENTS = (
     "taesd",
     "controlnet",
     "t2i_adapter",
+    "image_encoder",
+    "ip_adapter",
 )
 
 
@@ -424,6 +426,8 @@ _COMPVIS = {
     "taesd": ("upstream", ""),
     "controlnet": ("compvis", "control_model."),
     "t2i_adapter": ("compvis", ""),
+    "image_encoder": ("transformers", ""),
+    "ip_adapter": ("original", ""),
 }
 # Where a family's files hold its text encoders, where that is not where SD 1.x's do.
 _COMPVIS_TEXT = {
@@ -482,12 +486,16 @@ _DIFFUSERS = {
     "taesd": ("diffusers", "AutoencoderTiny"),
     "controlnet": ("diffusers", "ControlNetModel"),
     "t2i_adapter": ("diffusers", "T2IAdapter"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection"),
 }
 
 
 def _plan_diffusers(model: SourceModel, dtype: str | None, notes: list[str]) -> list[_File]:
     plan: list[_File] = []
     for name, part in model.components.items():
+        if name not in _DIFFUSERS:
+            title = LAYOUTS[name].title
+            raise WrongUse(f"diffusers has no folder for an {title}: convert it --to maple.")
         spelling, kind = _DIFFUSERS[name]
         if part.has_linear_doors:
             spelling += LINEAR

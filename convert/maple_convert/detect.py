@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from maple_convert.errors import UnsupportedCheckpoint, one_line
-from maple_convert.layouts import LAYOUTS, View, files, unet
+from maple_convert.layouts import LAYOUTS, View, files, image_encoder, ip_adapter, unet
 from maple_convert.layouts.parts import LINEAR
 from maple_convert.tensors import TensorInfo
 
@@ -209,15 +209,12 @@ OTHERS = (
     Other("a ControlNet kept as its difference from a model", places=("difference",)),
     Other("a ControlNet of LoRAs", places=("lora_controlnet",), begins=("lllite_unet",)),
     Other("a light T2I-Adapter", places=("adapter.body.0.out_conv", "body.0.out_conv")),
-    Other("an IP-Adapter", places=("image_proj", "ip_adapter")),
     Other(
         "a video model or motion module",
         ends=("time_stack.0.in_layers.0.weight",),
         places=("model.diffusion_model.input_blocks.1.1.time_stack", "motion_modules"),
     ),
-    Other(
-        "a whole CLIP, with its image encoder", places=("vision_model", "visual", "vision_tower")
-    ),
+    Other("a vision model that is no image encoder of CLIP's", places=("vision_tower",)),
     Other("Stable Diffusion 3", places=("model.diffusion_model.joint_blocks", "joint_blocks")),
     Other(
         "Flux",
@@ -397,6 +394,9 @@ FAMILIES = (
 )
 
 
+_NEVER_BESIDE = ("image_encoder", "ip_adapter")  # a UNet, in one file
+
+
 def identify(facts: Facts) -> tuple[str, str]:
     """The one family that fits, as (name, title).
 
@@ -407,6 +407,10 @@ def identify(facts: Facts) -> tuple[str, str]:
         UnsupportedCheckpoint: no family fits, or one that this version cannot use.
     """
     path = facts.path
+    beside = [name for name in facts.components if name in _NEVER_BESIDE]
+    if beside and facts.unet is not None:
+        titles = " and ".join(LAYOUTS[name].title for name in beside)
+        raise UnsupportedCheckpoint(path, f"a UNet and {titles} in one file: no model is kept so")
     fitting = [family for family in FAMILIES if family.fits(facts)]
     if facts.others and not any(family.refusal for family in fitting):
         raise UnsupportedCheckpoint(path, f"a pipeline with {' and '.join(facts.others)}")
@@ -516,7 +520,33 @@ def gather(
         else:
             title = LAYOUTS[section.component.split()[0]].title
             facts.lines.append(f"{where} holds the {title} in {section.spelling} names")
+            if section.component in _READERS:
+                facts.lines += _READERS[section.component](view, section.spelling)
     return facts
+
+
+def _read_image_encoder(view: View, spelling: str) -> list[str]:
+    """What an image encoder shows of its kind."""
+    found = LAYOUTS["image_encoder"].infer(view, spelling)
+    width, layers = found["hidden_size"], found["num_hidden_layers"]
+    which = image_encoder.NAMES.get(width, "of no published width")
+    return [f"it is {width} wide, of {layers} layers: {which}"]
+
+
+def _read_ip_adapter(view: View, spelling: str) -> list[str]:
+    """What an IP-Adapter shows of its kind, and of the family and encoder that it is for."""
+    found = LAYOUTS["ip_adapter"].infer(view, spelling)
+    context, count = found["cross_attention_dim"], len(found["channels"])
+    whose = _CONTEXTS.get(context, "a narrow model's context")
+    return [
+        f"{view.shown('ip_adapter.1.to_k_ip.weight')} is {context} wide: {whose}",
+        f"it has keys and values for {count} cross-attentions",
+        f"a {found['projection']} projection of what is {found['image_dim']} wide: "
+        f"{ip_adapter.KINDS[found['projection']]}",
+    ]
+
+
+_READERS = {"image_encoder": _read_image_encoder, "ip_adapter": _read_ip_adapter}
 
 
 def refuse_others(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
@@ -526,6 +556,8 @@ def refuse_others(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
         UnsupportedCheckpoint: if any of ``OTHERS`` is there.
     """
     whole = View(path, tensors)
+    if ip_adapter.is_face_id(whole):
+        raise UnsupportedCheckpoint(path, ip_adapter.FACE_ID)
     found = ((other, other.evidence(whole)) for other in OTHERS)
     names = [f"{other.name} ({one_line(name, 80)})" for other, name in found if name is not None]
     if names:

@@ -96,6 +96,26 @@ SETTINGS["t2i_adapter"] = {
     "downscale": Count(high=64),
     "halves": Count(many=True),
 }
+SETTINGS["image_encoder"] = {
+    "hidden_size": Count(),
+    "intermediate_size": Count(high=1 << 18),
+    "num_hidden_layers": Count(high=64),
+    "num_attention_heads": Count(high=1024),
+    "image_size": Count(high=1024),
+    "patch_size": Count(high=1024),
+    "projection_dim": Count(),
+    "hidden_act": ("quick_gelu", "gelu"),
+}
+SETTINGS["ip_adapter"] = {
+    "projection": ("linear", "mlp", "resampler"),
+    "image_dim": Count(),
+    "cross_attention_dim": Count(),
+    "tokens": Count(high=1024, optional=True),
+    "inner_dim": Count(optional=True),
+    "num_attention_heads": Count(high=1024, optional=True),
+    "num_layers": Count(high=64, optional=True),
+    "channels": Count(many=True, most=256),
+}
 # A ControlNet is a UNet's way down, and something more.
 SETTINGS["controlnet"] = {
     **{
@@ -240,9 +260,29 @@ def check_component(path: Path, name: str, settings: Mapping[str, Any]) -> None:
         for key in ("eos_token_id", "pad_token_id"):
             if settings.get(key, 0) >= settings["vocab_size"]:
                 raise InvalidCheckpoint(path, f"{name}: {key} lies outside the vocabulary")
+    if name == "image_encoder":
+        heads = [(settings["hidden_size"], settings["num_attention_heads"])]
+        if settings["image_size"] % settings["patch_size"]:
+            raise InvalidCheckpoint(path, f"{name}: patches do not divide its image_size")
+    if name == "ip_adapter":
+        _check_projection(path, settings)
     for width, n in heads:
         if width % n:
             raise InvalidCheckpoint(path, f"{name}: width {width} does not divide into {n} heads")
+
+
+def _check_projection(path: Path, settings: Mapping[str, Any]) -> None:
+    """Check that an IP-Adapter has the numbers of its kind of projection, and no others."""
+    kind: str = settings["projection"]
+    needed = {"linear": {"tokens"}, "mlp": set[str]()}
+    said = {
+        key
+        for key in ("tokens", "inner_dim", "num_attention_heads", "num_layers")
+        if settings[key] is not None
+    }
+    if said != needed.get(kind, {"tokens", "inner_dim", "num_attention_heads", "num_layers"}):
+        listed = ", ".join(sorted(said)) or "none of its numbers"
+        raise InvalidCheckpoint(path, f"ip_adapter: a {kind} projection with {listed}")
 
 
 def _check_ups(path: Path, settings: Mapping[str, Any], ups: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from maple_convert import detect, maple_folder
 from maple_convert.detect import Section
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint
-from maple_convert.layouts import LAYOUTS, View, diffusers_config, files
+from maple_convert.layouts import LAYOUTS, View, diffusers_config, files, image_encoder
 from maple_convert.layouts.diffusers_config import UNKNOWN
 from maple_convert.layouts.parts import LINEAR
 from maple_convert.readers import open_checkpoint
@@ -32,6 +32,8 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
     sections = detect.find_sections(path, tensors)
     if not sections:
         detect.refuse_unknown(path, tensors)
+    if {section.component for section in sections} == {"text_encoder", "image_encoder"}:
+        sections = [section for section in sections if section.component == "image_encoder"]
     halves = [section for section in sections if section.component in TAESD_HALVES]
     facts = detect.gather(path, sections, tensors)
     if halves and len(sections) == 1:
@@ -90,6 +92,14 @@ def complete(
         if family.startswith("sdxl"):
             rules["scaling_factor"] = diffusers_config.SDXL_SCALING_FACTOR
             rules["force_upcast"] = True
+    elif component == "image_encoder":
+        width: int = found["hidden_size"]
+        heads = image_encoder.HEADS.get(width, max(width // diffusers_config.HEAD_WIDTH, 1))
+        is_openais = width in image_encoder.OPENAI_WIDTHS and spelling != "openclip"
+        rules = {
+            "num_attention_heads": heads,
+            "hidden_act": "quick_gelu" if is_openais else "gelu",
+        }
     elif component in detect.TEXT_ENCODERS:
         is_open = _is_openclip(component, spelling, family)
         rules = {
@@ -161,6 +171,9 @@ def _plan(
                 replaced[key] = "replaced by its EMA copy"
                 key = files.ema_name(row)
             plans[name].append(Slot(row, checkpoint, key))
+        if name == "image_encoder":
+            halves = (key for key in tensors if key.startswith(files.TEXT_HALF))
+            replaced |= dict.fromkeys(halves, "CLIP's text half, which reads no pictures")
         if name in detect.TEXT_ENCODERS:
             used = {slot.key for slot in plans[name]}
             for row in LAYOUTS[name].rows(whole[name], section.spelling):
@@ -226,7 +239,7 @@ def _read_schedule(model: SourceModel, checkpoint: Checkpoint) -> None:
 def _note_rules(model: SourceModel) -> None:
     """Say what the file leaves open and how it was settled."""
     components, width = model.components, diffusers_config.HEAD_WIDTH
-    for name in ("unet", "controlnet", *detect.TEXT_ENCODERS):
+    for name in ("unet", "controlnet", "image_encoder", *detect.TEXT_ENCODERS):
         if name not in components:
             continue
         part, title = components[name], LAYOUTS[name].title
@@ -236,6 +249,9 @@ def _note_rules(model: SourceModel) -> None:
             shown = ", ".join(str(n) for n in cast("list[int]", heads))
             rule = f"{shown}, one for {width} channels"
             rule = rule if part.has_linear_doors else f"{SD1_HEADS}, as in SD 1.x"
+        if name == "image_encoder":
+            which = image_encoder.NAMES.get(part.config["hidden_size"])
+            rule = f"{heads}, as in {which}" if which else rule
         title = "text encoder" if name == "text_encoder" else title
         model.notes.append(f"The file cannot say the {title}'s heads: {rule}.")
     if set(components) == {"vae"}:

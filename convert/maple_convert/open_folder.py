@@ -44,6 +44,9 @@ KINDS = {
     "AutoencoderTiny": _Kind("taesd", _DIFFUSERS_STEM, diffusers_config.taesd),
     "T2IAdapter": _Kind("t2i_adapter", _DIFFUSERS_STEM, diffusers_config.t2i_adapter),
     "ControlNetModel": _Kind("controlnet", _DIFFUSERS_STEM, diffusers_config.controlnet),
+    "CLIPVisionModelWithProjection": _Kind(
+        "image_encoder", _TRANSFORMERS_STEM, diffusers_config.image_encoder
+    ),
     "CLIPTextModel": _Kind("text_encoder", _TRANSFORMERS_STEM, diffusers_config.text_encoder),
     "CLIPTextModelWithProjection": _Kind(
         "text_encoder", _TRANSFORMERS_STEM, diffusers_config.text_encoder

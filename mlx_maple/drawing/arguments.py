@@ -17,6 +17,7 @@ from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.results import FloatArray
 from mlx_maple.forms import PARTS, PLAIN, Form
 from mlx_maple.metadata import Settings, check_number
+from mlx_maple.models.unet import attention_channels
 from mlx_maple.sampling import SAMPLERS, Plan, make_plan
 from mlx_maple.sizes import Sizes, read_pair
 from mlx_maple.text.language import Prompt, read_prompt
@@ -129,6 +130,13 @@ def check_refiner(sd: DiffusionModel, refiner: DiffusionModel) -> None:
 def steers_both(sd: DiffusionModel, refiner: DiffusionModel) -> bool:
     """Whether what steers this model can steer its refiner, too."""
     return steers_alike(sd.configs["unet"], refiner.configs["unet"])
+
+
+def sees_alike(sd: DiffusionModel, refiner: DiffusionModel) -> bool:
+    """Whether image prompts that are made for this model are of use to its refiner, too."""
+    ours, theirs = (each.configs["unet"] for each in (sd, refiner))
+    is_same_text = ours.cross_attention_dim == theirs.cross_attention_dim
+    return is_same_text and attention_channels(ours) == attention_channels(theirs)
 
 
 def check_steered(sd: DiffusionModel, controls: Sequence[Control], size: tuple[int, int]) -> None:

@@ -20,7 +20,7 @@ from mlx_maple.control import (
     read_hint,
     use_of_channels,
 )
-from mlx_maple.drawing.arguments import steers_both
+from mlx_maple.drawing.arguments import sees_alike, steers_both
 from mlx_maple.drawing.autoencode import moments
 from mlx_maple.drawing.jobs import Job
 from mlx_maple.drawing.model import DiffusionModel
@@ -28,6 +28,7 @@ from mlx_maple.engine.compiled import guided_steps
 from mlx_maple.engine.deep_cache import CachedCalls, DeepCache, cached_step
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.guidance import Prompts, encoded, guided_model
+from mlx_maple.image_prompt import ImagePrompt, image_prompt
 from mlx_maple.sampling import Step, guided
 from mlx_maple.sampling.denoiser import Model
 from mlx_maple.sampling.windows import windowed
@@ -59,7 +60,22 @@ def encode_prompts(sd: DiffusionModel, job: Job, notes: list[str]) -> Prompts:
     return prompts
 
 
-def shown_beside(sd: DiffusionModel, job: Job, notes: list[str]) -> Shown:
+def look_at_images(sd: DiffusionModel, job: Job) -> list[ImagePrompt]:
+    """What the UNet sees of the pictures that the drawing is prompted with; evaluated."""
+    found = []
+    for each in job.image_prompts:
+        encoder = sd.networks[sd.image_encoders[each.adapter]]
+        made = image_prompt(each, encoder, sd.networks[each.adapter], sd.configs["unet"])
+        mx.eval(made.wanted, made.avoided)
+        found.append(made)
+        del encoder
+        sd.networks.release(each.adapter, sd.image_encoders[each.adapter])
+    return found
+
+
+def shown_beside(
+    sd: DiffusionModel, job: Job, images_seen: Sequence[ImagePrompt], notes: list[str]
+) -> Shown:
     """All that the UNet is shown beside latents, time and words; evaluated."""
     channels = input_channels(
         use_of_channels(sd.configs["unet"]),
@@ -89,6 +105,7 @@ def shown_beside(sd: DiffusionModel, job: Job, notes: list[str]) -> Shown:
         channels=channels,
         guidance=job.told,
         steering=steering,
+        images=images_seen,
         timesteps=tuple(job.plan.grid.timesteps),
         image_guidance=job.image_guidance,
         holds_mask=use_of_channels(sd.configs["unet"]) == "inpainting",
@@ -105,8 +122,8 @@ def guided_unet(
             return _pair(sd, job, shown, positive, negative, scale)
         return image_guided(
             _pair(sd, job, shown, positive, None, 1.0),
-            _pair(sd, job, shown, negative, None, 1.0),
-            _pair(sd, job, shown.without_picture(), negative, None, 1.0),
+            _pair(sd, job, shown, avoided := replace(negative, is_avoided=True), None, 1.0),
+            _pair(sd, job, shown.without_picture(), avoided, None, 1.0),
             scale,
             shown.image_guidance,
         )
@@ -142,6 +159,8 @@ def refined(sd: DiffusionModel, job: Job, model: Model, shown: Shown, notes: lis
     prompts = encode_prompts(refiner, job, notes)
     refiner.networks.release(*refiner.text_encoders.tokenizers)
     shown = shown if steers_both(sd, refiner) else replace(shown, steering=())
+    if not sees_alike(sd, refiner):
+        shown = replace(shown, images=())
     steps = sd.noise_schedule.train_steps
     border = steps - round(job.refiner_start * steps)
     calls, is_refining = 0, False
@@ -198,8 +217,16 @@ def _pair(
         first, second = _repeated(vectors, job.count)
         told = None if first is None else (first, second)
         steps = guided_steps(unet)
-        step = None if cache is None else cached_step(steps, cache)
-        model = steps.model(wanted, avoided, scale, timesteps, vectors=told, step=step)
+        model = steps.model(
+            wanted,
+            avoided,
+            scale,
+            timesteps,
+            vectors=told,
+            step=None if cache is None else cached_step(steps, cache),
+            images=_images(shown, positive, job.count),
+            shows=shown.images_at,
+        )
         return shown.joined(model)
     del unet
 
@@ -208,6 +235,7 @@ def _pair(
         assert wanted is not None
         first, second = _repeated(vectors, copies)
         calls = None if cache is None else CachedCalls(cache, lambda: sd.unet)
+        looked_at = _images(shown, positive, copies)
 
         def asked(latents: mx.array, timestep: float) -> mx.array:
             if calls is not None:
@@ -221,6 +249,7 @@ def _pair(
                 # In turn where memory is short; but see above for the CPU.
                 together=sd.is_on_cpu or not sd.networks.is_low_memory,
                 vectors=None if first is None else (first, second),
+                images=[looked_at[number] for number in shown.images_at(timestep)],
             )
             return model(latents, timestep)
 
@@ -243,6 +272,20 @@ def _deep_cache(job: Job) -> DeepCache | None:
     if settings.deep_cache is None:
         return None
     return DeepCache(settings.deep_cache, settings.deep_cache_branch)
+
+
+def _images(
+    shown: Shown, positive: Conditioning, count: int
+) -> list[tuple[list[mx.array], list[mx.array]]]:
+    """Of each image prompt what goes with the prompt and with what is avoided, for a batch."""
+
+    def batch(arrays: Sequence[mx.array]) -> list[mx.array]:
+        return [mx.repeat(array, count, 0) for array in arrays]
+
+    return [
+        (batch(each.avoided if positive.is_avoided else each.wanted), batch(each.avoided))
+        for each in shown.images
+    ]
 
 
 def _predict(

@@ -13,6 +13,7 @@ from mlx_maple.control import Control
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.results import FloatArray
 from mlx_maple.forms import Form
+from mlx_maple.image_prompt import ImageRequest
 from mlx_maple.metadata import Settings
 from mlx_maple.sampling import Plan
 from mlx_maple.sizes import Sizes
@@ -44,6 +45,7 @@ class Job:
         edited: RGB, at the size to draw: what an instruction changes.
         depth: grey: what the network is to follow.
         controls: pictures that steer.
+        image_prompts: pictures that are looked at beside the text.
         told: the guidance scale where the network is told it, else None.
         image_guidance: how far an edit stays with its picture.
         sizes: that SDXL is told; other models are told none.
@@ -73,6 +75,7 @@ class Job:
     edited: Image.Image | None
     depth: Image.Image | None
     controls: list[Control]
+    image_prompts: list[ImageRequest]
     told: float | None
     image_guidance: float | None
     sizes: Sizes

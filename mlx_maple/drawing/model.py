@@ -19,7 +19,17 @@ from mlx_maple.engine.low_memory import Networks, Reload
 from mlx_maple.engine.prepare import PreparedUNet
 from mlx_maple.engine.token_merging import set_token_merging
 from mlx_maple.forms import HAVE_FORMS, PARTS, PLAIN, Form
-from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, ControlNet, T2IAdapter, UNet
+from mlx_maple.image_prompt import ENCODER, PREFIX, numbered
+from mlx_maple.models import (
+    TAESD,
+    AutoencoderKL,
+    CLIPTextEncoder,
+    CLIPVisionEncoder,
+    ControlNet,
+    IPAdapter,
+    T2IAdapter,
+    UNet,
+)
 from mlx_maple.sampling import NoiseSchedule
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
@@ -54,6 +64,8 @@ class DiffusionModel:
         defaults: width, height, steps, guidance_scale, guidance_rescale, sampler and schedule of a
             plain call.
         latent_rgb_factors: of linear previews: C rows of RGB weights and a row of offsets, or None.
+        ip_adapters: of each network that makes prompts of pictures, in order: what people call it.
+        image_encoders: of each of these, the name of the network that looks at its pictures.
         control_names: of each network that steers, in order: what people call it.
         networks: all of them by name, held or to be loaded when they are asked for.
         adapters: LoRAs and learned words for them, or None.
@@ -75,6 +87,7 @@ class DiffusionModel:
         text_encoder_2: CLIPTextEncoder | None = None,
         taesd: TAESD | None = None,
         controlnets: Mapping[str, ControlNet | T2IAdapter] | None = None,
+        ip_adapters: Mapping[str, tuple[IPAdapter, CLIPVisionEncoder]] | None = None,
         defaults: Mapping[str, Any] | None = None,
         latent_rgb_factors: Sequence[Sequence[float]] | None = None,
         name: str = "",
@@ -102,6 +115,7 @@ class DiffusionModel:
             text_encoder_2: SDXL's second, with its weights.
             taesd: for previews.
             controlnets: what steers, by the name that people know it by.
+            ip_adapters: what makes prompts of pictures, likewise, each with what looks at them.
             defaults: any of the settings in ``DEFAULTS``, as this model likes them.
             latent_rgb_factors: C rows of RGB weights and a row of offsets, for linear previews;
                 None has them fitted to what is drawn, which costs some decodings.
@@ -141,6 +155,16 @@ class DiffusionModel:
         for number, (known_as, network) in enumerate((controlnets or {}).items()):
             networks[part := control_name(number)] = network
             self.control_names[part] = known_as
+        self.ip_adapters: dict[str, str] = {}
+        self.image_encoders: dict[str, str] = {}
+        for number, (known_as, (adapter, encoder)) in enumerate((ip_adapters or {}).items()):
+            networks[part := numbered(PREFIX, number)] = adapter
+            self.ip_adapters[part] = known_as
+            # One that several adapters share is held once.
+            held_as = next((n for n, m in networks.items() if m is encoder), None)
+            place = numbered(ENCODER, len(set(self.image_encoders.values())))
+            self.image_encoders[part] = held_as or place
+            networks[self.image_encoders[part]] = encoder
         present = {part: module for part, module in networks.items() if module is not None}
         components = {part: _component(module) for part, module in present.items()}
         self._compiles = compile

@@ -14,7 +14,14 @@ from mlx_maple import enlarge, images
 from mlx_maple.drawing.arguments import texts_of
 from mlx_maple.drawing.autoencode import decode, encode
 from mlx_maple.drawing.clock import Clock
-from mlx_maple.drawing.denoise import encode_prompts, evaluated, guided_unet, refined, shown_beside
+from mlx_maple.drawing.denoise import (
+    encode_prompts,
+    evaluated,
+    guided_unet,
+    look_at_images,
+    refined,
+    shown_beside,
+)
 from mlx_maple.drawing.jobs import Job
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.previews import Previews
@@ -23,6 +30,7 @@ from mlx_maple.drawing.starts import Outside, start
 from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
+from mlx_maple.image_prompt import ImagePrompt
 
 BOUND = (
     "MLX lets weights be read in the thread alone that opened them: draw there, or evaluate "
@@ -77,6 +85,12 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     sd.networks.release(*sd.text_encoders.tokenizers)
     clock.mark("text")
 
+    seen: list[ImagePrompt] = []
+    if job.image_prompts:
+        yield from clock.away(Progress(index=0, total=total, stage="encode"))
+        seen = look_at_images(sd, job)
+        clock.mark("look")
+
     posterior = None
     if job.picture is not None:
         yield from clock.away(Progress(index=0, total=total, stage="encode"))
@@ -87,11 +101,15 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
         sd.networks.release("vae")
         clock.mark("encode")
 
-    latents, previews = yield from _sampled(sd, job, prompts, posterior, notes, clock, 0, total)
+    latents, previews = yield from _sampled(
+        sd, job, prompts, seen, posterior, notes, clock, 0, total
+    )
     if job.second is not None and later is not None:
         clean = yield from _enlarged(sd, job, latents, clock, notes)
         done, job = job.plan.total, job.second
-        latents, previews = yield from _sampled(sd, job, later, clean, notes, clock, done, total)
+        latents, previews = yield from _sampled(
+            sd, job, later, seen, clean, notes, clock, done, total
+        )
 
     final = np.array(latents)
     pictures = []
@@ -130,6 +148,7 @@ def _sampled(
     sd: DiffusionModel,
     job: Job,
     prompts: Prompts,
+    seen: list[ImagePrompt],
     posterior: tuple[mx.array, mx.array] | None,
     notes: list[str],
     clock: Clock,
@@ -137,7 +156,7 @@ def _sampled(
     total: int,
 ) -> Generator[Progress, None, tuple[mx.array, Previews]]:
     """The steps of one drawing, from ``done`` of ``total`` on: its latents, evaluated."""
-    shown = shown_beside(sd, job, notes)
+    shown = shown_beside(sd, job, seen, notes)
     model = guided_unet(sd, job, prompts, shown)  # not before: it loads the UNet
     model = refined(sd, job, model, shown, notes)
     noise, clean, draw = start(job, posterior)

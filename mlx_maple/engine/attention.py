@@ -134,11 +134,9 @@ class ChunkedAttention(Attention):
         self.heads = plain.heads
         self._score_bytes = score_bytes
 
-    def __call__(self, x: mx.array, context: mx.array | None = None) -> mx.array:
-        """Gather from ``context`` (B, S, C'), or from ``x`` itself."""
-        context = x if context is None else context
-        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
-        return self.to_out(attend(q, k, v, self.heads, score_bytes=self._score_bytes))
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """(B, T, C), (B, S, C) twice to (B, T, C)."""
+        return attend(queries, keys, values, self.heads, score_bytes=self._score_bytes)
 
 
 def is_fused(tokens: int, width: int, dtype: mx.Dtype, backend: str | None = None) -> bool:

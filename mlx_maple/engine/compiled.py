@@ -5,7 +5,7 @@ once for a size and run again with new arrays. Where ``mx.compile`` does not wor
 A step is two functions, so that the device need not wait until all of it is described.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, SCORE_BYTES, running_backend
 from mlx_maple.engine.kernels import Size
-from mlx_maple.engine.prepare import Map, PreparedUNet, PreparedVAE, Recipe
+from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, PreparedVAE, Recipe
 from mlx_maple.models import AutoencoderKL, UNet
 
 ROOM = 256 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
@@ -26,7 +26,7 @@ ROOM_PER_CELL = 88 << 10
 # (latents (B, h, w, C) at the network's input scale, timestep) -> guided prediction, float32
 Model = Callable[[mx.array, float], mx.array]
 # (latents, row of its time, prompt, scale or None) -> guided prediction, float32
-Step = Callable[[mx.array, mx.array, list[mx.array], mx.array | None], mx.array]
+Step = Callable[[mx.array, mx.array, list[Keys], mx.array | None], mx.array]
 
 
 class GuidedSteps:
@@ -67,6 +67,8 @@ class GuidedSteps:
         guidance_scale: float,
         timesteps: Iterable[float],
         vectors: tuple[mx.array, mx.array | None] | None = None,
+        images: Sequence[tuple[list[mx.array], list[mx.array]]] = (),
+        shows: Callable[[float], Sequence[int]] | None = None,
         step: Step | None = None,
     ) -> Model:
         """A model of the samplers': out = n + scale * (p - n), in float32.
@@ -79,6 +81,9 @@ class GuidedSteps:
             guidance_scale: 1 is unguided.
             timesteps: that will be asked for.
             vectors: (B, V) of the prompts and of what is avoided, for networks that take one.
+            images: of each image prompt, for the prompts and for what is avoided, the keys and
+                values (B, S, 2 C) of every cross-attention.
+            shows: a timestep to the numbers of those that are seen then; None sees all.
             step: what makes each; None is the network itself.
         """
         step = self.step if step is None else step
@@ -92,9 +97,13 @@ class GuidedSteps:
             vector = (
                 wanted if avoided is None or not is_guided else mx.concatenate([avoided, wanted])
             )
-        prompt = self.unet.prompt(context)
+        seen = [
+            [mx.concatenate([a, w]) for w, a in zip(*each, strict=True)] if is_guided else each[0]
+            for each in images
+        ]
+        prompt = self.unet.prompt(context, seen)
 
-        def rows_of(times: list[float]) -> list[mx.array]:
+        def rows_at(times: list[float]) -> list[mx.array]:
             """What each time tells the network: one row for all samples, or one for each."""
             each = 1 if vector is None else vector.shape[0]
             repeated = mx.repeat(mx.array(times, dtype=mx.float32), each)
@@ -104,20 +113,25 @@ class GuidedSteps:
         known = sorted(set(timesteps))
         rows = {}
         if known:  # made now, and all at once
-            rows = dict(zip(known, rows_of(known), strict=True))
+            rows = dict(zip(known, rows_at(known), strict=True))
             mx.eval(prompt, list(rows.values()))
         scale = mx.array(guidance_scale, dtype=mx.float32)
+        every = tuple(range(len(images)))
+        forms = {every: prompt}  # by what is seen of the images
 
         def call(latents: mx.array, timestep: float) -> mx.array:
             row = rows.get(timestep)
             if row is None:
-                (row,) = rows_of([timestep])
-            return step(latents, row, prompt, scale if is_guided else None)
+                (row,) = rows_at([timestep])
+            which = every if shows is None else tuple(shows(timestep))
+            if which not in forms:
+                forms[which] = [_some(keys, which) for keys in prompt]
+            return step(latents, row, forms[which], scale if is_guided else None)
 
         return call
 
     def step(
-        self, latents: mx.array, row: mx.array, prompt: list[mx.array], scale: mx.array | None
+        self, latents: mx.array, row: mx.array, prompt: list[Keys], scale: mx.array | None
     ) -> mx.array:
         """One step: of latents, a time's row, a prompt and, where it is guided, how far."""
         if not self.in_parts:
@@ -127,17 +141,17 @@ class GuidedSteps:
         return self._finish(latents, parts, row, prompt, scale)
 
     def _step(
-        self, latents: mx.array, row: mx.array, prompt: list[mx.array], scale: mx.array | None
+        self, latents: mx.array, row: mx.array, prompt: list[Keys], scale: mx.array | None
     ) -> mx.array:
         if scale is None or not self.one_by_one:
             maps = self.unet.begin(twice(latents, scale is not None), row, prompt)
             return guided_sum(self.unet.finish(maps, row, prompt), scale)
         count = latents.shape[0]
         rows = (row, row) if row.shape[0] == 1 else (row[:count], row[count:])
-        avoided = self.unet.predict(latents, rows[0], [each[:count] for each in prompt])
+        avoided = self.unet.predict(latents, rows[0], rows_of(prompt, slice(count)))
         # MLX would start both at once: the second half waits for the first.
         later = mx.depends([latents], [avoided])[0]
-        wanted = self.unet.predict(later, rows[1], [each[count:] for each in prompt])
+        wanted = self.unet.predict(later, rows[1], rows_of(prompt, slice(count, None)))
         return guided_sum(mx.concatenate([avoided, wanted]), scale)
 
     def again(self) -> "GuidedSteps":
@@ -148,7 +162,7 @@ class GuidedSteps:
         )
 
     def _begun(
-        self, latents: mx.array, row: mx.array, prompt: list[mx.array], is_guided: bool
+        self, latents: mx.array, row: mx.array, prompt: list[Keys], is_guided: bool
     ) -> list[mx.array]:
         maps = self.unet.begin(twice(latents, is_guided), row, prompt)
         key = (*latents.shape, is_guided)
@@ -160,7 +174,7 @@ class GuidedSteps:
         latents: mx.array,
         parts: list[mx.array],
         row: mx.array,
-        prompt: list[mx.array],
+        prompt: list[Keys],
         scale: mx.array | None,
     ) -> mx.array:
         maps = self.maps(latents, parts, scale is not None)
@@ -173,6 +187,18 @@ class GuidedSteps:
             Map(next(left), next(left) if has_residual else None, size)
             for size, has_residual in self._maps[key]
         ]
+
+
+def _some(keys: Keys, which: Sequence[int]) -> Keys:
+    """A cross-attention's keys and values with some of its image prompts."""
+    if isinstance(keys, mx.array) or not which:
+        return keys if isinstance(keys, mx.array) else keys[0]
+    return [keys[0], *[keys[1 + number] for number in which]]
+
+
+def rows_of(prompt: list[Keys], rows: slice) -> list[Keys]:
+    """A part of a batch's keys and values."""
+    return [k[rows] if isinstance(k, mx.array) else [each[rows] for each in k] for k in prompt]
 
 
 def twice(latents: mx.array, is_guided: bool) -> mx.array:

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_maple.engine.compiled import GuidedSteps, Step, guided_sum, twice
-from mlx_maple.engine.prepare import Map, PreparedUNet, Resnet, Transformer
+from mlx_maple.engine.compiled import GuidedSteps, Step, guided_sum, rows_of, twice
+from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, Resnet, Transformer
 from mlx_maple.models import UNet
 from mlx_maple.models.deep_cache import full, place, shallow
 from mlx_maple.models.unet import as_times, check_guidance, check_inputs
@@ -90,11 +90,12 @@ def _prepared(
     guidance: mx.array | None = None,
     control: Sequence[mx.array] | None = None,
     features: Sequence[mx.array] | None = None,
+    image: Sequence[Sequence[mx.array]] = (),
 ) -> tuple[mx.array, mx.array]:
     check_inputs(unet.config, latents, context, vector)
     check_guidance(unet.config, guidance)
     times = unet.times(as_times(timesteps, latents.shape[0]), vector, guidance)
-    prompt, added = unet.prompt(context), list(features or ())
+    prompt, added = unet.prompt(context, image), list(features or ())
     maps = unet.begin(latents, times, prompt, added)
     return climbed(unet, branch, deep, maps, times, prompt, added, control)
 
@@ -105,7 +106,7 @@ def climbed(
     deep: mx.array | None,
     maps: list[Map],
     times: mx.array,
-    prompt: Sequence[mx.array],
+    prompt: Sequence[Keys],
     features: list[mx.array] | None = None,
     control: Sequence[mx.array] | None = None,
 ) -> tuple[mx.array, mx.array]:
@@ -162,7 +163,7 @@ class CachedSteps:
         deep: mx.array | None = None
 
         def run(
-            latents: mx.array, row: mx.array, prompt: list[mx.array], scale: mx.array | None
+            latents: mx.array, row: mx.array, prompt: list[Keys], scale: mx.array | None
         ) -> mx.array:
             nonlocal calls, deep
             is_full = calls % interval == 0
@@ -184,7 +185,7 @@ class CachedSteps:
         latents: mx.array,
         parts: list[mx.array],
         row: mx.array,
-        prompt: list[mx.array],
+        prompt: list[Keys],
         scale: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         maps = self._steps.maps(latents, parts, scale is not None)
@@ -196,13 +197,13 @@ class CachedSteps:
         deep: mx.array | None,
         latents: mx.array,
         row: mx.array,
-        prompt: list[mx.array],
+        prompt: list[Keys],
         scale: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         unet = self._steps.unet
 
         def run(
-            deep: mx.array | None, latents: mx.array, row: mx.array, prompt: list[mx.array]
+            deep: mx.array | None, latents: mx.array, row: mx.array, prompt: list[Keys]
         ) -> tuple[mx.array, mx.array]:
             maps = unet.begin(latents, row, prompt)
             return climbed(unet, self.branch, deep, maps, row, prompt)
@@ -213,9 +214,9 @@ class CachedSteps:
         count = latents.shape[0]
         rows = (row, row) if row.shape[0] == 1 else (row[:count], row[count:])
         deeps = (None, None) if deep is None else mx.split(deep, 2)
-        avoided, first = run(deeps[0], latents, rows[0], [each[:count] for each in prompt])
+        avoided, first = run(deeps[0], latents, rows[0], rows_of(prompt, slice(count)))
         later = mx.depends([latents], [avoided])[0]
-        wanted, second = run(deeps[1], later, rows[1], [each[count:] for each in prompt])
+        wanted, second = run(deeps[1], later, rows[1], rows_of(prompt, slice(count, None)))
         return guided_sum(mx.concatenate([avoided, wanted]), scale), mx.concatenate([first, second])
 
 

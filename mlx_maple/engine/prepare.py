@@ -32,13 +32,16 @@ from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.models.attention import LAYER_NORM_EPS, SpatialTransformer, TransformerBlock
 from mlx_maple.models.layers import GroupNorm, sinusoids
 from mlx_maple.models.resnet import Downsample, ResnetBlock, Upsample
-from mlx_maple.models.unet import as_times, check_guidance, check_inputs
+from mlx_maple.models.unet import as_times, check_guidance, check_image, check_inputs
 from mlx_maple.models.vae import Decoder, Encoder, PixelAttention
 
 # Below this many pixels a convolution is a matrix product on CUDA, where cuDNN's own is far from
 # the chip's rate: measured in benchmarks/.
 UNFOLD_PIXELS = {"cuda": 256}
 STAGE_BYTES = 16 << 20  # of a map that an autoencoder working in stages waits for
+# One cross-attention's keys and values: (B, T, 2 K D) of the text, or in a list with those of image
+# prompts behind it.
+Keys = mx.array | list[mx.array]
 
 
 @dataclass(frozen=True)
@@ -413,20 +416,34 @@ class Block(nn.Module):
         """What the prompt (B, T, D) shows to every pixel at every step: (B, T, 2 K D)."""
         return self.kv(context)
 
+    def beside(self, keys_values: mx.array) -> mx.array:
+        """An image prompt's keys and values (B, S, 2 C) with heads as wide as the text's."""
+        width = keys_values.shape[-1] // (2 * self._heads)
+        if self._width == width:
+            return keys_values
+        split = keys_values.reshape(*keys_values.shape[:2], 2 * self._heads, width)
+        wider = mx.pad(split, [(0, 0), (0, 0), (0, 0), (0, self._width - width)])
+        return wider.flatten(2)
+
     def __call__(
-        self, x: mx.array, prompt: mx.array, size: Size, residual: mx.array | None = None
+        self, x: mx.array, prompt: Keys, size: Size, residual: mx.array | None = None
     ) -> mx.array:
         """Tokens (B N, C) to the same; the prompt's keys and values are (B, T, 2 K D).
 
         Where the layer behind is part of the block, ``residual`` is what that is added to.
         """
-        batch = prompt.shape[0]
+        text, *images = [prompt] if isinstance(prompt, mx.array) else prompt
+        batch = text.shape[0]
         y = self._norm(1, x)
         found = None if self.merging is None else self.merging(x, self.shift1, size)
         joined = self.qkv(y if found is None else found.merge(y))
         mixed = self._attend(joined, joined, batch)
         x = self.out1(mixed, x) if found is None else x + found.unmerge(self.out1(mixed))
-        x = self.out2(self._attend(self.q(self._norm(2, x)), prompt, batch), x)
+        queries = self.q(self._norm(2, x))
+        mixed = self._attend(queries, text, batch)
+        for image in images:
+            mixed = mixed + self._attend(queries, image, batch)
+        x = self.out2(mixed, x)
         y, gate = self.ff_in(self._norm(3, x)), self._recipe.kernels.gate
         if self._is_merged:
             return self.ff_out(gate(y, self.gate_bias, x), residual)
@@ -516,7 +533,7 @@ class Transformer(nn.Module):
         if not self._is_merged:
             self.proj_out = proj_out
 
-    def __call__(self, x: Map, prompt: list[mx.array]) -> Map:
+    def __call__(self, x: Map, prompt: list[Keys]) -> Map:
         """Take each block's keys and values from the end of ``prompt``."""
         y, x.value = self._recipe.kernels.group_norm(
             x.value,
@@ -661,12 +678,13 @@ class PreparedUNet(nn.Module):
         guidance: mx.array | None = None,
         control: Sequence[mx.array] | None = None,
         features: Sequence[mx.array] | None = None,
+        image: Sequence[Sequence[mx.array]] = (),
     ) -> mx.array:
         """As models.UNet: same arguments, shapes and errors."""
         check_inputs(self.config, latents, context, vector)
         check_guidance(self.config, guidance)
         times = self.times(as_times(timesteps, latents.shape[0]), vector, guidance)
-        prompt = self.prompt(context)
+        prompt = self.prompt(context, image)
         added = list(features or ())
         maps = self.begin(latents, times, prompt, added)
         return self.finish(maps, times, prompt, added, control)
@@ -690,18 +708,29 @@ class PreparedUNet(nn.Module):
             embedded = embedded + self.add_embedding(vector.astype(self.dtype))
         return self.time_product(nn.silu(embedded)).astype(mx.float32) + self.time_bias
 
-    def prompt(self, context: mx.array) -> list[mx.array]:
-        """Keys and values of every cross-attention for (B, T, D), in the order of their use."""
+    def prompt(self, context: mx.array, image: Sequence[Sequence[mx.array]] = ()) -> list[Keys]:
+        """Keys and values of every cross-attention for (B, T, D), in the order of their use.
+
+        ``image`` is as for models.UNet: what image prompts show beside it.
+        """
         context = context.astype(self.dtype)
-        return [
-            block.keys_values(context)
+        blocks = [
+            block
             for steps in (*self.down, self.mid, *self.up)
             for step in steps
             if isinstance(step, Transformer)
             for block in step.blocks
         ]
+        made: list[Keys] = [block.keys_values(context) for block in blocks]
+        if not image:
+            return made
+        check_image(self.config, image)
+        return [
+            [text, *[block.beside(each.astype(self.dtype)) for each in shown]]
+            for block, text, *shown in zip(blocks, made, *image, strict=True)
+        ]
 
-    def predict(self, latents: mx.array, times: mx.array, prompt: Sequence[mx.array]) -> mx.array:
+    def predict(self, latents: mx.array, times: mx.array, prompt: Sequence[Keys]) -> mx.array:
         """Predict from what ``times`` (a row, or one a sample) and ``prompt`` have made."""
         return self.finish(self.begin(latents, times, prompt), times, prompt)
 
@@ -709,7 +738,7 @@ class PreparedUNet(nn.Module):
         self,
         latents: mx.array,
         times: mx.array,
-        prompt: Sequence[mx.array],
+        prompt: Sequence[Keys],
         features: list[mx.array] | None = None,
     ) -> list[Map]:
         """The first level of ``predict``: maps that the others go on from, the last one last.
@@ -725,7 +754,7 @@ class PreparedUNet(nn.Module):
         self,
         skips: list[Map],
         times: mx.array,
-        prompt: Sequence[mx.array],
+        prompt: Sequence[Keys],
         features: list[mx.array] | None = None,
         control: Sequence[mx.array] | None = None,
     ) -> mx.array:
@@ -737,10 +766,10 @@ class PreparedUNet(nn.Module):
         self,
         skips: list[Map],
         times: mx.array,
-        prompt: Sequence[mx.array],
+        prompt: Sequence[Keys],
         features: list[mx.array] | None = None,
         control: Sequence[mx.array] | None = None,
-    ) -> tuple[Map, list[Map], list[mx.array]]:
+    ) -> tuple[Map, list[Map], list[Keys]]:
         """From the first level's maps to the middle's, all that are kept, and the prompt's rest."""
         stack = list(reversed(prompt[self.first_blocks :]))
         self._descend(self.down[1:], skips, times, stack, features)
@@ -769,7 +798,7 @@ class PreparedUNet(nn.Module):
         x: Map,
         skips: list[Map],
         times: mx.array,
-        stack: list[mx.array],
+        stack: list[Keys],
         steps: Sequence[nn.Module] | None = None,
     ) -> Map:
         """Go up from a map, taking from the ends of ``skips`` and ``stack``, all the way or some.
@@ -807,7 +836,7 @@ class PreparedUNet(nn.Module):
         levels: list[list[Any]],
         skips: list[Map],
         times: mx.array,
-        stack: list[mx.array],
+        stack: list[Keys],
         features: list[mx.array] | None,
     ) -> None:
         """Go down from the last map, and put behind it those that are kept for the way up."""

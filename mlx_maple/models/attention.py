@@ -10,6 +10,9 @@ Names    Those of diffusers 0.42.1 without torch's containers: to_out for to_out
          ff.net.0.proj, ff.proj_out for ff.net.2.
 """
 
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -17,6 +20,19 @@ from mlx_maple.models.layers import GroupNorm
 
 TRANSFORMER_NORM_EPS = 1e-6  # the GroupNorm at a transformer's door; residual blocks use 1e-5
 LAYER_NORM_EPS = 1e-5
+
+
+class Context(NamedTuple):
+    """What the cross-attentions of one call look at, where that is more than a prompt.
+
+    Attributes:
+        text: (B, T, C') states of the prompt.
+        image: for one attention after the other, what it sees of image prompts: of each its keys
+            and values side by side, (B, S, 2C).
+    """
+
+    text: mx.array
+    image: Iterator[Sequence[mx.array]]
 
 
 def attend(
@@ -65,10 +81,20 @@ class Attention(nn.Module):
         self.to_out = nn.Linear(channels, channels)
         self.heads = heads
 
-    def __call__(self, x: mx.array, context: mx.array | None = None) -> mx.array:
+    def __call__(self, x: mx.array, context: mx.array | Context | None = None) -> mx.array:
+        image: Sequence[mx.array] = ()
+        if isinstance(context, Context):
+            context, image = context.text, next(context.image)
         context = x if context is None else context
-        mixed = attend(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        queries = self.to_q(x)
+        mixed = self.attend(queries, self.to_k(context), self.to_v(context))
+        for keys_values in image:  # each by itself: Ye et al. 2023 (arXiv:2308.06721), equation 5
+            mixed = mixed + self.attend(queries, *mx.split(keys_values, 2, axis=-1))
         return self.to_out(mixed)
+
+    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """(B, T, C), (B, S, C) twice to (B, T, C)."""
+        return attend(queries, keys, values, self.heads)
 
 
 class FeedForward(nn.Module):
@@ -98,7 +124,7 @@ class TransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(channels, eps=LAYER_NORM_EPS)
         self.ff = FeedForward(channels)
 
-    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, context: mx.array | Context) -> mx.array:
         x = x + self.attn1(self.norm1(x))
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -126,7 +152,7 @@ class SpatialTransformer(nn.Module):
         ]
         self.proj_out = nn.Linear(channels, channels)
 
-    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, context: mx.array | Context) -> mx.array:
         batch, rows, columns, channels = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(batch, rows * columns, channels)
         for block in self.transformer_blocks:

@@ -11,7 +11,7 @@ Names    convert/maple_convert/layouts/clip.py maps published checkpoints onto t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -103,6 +103,21 @@ class TextStates(NamedTuple):
     pooled: mx.array
 
 
+class LayersConfig(Protocol):
+    """What the layers need to know, of whichever of CLIP's two encoders."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_act(self) -> str: ...
+
+
 class Embeddings(nn.Module):
     """Each id's vector plus its place's: (B, T) ids to (B, T, D)."""
 
@@ -116,26 +131,30 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Each token gathers from itself and those before it: (B, T, D) to the same."""
+    """Each token gathers from itself and those before it: (B, T, D) to the same.
 
-    def __init__(self, channels: int, heads: int) -> None:
+    Without a mask, as for a picture's patches, it gathers from all.
+    """
+
+    def __init__(self, channels: int, heads: int, mask: str | None = "causal") -> None:
         super().__init__()
         self.q_proj = nn.Linear(channels, channels)
         self.k_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)
         self.out_proj = nn.Linear(channels, channels)
         self.heads = heads
+        self.mask = mask
 
     def __call__(self, x: mx.array) -> mx.array:
         # Causal only: the padding after the prompt is looked at, as in the reference.
-        mixed = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask="causal")
+        mixed = attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), self.heads, mask=self.mask)
         return self.out_proj(mixed)
 
 
 class FeedForward(nn.Module):
     """Two layers on each token: (B, T, D) to the same."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: LayersConfig) -> None:
         super().__init__()
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
@@ -148,10 +167,10 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention and feed-forward, each on a norm and added: (B, T, D) to the same."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: LayersConfig, mask: str | None = "causal") -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
-        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads)
+        self.self_attn = SelfAttention(config.hidden_size, config.num_attention_heads, mask)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=NORM_EPS)
         self.mlp = FeedForward(config)
 
@@ -163,9 +182,9 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     """The stack of layers: (B, T, D) to the state before the first and after each of them."""
 
-    def __init__(self, config: CLIPTextConfig) -> None:
+    def __init__(self, config: LayersConfig, mask: str | None = "causal") -> None:
         super().__init__()
-        self.layers = [EncoderLayer(config) for _ in range(config.num_hidden_layers)]
+        self.layers = [EncoderLayer(config, mask) for _ in range(config.num_hidden_layers)]
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         states = [x]

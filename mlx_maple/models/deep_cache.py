@@ -16,6 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_maple.models.attention import Context
 from mlx_maple.models.unet import UNet
 
 
@@ -60,7 +61,20 @@ def shallow(
     _, skips, time, context = unet.descend(*inputs, **told)
     level, layer = place(branch, len(skips), unet.config.layers_per_block + 1)
     near = skips[: branch + 1]
+    if isinstance(context, Context):  # what the layers that are left out would have seen
+        for _ in range(_attentions_before(unet, level, layer)):
+            next(context.image)
     return _climbed(unet, deep, near, time, context, level, layer), deep
+
+
+def _attentions_before(unet: UNet, level: int, layer: int) -> int:
+    """How many cross-attentions the way up has before a layer of a level."""
+    kept = [
+        attentions
+        for i, block in enumerate(unet.up_blocks[: level + 1])
+        for attentions in block.get("attentions", [])[: layer if i == level else None]
+    ]
+    return sum(len(attentions.transformer_blocks) for attentions in kept)
 
 
 def _climbed(
@@ -68,7 +82,7 @@ def _climbed(
     x: mx.array,
     skips: list[mx.array],
     time: mx.array,
-    context: mx.array,
+    context: mx.array | Context,
     level: int,
     layer: int,
 ) -> mx.array:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_maple.models.attention import Context
 from mlx_maple.models.unet import UNet, UpBlock
 
 
@@ -59,7 +60,7 @@ class FreeUpBlock(nn.Module):
         x: mx.array,
         skips: list[mx.array],
         time: mx.array,
-        context: mx.array,
+        context: mx.array | Context,
         layers: range | None = None,
     ) -> mx.array:
         """Climb a level; see ``UpBlock``."""

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_maple.models.attention import SpatialTransformer, TransformerBlock
+from mlx_maple.models.attention import Context, SpatialTransformer, TransformerBlock
 from mlx_maple.models.unet import UNet
 
 CELL = 2  # rows and columns of a cell
@@ -130,7 +130,7 @@ class MergingTransformer(nn.Module):
         self.ratio = ratio
         self._plain = [plain]  # in a list of its own: not one of this layer's parts
 
-    def __call__(self, x: mx.array, context: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, context: mx.array | Context) -> mx.array:
         batch, rows, columns, channels = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(batch, rows * columns, channels)
         for block in self.transformer_blocks:
@@ -138,7 +138,12 @@ class MergingTransformer(nn.Module):
         return x + self.proj_out(tokens).reshape(batch, rows, columns, channels)
 
     def _through(
-        self, block: TransformerBlock, x: mx.array, context: mx.array, rows: int, columns: int
+        self,
+        block: TransformerBlock,
+        x: mx.array,
+        context: mx.array | Context,
+        rows: int,
+        columns: int,
     ) -> mx.array:
         found = match(x, rows, columns, self.ratio)
         if found is None:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_maple.models import checks
-from mlx_maple.models.attention import SpatialTransformer
+from mlx_maple.models.attention import Context, SpatialTransformer
 from mlx_maple.models.layers import GroupNorm, TimeEmbedding, sinusoids
 from mlx_maple.models.resnet import Downsample, ResnetBlock, Upsample
 
@@ -155,7 +155,11 @@ class DownBlock(nn.Module):
             self.downsamplers = [Downsample(channels, symmetric=True)]
 
     def __call__(
-        self, x: mx.array, time: mx.array, context: mx.array, feature: mx.array | None = None
+        self,
+        x: mx.array,
+        time: mx.array,
+        context: mx.array | Context,
+        feature: mx.array | None = None,
     ) -> tuple[mx.array, list[mx.array]]:
         """Descend a level.
 
@@ -202,7 +206,7 @@ class MidBlock(nn.Module):
         if depth:
             self.attentions = [_transformer(config, -1, depth)]
 
-    def __call__(self, x: mx.array, time: mx.array, context: mx.array) -> mx.array:
+    def __call__(self, x: mx.array, time: mx.array, context: mx.array | Context) -> mx.array:
         x = self.resnets[0](x, time)
         if "attentions" not in self:
             return x
@@ -252,7 +256,7 @@ class UpBlock(nn.Module):
         x: mx.array,
         skips: list[mx.array],
         time: mx.array,
-        context: mx.array,
+        context: mx.array | Context,
         layers: range | None = None,
     ) -> mx.array:
         """Climb a level, taking from the end of ``skips`` what this level needs.
@@ -315,6 +319,7 @@ class UNet(nn.Module):
         guidance: mx.array | None = None,
         control: Sequence[mx.array] | None = None,
         features: Sequence[mx.array] | None = None,
+        image: Sequence[Sequence[mx.array]] = (),
     ) -> mx.array:
         """Predict lazily; nothing runs until the caller evaluates.
 
@@ -328,6 +333,8 @@ class UNet(nn.Module):
             control: what a ControlNet adds: a map for each kept state, then one for the middle.
             features: what a T2I-Adapter adds: a map for each level on the way down, and perhaps one
                 more for the middle.
+            image: of each image prompt what every cross-attention sees, (B, S, 2C) in the order of
+                their use: ``IPAdapter.keys_values``.
 
         Returns:
             (B, h, w, out_channels), in the weights' dtype.
@@ -335,11 +342,11 @@ class UNet(nn.Module):
         Raises:
             ValueError: if an argument has another shape (an NCHW array?).
         """
-        x, skips, time, context = self.descend(
-            latents, timesteps, context, vector, guidance, control, features
+        x, skips, time, seen = self.descend(
+            latents, timesteps, context, vector, guidance, control, features, image
         )
         for block in self.up_blocks:
-            x = block(x, skips, time, context)
+            x = block(x, skips, time, seen)
         return self.leave(x)
 
     def descend(
@@ -351,12 +358,16 @@ class UNet(nn.Module):
         guidance: mx.array | None = None,
         control: Sequence[mx.array] | None = None,
         features: Sequence[mx.array] | None = None,
-    ) -> tuple[mx.array, list[mx.array], mx.array, mx.array]:
+        image: Sequence[Sequence[mx.array]] = (),
+    ) -> tuple[mx.array, list[mx.array], mx.array, mx.array | Context]:
         """All before the way up: the middle's map, the kept states, time and context for it."""
         check_inputs(self.config, latents, context, vector)
         check_guidance(self.config, guidance)
         dtype = self.conv_in.weight.dtype
-        context = context.astype(dtype)
+        seen: mx.array | Context = context.astype(dtype)
+        if image:
+            check_image(self.config, image)
+            seen = Context(seen, zip(*_in(dtype, image), strict=True))
         waves = sinusoids(as_times(timesteps, latents.shape[0]), self.config.block_out_channels[0])
         time = self.time_embedding(waves.astype(dtype), guidance)
         if vector is not None:
@@ -366,15 +377,15 @@ class UNet(nn.Module):
         skips = [x]
         added = [each.astype(dtype) for each in features or ()]
         for block in self.down_blocks:
-            x, passed = block(x, time, context, added.pop(0) if added else None)
+            x, passed = block(x, time, seen, added.pop(0) if added else None)
             skips += passed
         if self.config.mid_transformer_layers is not None:
-            x = self.mid_block(x, time, context)
+            x = self.mid_block(x, time, seen)
         if added:
             x = x + added.pop(0)
         if control is not None:
             skips, x = controlled(skips, x, control)
-        return x, skips, time, context
+        return x, skips, time, seen
 
     def leave(self, x: mx.array) -> mx.array:
         """What the finest level's last map (B, h, w, C) says."""
@@ -405,6 +416,40 @@ def check_guidance(config: UNetConfig, guidance: mx.array | None) -> None:
     if (guidance is None) != (config.time_cond_dim is None):
         takes = "takes no" if config.time_cond_dim is None else "is told a"
         raise ValueError(f"[UNet] this network {takes} guidance scale.")
+
+
+def check_image(config: UNetConfig, image: Sequence[Sequence[mx.array]]) -> None:
+    """Raise unless each image prompt has keys and values for every cross-attention.
+
+    Raises:
+        ValueError: saying how many there are.
+    """
+    count = len(attention_channels(config))
+    for each in image:
+        if len(each) != count:
+            expected = f"expected keys and values for {count} cross-attentions"
+            raise ValueError(f"[UNet] {expected}, got {len(each)}.")
+
+
+def attention_channels(config: UNetConfig) -> tuple[int, ...]:
+    """C of each cross-attention of a UNet, down, up and the middle last, as adapters count them."""
+    widths = config.block_out_channels
+    down = [
+        width
+        for width, depth in zip(widths, config.transformer_layers, strict=True)
+        for _ in range(depth * config.layers_per_block)
+    ]
+    up = [
+        widths[level]
+        for level in reversed(range(len(widths)))
+        for depth in config.up_depths(level)
+        for _ in range(depth)
+    ]
+    return (*down, *up, *[widths[-1]] * (config.mid_transformer_layers or 0))
+
+
+def _in(dtype: mx.Dtype, image: Sequence[Sequence[mx.array]]) -> list[list[mx.array]]:
+    return [[keys_values.astype(dtype) for keys_values in each] for each in image]
 
 
 def as_times(timesteps: mx.array | float, batch: int) -> mx.array:

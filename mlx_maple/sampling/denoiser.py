@@ -9,7 +9,7 @@ Source   Karras et al. 2022 (arXiv:2206.00364), equation 7, as crowsonkb/k-diffu
          rescaled guidance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import sqrt
 from typing import NamedTuple
 
@@ -82,6 +82,7 @@ def guided(
     guidance_rescale: float = 0.0,
     together: bool = True,
     vectors: tuple[mx.array, mx.array | None] | None = None,
+    images: Sequence[tuple[list[mx.array], list[mx.array]]] = (),
 ) -> Model:
     """A model that follows ``positive`` and avoids ``negative``: out = n + scale * (p - n).
 
@@ -102,6 +103,8 @@ def guided(
         together: both prompts in one batch; else one after the other, so that the network's
             activations take half the memory.
         vectors: (B, V) of the prompts and of the negative prompts, for a network that takes them.
+        images: of each image prompt, for the prompts and for the negative prompts, what every
+            cross-attention sees of it (B, S, 2C): the network's ``image``.
 
     Raises:
         ValueError: if the two prompts' shapes differ.
@@ -114,10 +117,13 @@ def guided(
     if negative is None or guidance_scale == 1:
         context = positive.astype(dtype)
         more = [] if vectors is None else [vectors[0]]
+        seen = {"image": [wanted for wanted, _ in images]} if images else {}
 
         def single(latents: mx.array, timestep: float) -> mx.array:
             timesteps = mx.full((latents.shape[0],), timestep, dtype=mx.float32)
-            return unet_call(latents.astype(dtype), timesteps, context, *more).astype(mx.float32)
+            return unet_call(latents.astype(dtype), timesteps, context, *more, **seen).astype(
+                mx.float32
+            )
 
         return single
 
@@ -127,19 +133,27 @@ def guided(
         assert vectors[1] is not None
         halves = [[vectors[1]], [vectors[0]]]
     joined = [mx.concatenate([a, b]) for a, b in zip(*halves, strict=True)]
+    shown: list[dict[str, list[list[mx.array]]]] = [{}, {}, {}]  # to each half, and to both
+    if images:
+        wanted, avoided = ([each[i] for each in images] for i in (0, 1))
+        both = [
+            [mx.concatenate([a, b]) for a, b in zip(*pair, strict=True)]
+            for pair in zip(avoided, wanted, strict=True)
+        ]
+        shown = [{"image": avoided}, {"image": wanted}, {"image": both}]
 
     def double(latents: mx.array, timestep: float) -> mx.array:
         timesteps = mx.full((2 * latents.shape[0],), timestep, dtype=mx.float32)
         if together:
             both = mx.concatenate([latents, latents]).astype(dtype)
-            out = unet_call(both, timesteps, contexts, *joined).astype(mx.float32)
+            out = unet_call(both, timesteps, contexts, *joined, **shown[2]).astype(mx.float32)
             avoided, wanted = mx.split(out, 2)
         else:
             times, (negatives, positives) = timesteps[: latents.shape[0]], mx.split(contexts, 2)
-            avoided = unet_call(latents.astype(dtype), times, negatives, *halves[0])
+            avoided = unet_call(latents.astype(dtype), times, negatives, *halves[0], **shown[0])
             avoided = avoided.astype(mx.float32)
             latents = mx.depends([latents], [avoided])[0]  # not both at once, whoever evaluates
-            wanted = unet_call(latents.astype(dtype), times, positives, *halves[1])
+            wanted = unet_call(latents.astype(dtype), times, positives, *halves[1], **shown[1])
             wanted = wanted.astype(mx.float32)
         out = avoided + guidance_scale * (wanted - avoided)
         return rescale(out, wanted, guidance_rescale) if guidance_rescale else out

@@ -201,7 +201,7 @@ OTHERS = {
         {"lora_controlnet": zeros(1), "lora_controlnet.x": zeros(1)},
         {"lllite_unet_input_blocks_4_1_attn1_to_q.up.weight": zeros(8, 4)},
     ],
-    "whole CLIP": [{"vision_model.embeddings.class_embedding": zeros(768)}],
+    "vision model": [{"vision_tower.blocks.0.norm.weight": zeros(768)}],
     "Stable Diffusion 3": [{"model.diffusion_model.joint_blocks.0.x": zeros(4)}],
     "Flux": [{"double_blocks.0.img_attn.qkv.weight": zeros(4)}],
     "codebook": [{"first_stage_model.quantize.embedding.weight": zeros(4, 4)}],

@@ -7,7 +7,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from maple_convert.layouts import clip, controlnet, t2i_adapter, taesd, unet, vae
+from maple_convert.layouts import (
+    clip,
+    controlnet,
+    image_encoder,
+    ip_adapter,
+    t2i_adapter,
+    taesd,
+    unet,
+    vae,
+)
 from maple_convert.layouts.parts import NATIVE, Parts, Place, Row, View, rows
 
 __all__ = ["LAYOUTS", "NATIVE", "Layout", "Row", "View"]
@@ -81,5 +90,21 @@ LAYOUTS: Mapping[str, Layout] = {
         controlnet.infer,
         controlnet.TABLES,
         controlnet.PUBLISHED_CONFIG,
+    ),
+    "image_encoder": Layout(
+        "CLIP image encoder",
+        image_encoder.SPELLINGS,
+        image_encoder.places,
+        image_encoder.infer,
+        image_encoder.TABLES,
+        image_encoder.PUBLISHED_CONFIG,
+    ),
+    "ip_adapter": Layout(
+        "IP-Adapter",
+        ip_adapter.SPELLINGS,
+        ip_adapter.places,
+        ip_adapter.infer,
+        ip_adapter.TABLES,
+        ip_adapter.PUBLISHED_CONFIG,
     ),
 }

@@ -432,21 +432,26 @@ def text_encoder(path: Path, config: Config, found: Config) -> dict[str, Any]:
     }
     handled = {"num_attention_heads", "hidden_act", "eos_token_id"}
     _check(path, config, _TEXT_CONSTANTS, _TEXT_WITHOUT_EFFECT | handled, agreeing)
+    rules = _transformer_rules(path, config, found, heads=8)
+    return {
+        **found,
+        **rules,
+        "eos_token_id": eos_token(path, config.get("eos_token_id"), found["vocab_size"]),
+        **({"pad_token_id": OPEN_CLIP_PAD} if rules["hidden_act"] == "gelu" else {}),
+    }
+
+
+def _transformer_rules(path: Path, config: Config, found: Config, *, heads: int) -> dict[str, Any]:
+    """What no tensor of one of CLIP's encoders says: its heads and its activation."""
     width: int = found["hidden_size"]
-    heads = config.get("num_attention_heads", 8)
-    if not _integer(heads) or not 0 < heads <= width or width % heads:
-        reason = f"num_attention_heads is {_shown(heads)}, which does not divide {width}"
+    stated = config.get("num_attention_heads", heads)
+    if not _integer(stated) or not 0 < stated <= width or width % stated:
+        reason = f"num_attention_heads is {_shown(stated)}, which does not divide {width}"
         raise InvalidCheckpoint(path, reason)
     act = config.get("hidden_act", "quick_gelu")
     if act not in ("quick_gelu", "gelu"):
         raise UnsupportedCheckpoint(path, f"hidden_act {_shown(act)}: known are quick_gelu, gelu")
-    return {
-        **found,
-        "num_attention_heads": heads,
-        "hidden_act": act,
-        "eos_token_id": eos_token(path, config.get("eos_token_id"), found["vocab_size"]),
-        **({"pad_token_id": OPEN_CLIP_PAD} if act == "gelu" else {}),
-    }
+    return {"num_attention_heads": stated, "hidden_act": act}
 
 
 def eos_token(path: Path, stated: object, vocabulary: int) -> int:
@@ -483,6 +488,41 @@ def write_text_encoder(config: Config) -> dict[str, Any]:
         "pad_token_id": config.get("pad_token_id", eos),
         "projection_dim": config["hidden_size"] if projection is None else projection,
         "vocab_size": config["vocab_size"],
+    }
+
+
+# ---------------------------------------------------------------------------------------------
+# Image encoder
+
+_VISION_CONSTANTS: Mapping[str, tuple[object, ...]] = {
+    "layer_norm_eps": (1e-5,),
+    "model_type": ("clip_vision_model",),
+    "num_channels": (3,),
+}
+_VISION_FACTS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("image_size", "patch_size", "projection_dim"),
+)
+
+
+def image_encoder(path: Path, config: Config, found: Config) -> dict[str, Any]:
+    """Complete the image encoder's architecture by its config.json."""
+    handled = {"num_attention_heads", "hidden_act"}
+    agreeing = {key: found[key] for key in _VISION_FACTS}
+    without_effect = _TEXT_WITHOUT_EFFECT - {"projection_dim"}
+    _check(path, config, _VISION_CONSTANTS, without_effect | handled, agreeing)
+    return {**found, **_transformer_rules(path, config, found, heads=12)}
+
+
+def write_image_encoder(config: Config) -> dict[str, Any]:
+    """The config.json of a CLIPVisionModelWithProjection for transformers."""
+    return {
+        "architectures": ["CLIPVisionModelWithProjection"],
+        **{key: values[0] for key, values in _VISION_CONSTANTS.items()},
+        "attention_dropout": 0.0,
+        **{key: config[key] for key in _VISION_FACTS},
+        "hidden_act": config["hidden_act"],
+        "num_attention_heads": config["num_attention_heads"],
     }
 
 
@@ -629,6 +669,8 @@ def write(
         return write_vae(config, size)
     if component == "t2i_adapter":
         return write_t2i_adapter(config)
+    if component == "image_encoder":
+        return write_image_encoder(config)
     return write_taesd(config) if component == "taesd" else write_text_encoder(config)
 
 

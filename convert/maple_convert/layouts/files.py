@@ -57,6 +57,9 @@ WHERE = (
     Where("unet", "diffusers", _UNET, ("down_blocks", "up_blocks"), _CONTROL_DIFFUSERS),
     Where("t2i_adapter", "compvis", ("",), ("body.0.block1",)),
     Where("t2i_adapter", "diffusers", ("",), ("adapter.body.0.resnets",)),
+    Where("image_encoder", "transformers", ("",), ("vision_model.encoder",)),
+    Where("image_encoder", "openclip", ("visual.",), ("transformer.resblocks",)),
+    Where("ip_adapter", "original", ("",), ("image_proj", "ip_adapter")),
     Where("controlnet", "compvis", _CONTROLNET, _CONTROL_COMPVIS),
     Where("controlnet", "diffusers", _CONTROLNET, _CONTROL_DIFFUSERS),
     Where("vae", "compvis", _VAE, ("encoder.down", "decoder.up")),
@@ -103,12 +106,20 @@ SCHEDULE_BUFFERS = (
     "model_sampling.sigmas",
     "model_sampling.log_sigmas",
 )
+# Of a whole CLIP, in transformers' names and in OpenCLIP's; its image encoder needs none of it.
+TEXT_HALF = (
+    *("text_model.", "text_projection", "logit_scale", "logit_bias", "attn_mask"),
+    *("transformer.", "token_embedding.", "positional_embedding", "ln_final."),
+)
 EMA_PREFIX = "model_ema."
 EMA_COUNTERS = ("model_ema.decay", "model_ema.num_updates")
-POSITION_IDS = tuple(
-    f"{prefix}{inner}embeddings.position_ids"
-    for prefix in (*_CLIP, *_SDCPP_2)
-    for inner in ("", "text_model.")
+POSITION_IDS = (
+    *(
+        f"{prefix}{inner}embeddings.position_ids"
+        for prefix in (*_CLIP, *_SDCPP_2)
+        for inner in ("", "text_model.")
+    ),
+    "vision_model.embeddings.position_ids",
 )
 LOGIT_SCALES = tuple(
     f"{prefix}logit_scale"
@@ -122,7 +133,7 @@ ALPHAS = "alphas_cumprod"
 DROPPED: Mapping[str, str] = {
     **dict.fromkeys(SCHEDULE_BUFFERS, "noise schedule, rebuilt from alphas_cumprod or the betas"),
     **dict.fromkeys(EMA_COUNTERS, "counter of the EMA copy"),
-    **dict.fromkeys(POSITION_IDS, "position_ids, which only count 0 to 76"),
+    **dict.fromkeys(POSITION_IDS, "position_ids, which only count"),
     ALPHAS: "kept as the model's noise schedule, not as a weight",
     V_PREDICTION_MARK: "mark, read as v-prediction",
     ZERO_SNR_MARK: "mark, read as zero terminal SNR",

@@ -14,6 +14,7 @@ COLUMNS = {
     "transformers": "transformers, CompVis",
     "transformers_flat": "transformers from 5.6",
     "openclip": "OpenCLIP",
+    "original": "the original",
     "sdcpp": "stable-diffusion.cpp",
     "upstream": "upstream",
     "upstream_from_0": "upstream, from 0",
@@ -25,6 +26,8 @@ FILES = {
     "taesd": "taesd.md",
     "controlnet": "controlnet.md",
     "t2i_adapter": "t2i_adapter.md",
+    "image_encoder": "image_encoder.md",
+    "ip_adapter": "ip_adapter.md",
 }
 
 

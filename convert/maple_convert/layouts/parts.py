@@ -102,6 +102,11 @@ def pointwise(inputs: str, outputs: str, *, bias: bool = True) -> Leaf:
     return Leaf("conv 1x1", (outputs, inputs), POINTWISE_TO_LINEAR, bias)
 
 
+def vector(width: str) -> Leaf:
+    """One learned vector."""
+    return Leaf("vector", (width,), AS_IS, bias=False)
+
+
 def table(rows: str, width: str) -> Leaf:
     """Embedding table."""
     return Leaf("embedding", (rows, width), AS_IS, bias=False)
