@@ -276,6 +276,39 @@ float16, {len(report["faults"])} are black, of one colour or not finite.""",
     )
 
 
+def switches(report: Mapping[str, Any]) -> str:
+    found = [
+        """## Switches
+
+What switches of a drawing save and what they do to pictures: milliseconds a step, how many times
+faster that is than without any, how near the pictures are to those without (PSNR of all and of the
+farthest, in dB), in how many of them a classifier still reads what was asked for, and how sure it
+is. Where weights are random there are times alone."""
+    ]
+    for run in report["runs"]:
+        first = run["rows"][0]["step_s"]
+        body = []
+        for row in run["rows"]:
+            line = [f"`{row['switch']}`", ms(row["step_s"]), f"{first / row['step_s']:.2f}"]
+            if not run["is_random"]:
+                near = row["psnr"], row["least_psnr"]
+                line += ["" if value is None else f"{value:.1f}" for value in near]
+                line += [f"{row['read']} of {run['prompts']}", f"{row['score']:.2f}"]
+            body.append(line)
+        heads = ["", "ms a step", "times faster"]
+        heads += [] if run["is_random"] else ["PSNR", "least", "names read", "score"]
+        weights = ", random weights" if run["is_random"] else ""
+        found += [
+            f"### {run['model']}{weights}, {run['side']}x{run['side']}, {run['device']}",
+            table(heads, body),
+            f"{run['steps']} steps, seconds {run['seconds']}; MLX {run['mlx']}, "
+            f"commit {run['commit']}, {run['date']}.",
+        ]
+    again = """python benchmarks/switches.py
+python benchmarks/switches.py --size sd15"""
+    return "\n\n".join([*found, command(again, "a quarter of an hour; the second a GPU")])
+
+
 def bench(report: Mapping[str, Any]) -> str:
     """A user's own `maple bench --output`, kept as bench_NAME.json."""
     facts = report["facts"]
@@ -304,6 +337,7 @@ SECTIONS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "counts": counts,
     "memory_plan": memory_plan,
     "fp16_fidelity": fp16_fidelity,
+    "switches": switches,
     "cpu_networks": cpu_networks,
     "convert_streaming": convert_streaming,
 }
