@@ -1,13 +1,16 @@
 """float16 beside float32 on this device: the gallery's pictures, and many seeds.
 
     python benchmarks/fp16_fidelity.py [--seeds 200] [--output FILE.json]
+    python benchmarks/fp16_fidelity.py --families [--output FILE.json]
 
 Draws each of the gallery's prompts with its seed in float16 and in float32, both on MLX's default
 device, and compares latents (cosine) and pictures (PSNR); then draws ``--seeds`` further pictures
 in float16 and counts those that are black, flat or not finite, or that were decoded in float32
 because float16 failed. Ends with 1 where a picture is at or below 30 dB or one of the seeds is bad.
 Needs no torch, and runs from a checkout. A GPU takes seconds; a CPU, whose float16 is slow,
-minutes: --prompts 2 --seeds 8.
+minutes: --prompts 2 --seeds 8. ``--families`` compares the networks of SD 2.1 and SDXL instead, at
+their true size with random weights, in float16 and bfloat16, and an autoencoder that overflows
+float16; 16 GB are enough. Ends with 1 where a cosine misses its bar.
 """
 
 # ruff: noqa: E402  (what MLX reads from the environment is set before it is imported)
@@ -26,6 +29,7 @@ import argparse
 import json
 import platform
 import time
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -47,9 +51,16 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=8, help="pictures at once among the seeds")
     parser.add_argument("--steps", type=int, default=None, help="as the model likes it if left out")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="of the gallery")
+    parser.add_argument("--families", action="store_true", help="SD 2.1's and SDXL's networks")
+    parser.add_argument(
+        "--cells", type=int, default=None, help="latents along a side for --families"
+    )
     parser.add_argument("--output", type=Path, default=None, help="write the JSON here too")
     args = parser.parse_args()
 
+    if args.families:
+        report = {"machine": machine(), **families(args.cells)}
+        return written(report, args.output, report["passes"])
     half = maple.load(args.model, dtype="float16")
     full = maple.load(args.model, dtype="float32")
     started = time.perf_counter()
@@ -59,12 +70,7 @@ def main() -> int:
     started = time.perf_counter()
     bad = faults(half, args.seeds, args.batch, args.steps)
     report = {
-        "machine": {
-            "device": str(mx.device_info().get("device_name", mx.default_device())),
-            "system": f"{platform.system()} {platform.machine()}",
-            "mlx": mx.__version__,
-            "maple": maple.__version__,
-        },
+        "machine": machine(),
         "model": half.info.name,
         "least_psnr": min(row["psnr"] for row in pictures),
         "least_cosine": min(row["cosine"] for row in pictures),
@@ -77,12 +83,41 @@ def main() -> int:
             "seeds": round(time.perf_counter() - started, 2),
         },
     }
+    return written(report, args.output, report["least_psnr"] > LEAST_PSNR and not bad)
+
+
+def machine() -> dict[str, str]:
+    """What the figures are of."""
+    return {
+        "device": str(mx.device_info().get("device_name", mx.default_device())),
+        "system": f"{platform.system()} {platform.machine()}",
+        "mlx": mx.__version__,
+        "maple": maple.__version__,
+    }
+
+
+def written(report: dict[str, Any], output: Path | None, passes: bool) -> int:
+    """Print the report, keep it where that is wished; the exit code."""
     text = json.dumps(report, indent=1)
     print(text)
-    if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text + "\n")
-    return 0 if report["least_psnr"] > LEAST_PSNR and not bad else 1
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    return 0 if passes else 1
+
+
+def families(cells: int | None) -> dict[str, Any]:
+    """Every network's rows, each told as it is done."""
+    import fp16_families
+
+    started, found = time.perf_counter(), []
+    for row in fp16_families.rows(cells=cells):
+        cosines = "  ".join(f"{what} {value:.7f}" for what, value in row["cosine"].items())
+        verdict = "" if row["passes"] else "  MISSES"
+        print(f"{row['network']}, {row['dtype']}  {cosines}{verdict}", file=sys.stderr, flush=True)
+        found.append(row)
+    seconds = round(time.perf_counter() - started, 1)
+    return {"networks": found, "passes": all(row["passes"] for row in found), "seconds": seconds}
 
 
 def compared(half, full, prompt: str, seed: int, steps: int | None) -> dict[str, object]:

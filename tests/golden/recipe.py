@@ -6,6 +6,7 @@ reference answered. Names and shapes are the native ones (channels last).
 
 import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -81,3 +82,26 @@ def inputs() -> dict[str, np.ndarray]:
         "tiny_latents": random.standard_normal((1, 2, 3, 4)).astype(np.float32),
         "vae_latents": random.standard_normal((1, 3, 4, 4)).astype(np.float32),
     }
+
+
+def louder_autoencoder(weights: Mapping[str, Any], by: float = 2.0**17) -> dict[str, Any]:
+    """An autoencoder's weights that compute the same with a residual stream ``by`` times as large.
+
+    From the last resampling on in both halves: all that is added to the stream grows with it, and
+    the norms before every other layer take the factor out again. The weights stay within float16,
+    and the stream does not, as in SDXL's autoencoder.
+
+    Args:
+        weights: native names to arrays; of at least two levels.
+        by: how many times.
+    """
+    levels = 1 + max(int(name.split(".")[2]) for name in weights if ".down_blocks." in name)
+    grown = []  # what is added to the stream, and what makes it anew from a quiet one
+    for half, resampler in (("encoder.down", "down"), ("decoder.up", "up")):
+        last = f"{half}_blocks.{levels - 1}"
+        grown += [f"{half}_blocks.{levels - 2}.{resampler}samplers.0.conv."]
+        grown += [f"{last}.resnets.{n}.conv2." for n in range(9)]
+        grown += [f"{last}.resnets.{n}.conv_shortcut.bias" for n in range(9)]
+    grown += [f"encoder.mid_block.resnets.{n}.conv2." for n in range(2)]
+    grown += ["encoder.mid_block.attentions.0.to_out."]
+    return {name: v * by if name.startswith(tuple(grown)) else v for name, v in weights.items()}

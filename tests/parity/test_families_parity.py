@@ -9,6 +9,7 @@ ports of these families get wrong, and must miss the bar.
 import json
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,14 @@ import pytest
 import recipe
 import torch
 from diffusers.loaders import single_file_utils
+from mlx.utils import tree_map
 from network_parity import NETWORK
 from safetensors.numpy import save_file
 
 import mlx_maple
 from maple_convert import convert
 from maple_convert.layouts import LAYOUTS, NATIVE
+from mlx_maple.drawing import autoencode
 from mlx_maple.pipeline import StableDiffusion
 from mlx_maple.sizes import Sizes, with_vector, zeroed
 from mlx_maple.text.tokenizer import Tokenizer
@@ -49,6 +52,7 @@ VAE = {"block_out_channels": [32, 32, 32, 32]}  # an eighth, as published
 SIZE = {"width": 128, "height": 64}
 TOKENS = {"vocab_size": 49408, "eos_token_id": 49407}
 SEEN = (999.0, 500.25, 20.0)
+LOUD = "-loud"
 
 
 def configs(family: str) -> dict[str, dict[str, Any]]:
@@ -57,12 +61,14 @@ def configs(family: str) -> dict[str, dict[str, Any]]:
     return {name: {**c, **more[name]} for name, c in families.FAMILIES[family].items()}
 
 
-def state_of(family: str) -> tiny.Arrays:
-    """A whole random model in CompVis names."""
+def state_of(family: str, *, loud: bool = False) -> tiny.Arrays:
+    """A whole random model in CompVis names; a loud one's autoencoder overflows float16."""
     state: tiny.Arrays = {}
     for name, config in configs(family).items():
         rows = LAYOUTS[name].rows(config, NATIVE)
         arrays = {row.native: recipe.value(row.native, row.native_shape) for row in rows}
+        if loud and name == "vae":
+            arrays = recipe.louder_autoencoder(arrays)
         state |= tiny.published(name, config, arrays, *families.spelling(family, name))
     if family == "sd2":
         state["v_pred"] = np.zeros(0, np.float32)
@@ -74,7 +80,7 @@ class Models:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._ours: dict[str, StableDiffusion] = {}
+        self._ours: dict[tuple[object, ...], StableDiffusion] = {}
         self._theirs: dict[str, Any] = {}
         words, bundled = folder / "words", Tokenizer.bundled()
         words.mkdir()
@@ -86,13 +92,14 @@ class Models:
     def file(self, family: str) -> Path:
         path = self._folder / f"{family}.safetensors"
         if not path.exists():
-            save_file(state_of(family), path)
+            save_file(state_of(family.removesuffix(LOUD), loud=family.endswith(LOUD)), path)
         return path
 
-    def ours(self, family: str) -> StableDiffusion:
-        if family not in self._ours:
-            self._ours[family] = mlx_maple.load(self.file(family), dtype="float32", cache=False)
-        return self._ours[family]
+    def ours(self, family: str, dtype: str = "float32", **how: Any) -> StableDiffusion:
+        key = family, dtype, *how.items()
+        if key not in self._ours:
+            self._ours[key] = mlx_maple.load(self.file(family), dtype=dtype, cache=False, **how)
+        return self._ours[key]
 
     def theirs(self, family: str) -> Any:
         if family not in self._theirs:
@@ -382,3 +389,89 @@ def test_a_drawing_that_is_refined(models, parity_record):
         found = pictures.figures(draw(), *expected)
         parity_record(f"control: sdxl, {name}", **found, bar="must miss one")
         assert not pictures.passes(found), name
+
+
+# Half precision ---------------------------------------------------------------------------------
+
+# bfloat16 has 8 digits where float16 has 11: it is shown for the families that many draw with.
+HALVES = {"float16": (parity.FP16_COSINE, list(families.FAMILIES)), "bfloat16": (0.999, ["sdxl"])}
+IMAGE = np.asarray(pictures.photo().resize((64, 32)), np.float32)[None] / 127.5 - 1
+
+
+def in_half(record: Any, name: str, ours: mx.array, expected: np.ndarray, bar: float) -> None:
+    found = parity.figures(ours, expected)
+    record(name, **found, bar=f"cosine >= {bar}")
+    assert found["cosine"] >= bar, f"{name}: {found}"
+
+
+@pytest.mark.parametrize(
+    "dtype, family", [(dtype, family) for dtype, (_, some) in HALVES.items() for family in some]
+)
+def test_half_precision(family, dtype, models, parity_record):
+    """Every network as a user's file gives it, beside diffusers' in float32."""
+    sd, pipe, bar = models.ours(family, dtype), models.theirs(family), HALVES[dtype][0]
+    assert sd.info.components["unet"].dtype == dtype
+    latents, context = inputs(sd.configs["unet"], (4, 8))
+    scale = pipe.vae.config.scaling_factor
+    decoded = pipe.vae.decode(pictures.nchw(latents) / scale).sample.numpy()
+    mean = pipe.vae.encode(pictures.nchw(IMAGE)).latent_dist.mean.numpy() * scale
+    quantities = {
+        "UNet": (
+            our_unet(sd, latents, 500.25, context, POOLED),
+            their_unet(pipe, family, latents, 500.25, context, POOLED),
+        ),
+        "decoded": (sd.vae.decode(mx.array(latents)), np.moveaxis(decoded, 1, -1)),
+        "encoded": (sd.vae.encode(mx.array(IMAGE)).mean, np.moveaxis(mean, 1, -1)),
+    }
+    theirs = their_text(pipe, PROMPT)
+    quantities |= {name: (ours, theirs[name]) for name, ours in our_text(sd, PROMPT).items()}
+    for name, (ours, expected) in quantities.items():
+        in_half(parity_record, f"{family}: {name}, {dtype}", ours, expected, bar)
+
+
+def test_fewer_digits_are_seen(models, parity_record):
+    """The control: with 4 digits of each weight, as 8-bit floats have, the bar is missed."""
+    sd, pipe = models.ours("sdxl", "float16"), models.theirs("sdxl")
+    latents, context = inputs(sd.configs["unet"], (4, 8))
+    expected = their_unet(pipe, "sdxl", latents, 500.25, context, POOLED)
+    kept = sd.unet.parameters()
+    short = tree_map(lambda w: (w.view(mx.uint16) & 0xFF80).view(mx.float16), kept)
+    try:
+        sd.unet.update(short)
+        found = parity.figures(our_unet(sd, latents, 500.25, context, POOLED), expected)
+    finally:
+        sd.unet.update(kept)
+    parity_record("control: sdxl: UNet, 4 digits", **found, bar="must miss cosine >= 0.999")
+    assert found["cosine"] < 0.999
+
+
+@pytest.mark.parametrize("how", [{}, {"low_memory": True}], ids=["whole", "low-memory"])
+@pytest.mark.parametrize("family", ["sd2", "sdxl"])
+def test_no_black_pictures(family, how, models, parity_record, monkeypatch):
+    """An autoencoder whose feature maps leave float16, as SDXL's do, in a run in float16.
+
+    SDXL's computes in float32 from the start; SD 2's is seen to overflow and then repeated.
+    """
+    sd, pipe = models.ours(family + LOUD, "float16", **how), models.theirs(family + LOUD)
+    is_kept = family == "sdxl"
+    assert (sd.dtype_of("unet"), sd.dtype_of("vae") == mx.float32) == (mx.float16, is_kept)
+    for out in (sd.vae.decode(mx.array(NOISE[:, :4, :8])), sd.vae.encode(mx.array(IMAGE)).mean):
+        assert bool(mx.isfinite(out).all()) == is_kept
+    arguments = {"steps": 2, "width": 64, "height": 64, "sampler": "ddim", "seed": 3}
+    arguments |= {"image": pictures.photo(), "strength": 0.5}
+    result = sd(PROMPT, **arguments)
+    decoded = pictures.decoded(pipe, pictures.nchw(result.latents))
+    psnr = pictures.psnr(result.images[0], decoded[0])
+    label = f"{family}: overflowing autoencoder{', low memory' if how else ''}"
+    parity_record(label, psnr=psnr, notes=len(result.notes), bar="PSNR > 40 dB")
+    assert psnr > pictures.PSNR and np.isfinite(result.latents).all()
+    repeated = [
+        "encoding the image overflowed float16: done in float32",
+        "the picture was decoded as NaN in float16: done in float32",
+    ]
+    assert result.notes == ([] if is_kept else repeated)
+    if not is_kept:  # the control: without the net
+        monkeypatch.setattr(autoencode, "_in_float32", lambda module: nullcontext())
+        notes: list[str] = []
+        lost = autoencode.decode(sd, mx.array(result.latents), notes)
+        assert not np.isfinite(lost).any() and "there too" in notes[0]
