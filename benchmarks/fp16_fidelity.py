@@ -59,8 +59,8 @@ def main() -> int:
     args = parser.parse_args()
 
     if args.families:
-        report = {"machine": machine(), **families(args.cells)}
-        return written(report, args.output, report["passes"])
+        report = families(args.cells)
+        return written({**kept(args.output), "families": report}, args.output, report["passes"])
     half = maple.load(args.model, dtype="float16")
     full = maple.load(args.model, dtype="float32")
     started = time.perf_counter()
@@ -83,7 +83,18 @@ def main() -> int:
             "seeds": round(time.perf_counter() - started, 2),
         },
     }
+    if (
+        args.output is not None
+        and args.output.exists()
+        and "families" in (kept := read(args.output))
+    ):
+        report["families"] = kept["families"]
     return written(report, args.output, report["least_psnr"] > LEAST_PSNR and not bad)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """An older report, of which a run keeps the half that it does not make."""
+    return json.loads(path.read_text())
 
 
 def machine() -> dict[str, str]:
@@ -117,7 +128,8 @@ def families(cells: int | None) -> dict[str, Any]:
         print(f"{row['network']}, {row['dtype']}  {cosines}{verdict}", file=sys.stderr, flush=True)
         found.append(row)
     seconds = round(time.perf_counter() - started, 1)
-    return {"networks": found, "passes": all(row["passes"] for row in found), "seconds": seconds}
+    passes = all(row["passes"] for row in found)
+    return {"machine": machine(), "networks": found, "passes": passes, "seconds": seconds}
 
 
 def compared(half, full, prompt: str, seed: int, steps: int | None) -> dict[str, object]:

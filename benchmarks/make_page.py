@@ -272,6 +272,7 @@ float16, {len(report["faults"])} are black, of one colour or not finite.""",
             table(["prompt", "seed", "PSNR", "cosine"], rows),
             f"{machine['device']}, MLX {machine['mlx']}.",
             command("python benchmarks/fp16_fidelity.py", "a GPU, or a quarter of an hour"),
+            *(fp16_families(report["families"]) if "families" in report else ()),
         ]
     )
 
@@ -307,6 +308,24 @@ is. Where weights are random there are times alone."""
     again = """python benchmarks/switches.py
 python benchmarks/switches.py --size sd15"""
     return "\n\n".join([*found, command(again, "a quarter of an hour; the second a GPU")])
+
+
+def fp16_families(report: Mapping[str, Any]) -> list[str]:
+    """SD 2.1's and SDXL's networks, in the section of the pictures."""
+    rows = [
+        [f"{row['network']}, {row['dtype']}", what, f"{value:.6f}", row["bar"]]
+        for row in report["networks"]
+        for what, value in row["cosine"].items()
+    ]
+    machine = report["machine"]
+    return [
+        """The networks of SD 2.1 and SDXL at their true size with random weights: cosine of each
+output in 16 bits, as this device draws, with the plain network's in float32. The last row is an
+autoencoder whose feature maps overflow float16: the drawing sees it and decodes in float32.""",
+        table(["network", "output", "cosine", "bar"], rows),
+        f"{machine['device']}, MLX {machine['mlx']}.",
+        command("python benchmarks/fp16_fidelity.py --families", "a GPU with 20 GB"),
+    ]
 
 
 def bench(report: Mapping[str, Any]) -> str:
