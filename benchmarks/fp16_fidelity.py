@@ -83,18 +83,14 @@ def main() -> int:
             "seeds": round(time.perf_counter() - started, 2),
         },
     }
-    if (
-        args.output is not None
-        and args.output.exists()
-        and "families" in (kept := read(args.output))
-    ):
-        report["families"] = kept["families"]
+    if (networks := kept(args.output).get("families")) is not None:
+        report["families"] = networks
     return written(report, args.output, report["least_psnr"] > LEAST_PSNR and not bad)
 
 
-def read(path: Path) -> dict[str, Any]:
+def kept(output: Path | None) -> dict[str, Any]:
     """An older report, of which a run keeps the half that it does not make."""
-    return json.loads(path.read_text())
+    return {} if output is None or not output.exists() else json.loads(output.read_text())
 
 
 def machine() -> dict[str, str]:

@@ -82,3 +82,13 @@ def test_a_users_bench_has_a_section(tmp_path):
     assert "## maple bench on Apple M9" in page
     assert "| text, mlx-maple | 2.00 |  | 1.00 |  |" in page
     assert "| text, diffusers eager | failed |" in page
+
+
+def test_networks_in_16_bits_stand_below_the_pictures():
+    report = json.loads((make_page.RESULTS / "fp16_fidelity.json").read_text())
+    report.pop("families", None)
+    without = make_page.fp16_fidelity(report)
+    row = {"network": "xl-unet", "dtype": "float16", "cosine": {"t=9": 0.99995}, "bar": 0.9999}
+    report["families"] = {"machine": report["machine"], "networks": [row]}
+    assert "| xl-unet, float16 | t=9 | 0.999950 | 0.9999 |" in make_page.fp16_fidelity(report)
+    assert "xl-unet" not in without and "--families" not in without
