@@ -328,7 +328,7 @@ def _description(model: Mapping[str, Any]) -> dict[str, Any]:
         "parameters": info["parameters"],
         "bytes": info["bytes"],
         "defaults": sd.defaults,
-        "notes": list(info["notes"]),
+        "notes": [_FOLDERS.sub("", note) for note in info["notes"]],
     }
 
 

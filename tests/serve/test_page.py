@@ -45,7 +45,7 @@ def test_nothing_comes_from_elsewhere_and_nothing_is_inline():
 
 def test_every_element_that_scripts_ask_for_is_there():
     html = (PAGE / "index.html").read_text()
-    ids = re.findall(r'\bid="([^"]+)"', html)
+    ids = re.findall(r'\bid="([^"]+)"', html) + rows(html)
     assert len(ids) == len(set(ids))
     asked = set()
     for script in SCRIPTS:
@@ -64,6 +64,31 @@ def test_the_forms_fields_are_fields_of_a_drawing():
     from mlx_maple.serve.draw import Draw
 
     html = (PAGE / "index.html").read_text()
-    names = set(re.findall(r'\bname="([a-z_]+)"', html)) - {"viewport"}
-    assert len(names) > 15
-    assert names <= set(Draw.model_fields)
+    names = set(re.findall(r'\bname="([a-z_]+)"', html)) - {"viewport", "color-scheme"}
+    assert {"prompt", "model", "seed"} <= names <= set(Draw.model_fields)
+    placed = set(rows(html))
+    assert len(placed) > 40 and placed <= set(Draw.model_fields)
+
+
+def test_the_rows_know_the_servers_bounds():
+    from mlx_maple.serve.draw import Draw
+
+    said = re.findall(r"^  (\w+): \{(.*?)\}[,;]$", (PAGE / "fields.js").read_text(), re.M | re.S)
+    assert len(said) > 30
+    checked = 0
+    schema = Draw.model_json_schema()["properties"]
+    for name, text in said:
+        bounds = dict(re.findall(r"\b(low|high): (-?[\d.]+)", text))
+        if name in schema and bounds:
+            one = schema[name]["anyOf"][0]
+            assert [float(bounds[side]) for side in ("low", "high")] == [
+                one["minimum"],
+                one["maximum"],
+            ], name
+            checked += 1
+    assert checked > 15
+
+
+def rows(html: str) -> list[str]:
+    """The settings whose rows the page builds, and where."""
+    return [name for names in re.findall(r'data-rows="([^"]+)"', html) for name in names.split()]

@@ -3,12 +3,10 @@
 import base64
 import io
 import json
-import shutil
 
 import numpy as np
 import pytest
-import tiny_model
-from known import BASE, TINY
+from known import BASE, TINY, put_networks
 from PIL import Image
 from safetensors.numpy import save_file
 from starlette.testclient import TestClient
@@ -26,18 +24,7 @@ SMALL = {"seed": 7, "steps": 1, "width": 64, "height": 64}
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     """A server whose models lie as A1111 keeps them; the default one is the embedded model."""
-    folder = tmp_path_factory.mktemp("networks")
-    adapters = tiny_model.Path(__file__).resolve().parent.parent / "data" / "adapters"
-    made = tiny_model.folder()
-    for source, place in (
-        (adapters / "blueprint.safetensors", "Lora/blueprint.safetensors"),
-        (adapters / "noctia.safetensors", "embeddings/noctia.safetensors"),
-        (made / "model.safetensors", "Stable-diffusion/below/noisy.safetensors"),
-        (made / "control.safetensors", "ControlNet/steer.safetensors"),
-        (made / "vae.safetensors", "VAE/other.safetensors"),
-    ):
-        (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(source, folder / place)
+    folder = put_networks(tmp_path_factory.mktemp("networks"))
     upscaler = folder / "ESRGAN" / "twice.safetensors"
     upscaler.parent.mkdir()
     draw = np.random.default_rng(1)

@@ -64,7 +64,7 @@ async function request(method, path, body) {
   }
   if (response.ok) return response;
   const said = await response.json().catch(() => ({}));
-  if (response.status === 401) onUnauthorized();
+  if (response.status === 401 && path !== "/session") onUnauthorized();
   throw new ApiError(
     response.status,
     said.error ?? {},
@@ -84,15 +84,14 @@ export const remove = async (path) => void (await request("DELETE", path));
 export const postForFile = async (path, body) => (await request("POST", path, body)).blob();
 
 /**
- * The names of the fields that a drawing may have in this version of the server.
- * @returns {Promise<Set<string>>}
+ * What the server takes, as its OpenAPI document has it: a drawing has other fields in other versions.
+ * @returns {Promise<Record<string, any>>}
  */
-export async function drawFields() {
+export async function schemas() {
   try {
-    const document = await (await fetch("/openapi.json")).json();
-    return new Set(Object.keys(document.components.schemas.Draw.properties));
+    return (await (await fetch("/openapi.json")).json()).components.schemas;
   } catch {
-    return new Set();
+    return {};
   }
 }
 

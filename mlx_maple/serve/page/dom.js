@@ -43,6 +43,41 @@ export function make(tag, properties = {}, ...children) {
 }
 
 /**
+ * One of the icons that index.html draws; for the eye only.
+ * @param {string} name
+ */
+export function icon(name) {
+  const space = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(space, "svg");
+  svg.setAttribute("class", "icon");
+  svg.setAttribute("aria-hidden", "true");
+  const use = document.createElementNS(space, "use");
+  use.setAttribute("href", `#icon-${name}`);
+  svg.append(use);
+  return svg;
+}
+
+/** Draw the icons of the elements that name one. */
+export function drawIcons() {
+  for (const element of /** @type {NodeListOf<HTMLElement>} */ (
+    document.querySelectorAll("[data-icon]")
+  )) {
+    element.prepend(icon(element.dataset.icon ?? ""));
+  }
+}
+
+/**
+ * A button without words: an icon with a name.
+ * @param {string} name of the icon
+ * @param {string} label
+ * @param {() => void} onclick
+ */
+export function iconButton(name, label, onclick) {
+  const properties = { type: "button", className: "square plain", "aria-label": label };
+  return make("button", { ...properties, title: label, onclick }, icon(name));
+}
+
+/**
  * A select's options anew; the choice stays where it is still there.
  * @param {HTMLSelectElement} box
  * @param {{value: string, label?: string, disabled?: boolean}[]} options

@@ -1,16 +1,33 @@
-// Pictures that are dropped on the page or pasted into it: their settings, or the picture itself.
+// Pictures that are dropped on the page or pasted into it, and who takes them.
 
-import * as api from "./api.js";
-import { byId, dataUrl } from "./dom.js";
-import { fill } from "./form.js";
-import { complain, toast } from "./say.js";
-import { setStart } from "./start.js";
+import { byId } from "./dom.js";
+import { complain } from "./say.js";
 
-export function setUpDrop() {
+/** @typedef {(file: File) => unknown} Take */
+
+/** Elements that take pictures themselves. @type {WeakMap<Element, Take>} */
+const takers = new WeakMap();
+/** What takes all others. @type {(file: File) => Promise<void>} */
+let takeElsewhere = async () => {};
+
+/**
+ * A picture that falls on an element is its own.
+ * @param {Element} element
+ * @param {Take} take
+ */
+export function whenDropped(element, take) {
+  element.classList.add("takes");
+  takers.set(element, take);
+}
+
+/** @param {typeof takeElsewhere} take a picture that was dropped on the page or pasted into it */
+export function setUpDrop(take) {
+  takeElsewhere = take;
   let inside = 0; // dragenter and dragleave come for every element on the way
   const show = (/** @type {number} */ change) => {
     inside = Math.max(0, inside + change);
     byId("drop").hidden = inside === 0;
+    document.body.classList.toggle("dragging", inside > 0);
   };
   addEventListener("dragenter", (event) => hasFiles(event) && show(1));
   addEventListener("dragleave", (event) => hasFiles(event) && show(-1));
@@ -19,12 +36,13 @@ export function setUpDrop() {
     if (!hasFiles(event)) return;
     event.preventDefault();
     show(-inside);
-    take(event.dataTransfer?.files).catch(complain);
+    const over = event.target instanceof Element ? event.target.closest(".takes") : null;
+    hand(event.dataTransfer?.files, over && takers.get(over)).catch(complain);
   });
   addEventListener("paste", (event) => {
     if (!event.clipboardData?.files.length) return;
     event.preventDefault();
-    take(event.clipboardData.files).catch(complain);
+    hand(event.clipboardData.files).catch(complain);
   });
 }
 
@@ -33,28 +51,12 @@ function hasFiles(event) {
   return event.dataTransfer?.types.includes("Files") ?? false;
 }
 
-/** @param {FileList | undefined} files */
-async function take(files) {
+/**
+ * @param {FileList | undefined} files
+ * @param {Take | null} [take]
+ */
+async function hand(files, take) {
   const file = [...(files ?? [])].find((one) => one.type.startsWith("image/"));
   if (!file) throw new Error("that is no picture");
-  const url = await dataUrl(file);
-  const source = { sent: url, url, name: file.name || "a pasted picture" };
-  const begin = () => setStart(source);
-  let info;
-  try {
-    info = await api.post("/png-info", { image: url });
-  } catch (error) {
-    if (!(error instanceof api.ApiError) || error.code !== "no_settings") throw error;
-    begin();
-    return toast("No settings are written in this picture: it is the one to start from.");
-  }
-  const left = [...fill({ ...info.draw, count: undefined }), ...info.notes];
-  toast(
-    left.length
-      ? `Settings restored, but: ${left.join("; ")}`
-      : "Settings restored from the picture.",
-    {
-      "Start from it": begin,
-    },
-  );
+  await (take ?? takeElsewhere)(file);
 }

@@ -1,18 +1,20 @@
 // The form as a Draw, and a Draw as the form.
 
 import * as api from "./api.js";
-import { setUpControl } from "./control.js";
-import { byId, input, isPressed, make, select, setOptions, setPressed } from "./dom.js";
-import { FormError } from "./say.js";
+import { fillControls, offerControls } from "./control.js";
+import { byId, input, isPressed, keep, kept, make, select, setOptions, setPressed } from "./dom.js";
+import { FIELDS, labelOf } from "./fields.js";
+import { fillLoras, loraFields, offerLoras } from "./loras.js";
+import { fitRows, showFamily, showSliders } from "./rows.js";
+import { FormError, toast } from "./say.js";
 import { isSeed, rollSeed } from "./seeds.js";
-import { hasStart } from "./start.js";
+import { sizeOf, SHAPES } from "./shapes.js";
+import { fillStart, hasStart } from "./start.js";
 
 /** @typedef {import("./types.js").Draw} Draw */
 
-// Pictures are not filled in: the server sends `true` for them.
-const PICTURES = ["image", "mask"];
 // Of a drawing, but not a field of this form.
-const BESIDE = [...PICTURES, "loras", "controls", "previews"];
+const BESIDE = ["image", "mask", "depth_image", "loras", "controls", "previews"];
 
 /** @type {import("./types.js").Sampler[]} */
 let samplers = [];
@@ -25,9 +27,6 @@ let defaultModel = "";
 let defaults = {};
 /** Settings that came with a picture and have no field here. @type {Record<string, unknown>} */
 let carried = {};
-/** @type {import("./types.js").Lora[]} */
-let loras = [];
-let takesLoras = false;
 let planTimer = 0;
 
 /** Elements of the form that are fields of a Draw. */
@@ -47,52 +46,73 @@ export async function setUpForm() {
   byId("reset").addEventListener("click", () => fill({ prompt: input("prompt").value }));
   select("sampler").addEventListener("change", showSchedules);
   select("model").addEventListener("change", () => void showModel());
-  select("lora-add").addEventListener("change", addLora);
-  byId("form").addEventListener("change", askForPlan);
-  byId("settings").addEventListener("toggle", askForPlan);
-  const [found, list, known, networks, system] = await Promise.all([
-    api.drawFields(),
+  byId("form").addEventListener("change", () => {
+    showCounts();
+    askForPlan();
+  });
+  const settings = /** @type {HTMLDetailsElement} */ (byId("settings"));
+  settings.open = kept("settings") === true;
+  settings.addEventListener("toggle", () => {
+    keep("settings", settings.open);
+    askForPlan();
+  });
+  byId("models-again").addEventListener("click", () => {
+    lookAgain().catch((error) => toast(String(error.message ?? error)));
+  });
+  setUpShapes();
+  const [schemas, list, known, networks] = await Promise.all([
+    api.schemas(),
     api.get("/models"),
     api.get("/samplers"),
     api.get("/networks"),
-    api.get("/system"),
   ]);
-  for (const element of /** @type {NodeListOf<HTMLElement>} */ (
-    document.querySelectorAll("[data-field]")
-  )) {
-    element.hidden = !found.has(element.dataset.field ?? "");
-  }
-  takesLoras = system.features.includes("loras");
+  if (schemas.Draw) fitRows(schemas.Draw.properties);
   ({ samplers, schedules } = known);
-  setLimits(system.limits);
   setOptions(select("noise"), own("torch", known.noise));
-  setOptions(select("vae"), own("the model's", names(networks.vaes)));
-  setUpControl(names(networks.controlnets));
-  setOptions(select("lora-add"), [
-    { value: "", label: "choose…" },
-    ...plain(names(networks.loras)),
-  ]);
-  byId("lora-box").hidden = !networks.loras.length;
+  setNetworks(networks, schemas);
   setModels(list);
   await showModel();
 }
 
-/** @param {{name: string}[]} items */
-const names = (items) => items.map((item) => item.name);
+/** What was put into the model folders since. */
+async function lookAgain() {
+  const [list, networks, schemas] = await Promise.all([
+    api.post("/models/refresh"),
+    api.get("/networks"),
+    api.schemas(),
+  ]);
+  setNetworks(networks, schemas);
+  setModels(list);
+  await showModel();
+  const count = models.filter((model) => model.is_here).length;
+  toast(count === 1 ? "One model is here." : `${count} models are here.`);
+}
+
+/**
+ * @param {Record<string, {name: string}[]>} networks
+ * @param {Record<string, any>} schemas of the OpenAPI document
+ */
+function setNetworks(networks, schemas) {
+  const names = (/** @type {string} */ kind) => (networks[kind] ?? []).map(({ name }) => name);
+  setOptions(select("vae"), own("the model's own", names("vaes")));
+  setOptions(select("taesd"), own("none", names("taesds")));
+  const built = (FIELDS.hires_upscaler.options ?? []).map(([value, label]) => ({ value, label }));
+  setOptions(select("hires_upscaler"), [
+    ...own(FIELDS.hires_upscaler.usual, []),
+    ...built,
+    ...plain(names("upscalers")),
+  ]);
+  offerControls(names("controlnets"), schemas);
+  offerLoras(names("loras"));
+}
+
 /** @param {string[]} values */
 const plain = (values) => values.map((value) => ({ value, label: value }));
 /** @param {string | number | undefined} usual @param {string[]} values */
 const own = (usual, values) => [
-  { value: "", label: usual === undefined ? "the model's own" : `usual: ${usual}` },
+  { value: "", label: `usual: ${usual ?? "the model's own"}` },
   ...plain(values),
 ];
-
-/** @param {Record<string, any>} limits */
-function setLimits(limits) {
-  for (const name of ["width", "height", "steps", "count"]) {
-    [input(name).min, input(name).max] = limits[name].map(String);
-  }
-}
 
 /** @param {{default: string, models: import("./types.js").Model[]}} list */
 function setModels(list) {
@@ -105,6 +125,8 @@ function setModels(list) {
       disabled: !model.is_here,
     })),
   );
+  const others = models.filter((model) => model.is_here && model.id !== defaultModel);
+  setOptions(select("refiner"), own("none", others.map((model) => model.id)));
 }
 
 /** The model's own values, as hints in the empty fields. */
@@ -112,10 +134,12 @@ async function showModel() {
   const id = select("model").value || defaultModel;
   const model = models.find((one) => one.id === id);
   byId("model-note").textContent = model?.note ?? "";
+  let family = "";
   try {
     const detail = await api.get(`/models/${id.split("/").map(encodeURIComponent).join("/")}`);
     if (id !== (select("model").value || defaultModel)) return; // another was chosen meanwhile
     defaults = detail.defaults ?? {};
+    ({ family } = detail);
     const parts = [
       model?.note,
       model?.license && `licence: ${model.license}`,
@@ -126,8 +150,10 @@ async function showModel() {
     defaults = {};
     byId("model-note").textContent = error instanceof Error ? error.message : "";
   }
-  for (const name of ["width", "height", "steps", "guidance_scale"]) {
-    input(name).placeholder = String(defaults[name] ?? "");
+  showFamily(family);
+  for (const [name, field] of Object.entries(FIELDS)) {
+    if (field.kind !== "number" && field.kind !== "whole") continue;
+    input(name).placeholder = String(defaults[name] ?? field.usual ?? "");
   }
   setOptions(
     select("sampler"),
@@ -137,6 +163,8 @@ async function showModel() {
     ),
   );
   showSchedules();
+  showShape();
+  showSliders();
 }
 
 /** Only the schedules that the sampler takes. */
@@ -146,15 +174,6 @@ function showSchedules() {
   const usual = chosen && chosen !== defaults.sampler ? sampler?.schedules[0] : defaults.schedule;
   setOptions(select("schedule"), own(usual, sampler?.schedules ?? schedules));
   input("eta").disabled = sampler ? !sampler.has_eta : false;
-}
-
-function swapSize() {
-  const [width, height] = [input("width"), input("height")];
-  [width.value, height.value] = [
-    height.value || height.placeholder,
-    width.value || width.placeholder,
-  ];
-  askForPlan();
 }
 
 /** @param {boolean} is */
@@ -183,42 +202,30 @@ export function read() {
   for (const field of fields()) {
     const text = field.value;
     if (field.closest("[data-field][hidden]") || (field.disabled && field.name === "eta")) continue;
+    const words = labelOf(field.name);
     if (field instanceof HTMLInputElement && field.type === "number") {
       if (field.validity.badInput)
-        throw new FormError(field.name, `${labelOf(field)}: not a number`);
+        throw new FormError(field.name, `${words}: not a number`);
       if (text === "") continue;
       const value = Number(text);
       if (field.validity.rangeUnderflow || field.validity.rangeOverflow) {
-        throw new FormError(field.name, `${labelOf(field)}: from ${field.min} to ${field.max}`);
+        throw new FormError(field.name, `${words}: from ${field.min} to ${field.max}`);
       }
-      if (field.validity.stepMismatch && field.step !== "any" && Number(field.step) >= 1) {
-        throw new FormError(field.name, `${labelOf(field)}: a multiple of ${field.step}`);
+      if (field.validity.stepMismatch && FIELDS[field.name]?.kind === "whole") {
+        throw new FormError(field.name, `${words}: a multiple of ${field.step}`);
       }
       draw[field.name] = value;
     } else if (/seed$/.test(field.name)) {
       if (text.trim() && !isSeed(text.trim())) {
-        throw new FormError(field.name, `${labelOf(field)}: a whole number`);
+        throw new FormError(field.name, `${words}: a whole number`);
       }
       if (text.trim()) draw[field.name] = text.trim();
-    } else if (text !== "") draw[field.name] = text;
+    } else if (field.dataset.kind === "flag" && text) draw[field.name] = text === "true";
+    else if (field.dataset.kind === "choice" && text) draw[field.name] = Number(text);
+    else if (text !== "") draw[field.name] = text;
   }
   draw.prompt = input("prompt").value;
-  if (loras.length) addLoras(draw);
-  return draw;
-}
-
-/**
- * As a field where the server takes one, else in A1111's words in the prompt.
- * @param {Draw} draw
- */
-function addLoras(draw) {
-  if (takesLoras) draw.loras = loras.map((lora) => ({ ...lora }));
-  else draw.prompt += loras.map(({ name, weight }) => ` <lora:${name}:${weight}>`).join("");
-}
-
-/** @param {Element} field */
-function labelOf(field) {
-  return document.querySelector(`label[for="${field.id}"]`)?.textContent ?? field.id;
+  return { ...draw, ...loraFields() };
 }
 
 /**
@@ -247,11 +254,9 @@ export function pointAt(name) {
 export function fill(draw, { keepSeed = true } = {}) {
   const left = [];
   const rest = { ...draw };
-  const model = draw.model === defaultModel ? "" : (draw.model ?? "");
-  select("model").value = [...select("model").options].some((o) => o.value === model && !o.disabled)
-    ? model
-    : "";
-  if (select("model").value !== model) left.push(`the model ${draw.model} is not here`);
+  const model = draw.model ? modelCalled(draw.model) : defaultModel;
+  select("model").value = model === defaultModel ? "" : (model ?? "");
+  if (model === undefined) left.push(`the model ${draw.model} is not here`);
   delete rest.model;
   select("sampler").value = String(draw.sampler ?? "");
   showSchedules();
@@ -265,14 +270,31 @@ export function fill(draw, { keepSeed = true } = {}) {
   }
   if (!keepSeed) input("seed").value = "";
   setLock(input("seed").value !== "");
-  loras = (draw.loras ?? []).map((lora) => ({ ...lora }));
+  fillLoras(draw.loras ?? []);
   for (const name of BESIDE) delete rest[name];
   carried = Object.fromEntries(Object.entries(rest).filter(([, value]) => value !== null));
-  showLoras();
   showCarried();
+  showSliders();
+  showShape();
+  showCounts();
   void showModelKeeping(draw);
   askForPlan();
   return left;
+}
+
+/**
+ * The model that a picture names: by its id, or by its file's name alone.
+ * @param {string} name
+ */
+function modelCalled(name) {
+  const here = models.filter((model) => model.is_here).map((model) => model.id);
+  return here.find((id) => id === name) ?? here.find((id) => id.split("/").pop() === name);
+}
+
+/** The pictures of a drawing into the form, or none of them. @param {Draw} draw */
+export function fillPictures(draw) {
+  fillStart(draw);
+  fillControls(draw.controls ?? []);
 }
 
 /**
@@ -301,46 +323,66 @@ function showCarried() {
   );
 }
 
-function addLora() {
-  const name = select("lora-add").value;
-  if (name && !loras.some((lora) => lora.name === name)) loras.push({ name, weight: 1 });
-  select("lora-add").value = "";
-  showLoras();
+/** How many settings each folded part holds that are not the usual ones. */
+function showCounts() {
+  for (const box of /** @type {NodeListOf<HTMLElement>} */ (
+    document.querySelectorAll("#settings > details")
+  )) {
+    const set = [...box.querySelectorAll("[name]")].filter(
+      (field) => /** @type {HTMLInputElement} */ (field).value !== "",
+    ).length;
+    const rows = box.querySelectorAll("#loras > li, #controls > li").length;
+    const summary = /** @type {HTMLElement} */ (box.querySelector("summary"));
+    summary.dataset.count = set + rows ? String(set + rows) : "";
+  }
 }
 
-function showLoras() {
-  byId("loras").replaceChildren(
-    ...loras.map((lora) => {
-      const setWeight = (/** @type {Event} */ event) => {
-        const box = /** @type {HTMLInputElement} */ (event.target);
-        if (box.value !== "" && box.validity.valid) lora.weight = Number(box.value);
-      };
-      const drop = () => {
-        loras = loras.filter((one) => one !== lora);
-        showLoras();
+// Size --------------------------------------------------------------------------------------------
+
+function setUpShapes() {
+  byId("shapes").append(
+    ...SHAPES.map(([words, ratio]) => {
+      const choose = () => {
+        const size = sizeOf(ratio, Number(defaults.width) || 512, Number(defaults.height) || 512);
+        [input("width").value, input("height").value] = size.map(String);
+        showShape();
+        askForPlan();
       };
       return make(
-        "li",
-        {},
-        make("span", { className: "text" }, lora.name),
-        make("input", {
-          type: "number",
-          min: "-4",
-          max: "4",
-          step: "0.05",
-          value: String(lora.weight),
-          "aria-label": `Weight of ${lora.name}`,
-          oninput: setWeight,
-        }),
-        make(
-          "button",
-          { type: "button", "aria-label": `Remove ${lora.name}`, onclick: drop },
-          "Remove",
-        ),
+        "button",
+        { type: "button", "aria-pressed": "false", "data-ratio": String(ratio), onclick: choose },
+        words,
       );
     }),
   );
+  for (const name of ["width", "height"]) input(name).addEventListener("input", showShape);
 }
+
+/** Press the shape that the size has. */
+function showShape() {
+  const [width, height] = ["width", "height"].map(
+    (name) => input(name).value || input(name).placeholder,
+  );
+  const [across, down] = [Number(defaults.width) || 512, Number(defaults.height) || 512];
+  for (const button of /** @type {NodeListOf<HTMLElement>} */ (
+    byId("shapes").querySelectorAll("button")
+  )) {
+    const size = sizeOf(Number(button.dataset.ratio), across, down);
+    setPressed(button, size.join() === `${width},${height}`);
+  }
+}
+
+function swapSize() {
+  const [width, height] = [input("width"), input("height")];
+  [width.value, height.value] = [
+    height.value || height.placeholder,
+    width.value || width.placeholder,
+  ];
+  showShape();
+  askForPlan();
+}
+
+// Memory ------------------------------------------------------------------------------------------
 
 /** Ask whether the drawing fits in memory, a moment after the last change. */
 export function askForPlan() {

@@ -1,45 +1,31 @@
 // X/Y grids: the values of two settings, and a drawing for each pair. Nothing here knows the page.
 
+import { FIELDS } from "./fields.js";
+
 /**
  * @typedef {import("./types.js").Draw} Draw
- * @typedef {{id: string, label: string, kind: "number" | "whole" | "word" | "seed" | "replace",
- *   hint: string, low?: number, high?: number}} Axis
+ * @typedef {{id: string, label: string, kind: import("./fields.js").Field["kind"] | "replace",
+ *   hint?: string, low?: number, high?: number, isNumber?: boolean}} Axis
  */
 
 export const MOST_VALUES = 32; // of one axis
 
-/** @type {Axis[]} */
+const WORDS = ["word", "replace", "text"];
+
+/** Every setting that is one value, and what is not a setting by itself. @type {Axis[]} */
 export const AXES = [
-  { id: "steps", label: "Steps", kind: "whole", hint: "4, 8, 16 or 10-30 (+10)", low: 1 },
-  { id: "guidance_scale", label: "Guidance", kind: "number", hint: "1-9 (+2)" },
-  { id: "seed", label: "Seed", kind: "seed", hint: "1-4" },
-  { id: "sampler", label: "Sampler", kind: "word", hint: "ddim, euler, dpmpp_2m" },
-  { id: "schedule", label: "Schedule", kind: "word", hint: "leading, karras" },
-  { id: "prompt", label: "Words in the prompt", kind: "replace", hint: "red, green, blue" },
-  { id: "model", label: "Model", kind: "word", hint: "names of models" },
-  { id: "vae", label: "Autoencoder", kind: "word", hint: "names of autoencoders" },
-  {
-    id: "strength",
-    label: "Strength of change",
-    kind: "number",
-    hint: "0.3-0.9 (+0.2)",
-    low: 0,
-    high: 1,
-  },
-  {
-    id: "variation_strength",
-    label: "Variation",
-    kind: "number",
-    hint: "0-0.4 (+0.1)",
-    low: 0,
-    high: 1,
-  },
-  { id: "lora", label: "Weight of the first LoRA", kind: "number", hint: "0-1 (+0.25)" },
-  { id: "clip_skip", label: "Clip skip", kind: "whole", hint: "1, 2", low: 1 },
-  { id: "width", label: "Width", kind: "whole", hint: "64, 128", low: 64 },
-  { id: "height", label: "Height", kind: "whole", hint: "64, 128", low: 64 },
-  { id: "eta", label: "Eta", kind: "number", hint: "0-1 (+0.5)", low: 0, high: 1 },
+  ...Object.entries(FIELDS)
+    // Each cell is one picture; what has no hint is no value of a list.
+    .filter(([id, field]) => id !== "count" && field.hint)
+    .map(([id, field]) => ({ id, ...field })),
 ];
+AXES.splice(
+  5,
+  0,
+  { id: "prompt", label: "Words in the prompt", kind: "replace", hint: "red, green, blue" },
+  { id: "lora", label: "Weight of the first LoRA", kind: "number", hint: "0-1 (+0.25)" },
+  { id: "control", label: "Weight of the first ControlNet", kind: "number", hint: "0-1 (+0.5)" },
+);
 
 /** A grid that cannot be drawn; the message is for the reader. */
 export class GridError extends Error {}
@@ -65,7 +51,8 @@ export function axisOf(id) {
  */
 export function valuesOf(axis, text) {
   const items = splitList(text);
-  const values = axis.kind === "word" || axis.kind === "replace" ? items : items.flatMap(numbersOf);
+  const isWords = WORDS.includes(axis.kind) || axis.kind === "flag";
+  const values = isWords ? items : items.flatMap(numbersOf);
   if (!values.length) throw new GridError(`${axis.label}: no values`);
   if (values.length > MOST_VALUES) {
     throw new GridError(`${axis.label}: ${values.length} values, ${MOST_VALUES} at most`);
@@ -129,7 +116,11 @@ function written(value) {
  * @param {string} value
  */
 function check(axis, value) {
-  if (axis.kind === "word" || axis.kind === "replace") return;
+  if (WORDS.includes(axis.kind)) return;
+  if (axis.kind === "flag") {
+    if (value === "true" || value === "false") return;
+    throw new GridError(`${axis.label}: "${value}" is neither true nor false`);
+  }
   const whole = /^-?\d+$/.test(value);
   if (axis.kind === "seed" ? !whole : !/^-?\d+(\.\d+)?$/.test(value)) {
     throw new GridError(
@@ -161,12 +152,15 @@ export function withValue(draw, axis, values, place) {
     }
     return { ...draw, prompt: draw.prompt.replaceAll(values[0], () => value) };
   }
-  if (axis.id === "lora") {
-    const [first, ...others] = draw.loras ?? [];
-    if (!first) throw new GridError("no LoRA is chosen whose weight could change");
-    return { ...draw, loras: [{ ...first, weight: Number(value) }, ...others] };
+  if (axis.id === "lora" || axis.id === "control") {
+    const field = `${axis.id}s`;
+    const [first, ...others] = /** @type {{weight: number}[]} */ (draw[field] ?? []);
+    if (!first) throw new GridError(`${axis.label}: none is chosen`);
+    return { ...draw, [field]: [{ ...first, weight: Number(value) }, ...others] };
   }
-  const changed = axis.kind === "number" || axis.kind === "whole" ? Number(value) : value;
+  const isNumber = axis.kind === "number" || axis.kind === "whole";
+  const changed =
+    isNumber || axis.isNumber ? Number(value) : axis.kind === "flag" ? value === "true" : value;
   const next = { ...draw, [axis.id]: changed };
   // A sampler takes schedules of its own; one that was chosen for another may not fit.
   if (axis.id === "sampler") delete next.schedule;

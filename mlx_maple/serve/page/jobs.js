@@ -1,7 +1,8 @@
 // Jobs as they go: the picture that forms, its progress, and the queue.
 
 import * as api from "./api.js";
-import { button, byId, image, make } from "./dom.js";
+import { button, byId, icon, image, make } from "./dom.js";
+import { isLive, Ledger } from "./ledger.js";
 import { announce, complain, toast } from "./say.js";
 import { dropWaiting, whenWaiting } from "./submit.js";
 import { elapsed, progressWords } from "./words.js";
@@ -9,14 +10,7 @@ import { elapsed, progressWords } from "./words.js";
 /** @typedef {import("./types.js").Job} Job */
 /** @typedef {import("./types.js").Picture} Picture */
 
-const LIVE = ["queued", "running", "offered"];
-
-/** @type {Map<string, Job>} */
-const jobs = new Map();
-/** What waits for the end of a job. @type {Map<string, ((job: Job) => void)[]>} */
-const waiters = new Map();
-/** Ended jobs whose end was told. @type {Set<string>} */
-const told = new Set();
+const ledger = new Ledger();
 let onStage = ""; // the job that is shown
 /** @type {Picture[]} */
 let shownPictures = [];
@@ -25,8 +19,9 @@ let notQueued = 0;
 let saidQuarter = -1;
 
 /** @type {{done: (pictures: Picture[]) => void, open: (picture: Picture, all: Picture[]) => void,
+ *   acts: {icon: string, words: string, act: (picture: Picture) => Promise<void>}[],
  *   state: (text: string) => void}} */
-let tell = { done: () => {}, open: () => {}, state: () => {} };
+let tell = { done: () => {}, open: () => {}, acts: [], state: () => {} };
 
 /** @param {typeof tell} listeners */
 export function setUpJobs(listeners) {
@@ -36,6 +31,16 @@ export function setUpJobs(listeners) {
   byId("shown-open").addEventListener("click", () => {
     if (shownPictures.length) tell.open(shownPictures[shownIndex], shownPictures);
   });
+  byId("shown-actions").prepend(
+    ...tell.acts.map(({ icon: name, words, act }) =>
+      make(
+        "button",
+        { type: "button", onclick: () => act(shownPictures[shownIndex]).catch(complain) },
+        icon(name),
+        words,
+      ),
+    ),
+  );
   whenWaiting((count) => {
     notQueued = count;
     showQueue();
@@ -49,7 +54,7 @@ async function connected() {
     const list = await api.get("/jobs");
     for (const job of list.jobs) {
       // What ended before the page was opened is history, unless it was followed from here.
-      if (!LIVE.includes(job.state) && !jobs.has(job.id)) told.add(job.id);
+      if (!isLive(job) && !ledger.get(job.id)) ledger.tell(job.id);
       hear(job);
     }
   } catch (error) {
@@ -66,11 +71,11 @@ const isMine = (job) => job.client === api.clientId;
 
 /** @param {Job} job */
 function hear(job) {
-  const before = jobs.get(job.id);
-  jobs.set(job.id, job);
+  const before = ledger.put(job);
   if (isMine(job) && job.state === "running" && onStage !== job.id) takeStage(job);
-  if (!LIVE.includes(job.state)) ended(job);
+  if (!isLive(job)) ended(job);
   if (job.id === onStage) showStage(job);
+  ledger.forget(onStage);
   if (
     !before ||
     before.state !== job.state ||
@@ -83,7 +88,7 @@ function hear(job) {
 
 /** @param {{job: string, step: number, image: string}} preview */
 function hearPreview(preview) {
-  if (preview.job !== onStage || jobs.get(onStage)?.state !== "running") return;
+  if (preview.job !== onStage || ledger.get(onStage)?.state !== "running") return;
   const shown = image("shown");
   shown.src = preview.image;
   shown.dataset.step = String(preview.step);
@@ -95,18 +100,11 @@ function hearPreview(preview) {
  * @param {string} id
  * @param {(job: Job) => void} act
  */
-export function whenEnded(id, act) {
-  const job = jobs.get(id);
-  if (job && !LIVE.includes(job.state)) act(job);
-  else waiters.set(id, [...(waiters.get(id) ?? []), act]);
-}
+export const whenEnded = (id, act) => ledger.whenEnded(id, act);
 
 /** @param {Job} job */
 function ended(job) {
-  for (const act of waiters.get(job.id) ?? []) act(job);
-  waiters.delete(job.id);
-  if (told.has(job.id)) return;
-  told.add(job.id);
+  if (!ledger.tell(job.id)) return;
   if (job.pictures.length) tell.done(job.pictures);
   if (!isMine(job)) return;
   for (const note of job.notes) toast(note);
@@ -115,7 +113,7 @@ function ended(job) {
     announce(
       `Done: ${job.pictures.length === 1 ? "one picture" : `${job.pictures.length} pictures`}, seed ${seeds}`,
     );
-    if (!onStage || onStage === job.id || !LIVE.includes(jobs.get(onStage)?.state ?? "done")) {
+    if (!onStage || onStage === job.id || !isLive(ledger.get(onStage))) {
       onStage = job.id;
       showPictures(job.pictures, job);
     }
@@ -131,9 +129,9 @@ function takeStage(job) {
   saidQuarter = -1;
   shownPictures = [];
   byId("batch").replaceChildren();
-  byId("welcome").hidden = false;
-  byId("welcome").textContent = "It begins…";
+  byId("shown-actions").hidden = true;
   byId("shown-open").hidden = true;
+  showWelcome("It begins…");
   button("shown-open").disabled = true;
   const shown = image("shown");
   shown.alt = "The picture as it is so far";
@@ -145,6 +143,7 @@ function showStage(job) {
   const bar = /** @type {HTMLProgressElement} */ (byId("progress"));
   const running = job.state === "running";
   bar.hidden = !running;
+  byId("telling").classList.toggle("problem", job.state === "failed");
   button("cancel").hidden = !running;
   button("cancel").disabled = job.cancelling;
   document.title = "Maple";
@@ -161,10 +160,10 @@ function showStage(job) {
     }
   } else if (job.state === "failed") {
     byId("telling").textContent = `It failed: ${job.error?.message ?? "no reason given"}`;
-    emptyEasel("No picture this time.");
+    showWelcome("No picture this time.");
   } else if (job.state === "cancelled") {
     byId("telling").textContent = "Cancelled.";
-    emptyEasel("The drawing was cancelled.");
+    showWelcome("The drawing was cancelled.");
   } else if (job.state === "done") {
     byId("telling").textContent = elapsed(job);
   }
@@ -172,11 +171,12 @@ function showStage(job) {
 }
 
 /**
- * Without a picture to show; a preview that was there stays to be looked at.
- * @param {string} text
+ * In a picture's place; one that is there stays to be looked at.
+ * @param {string} words
  */
-function emptyEasel(text) {
-  byId("welcome").textContent = text;
+function showWelcome(words) {
+  byId("welcome-words").textContent = words;
+  byId("ideas").hidden = true;
   byId("welcome").hidden = !byId("shown-open").hidden;
 }
 
@@ -220,12 +220,16 @@ function showOne(place) {
   button("shown-open").disabled = false;
   byId("shown-open").title = "Settings and more";
   byId("welcome").hidden = true;
+  byId("shown-actions").hidden = false;
+  const link = /** @type {HTMLAnchorElement} */ (byId("shown-download"));
+  link.href = `${picture.url}?download=true`;
+  link.download = `${picture.id}.png`;
 }
 
 /** Cancel the job on the easel. @returns {boolean} whether there was one to cancel */
 export function cancelShown() {
-  const job = jobs.get(onStage);
-  if (!job || !LIVE.includes(job.state)) return false;
+  const job = ledger.get(onStage);
+  if (!job || !isLive(job)) return false;
   cancel(job);
   return true;
 }
@@ -237,13 +241,11 @@ function cancel(job) {
 
 function cancelAll() {
   dropWaiting();
-  for (const job of jobs.values()) if (isMine(job) && LIVE.includes(job.state)) cancel(job);
+  for (const job of ledger.live()) if (isMine(job)) cancel(job);
 }
 
 function showQueue() {
-  const live = [...jobs.values()].filter(
-    (job) => LIVE.includes(job.state) && job.id !== runningHere(),
-  );
+  const live = ledger.live().filter((job) => job.id !== runningHere());
   const order = { running: 0, queued: 1, offered: 2 };
   live.sort((a, b) => {
     const by = (/** @type {Job} */ job) =>
@@ -306,5 +308,5 @@ function showQueue() {
 }
 
 function runningHere() {
-  return jobs.get(onStage)?.state === "running" ? onStage : "";
+  return ledger.get(onStage)?.state === "running" ? onStage : "";
 }

@@ -1,29 +1,44 @@
 // The page's parts, put together.
 
 import * as api from "./api.js";
-import { byId } from "./dom.js";
+import { byId, drawIcons, icon, input, make } from "./dom.js";
 import { setUpDrop } from "./drop.js";
 import { askForPlan, setUpForm } from "./form.js";
 import { addPictures, setUpGallery } from "./gallery.js";
 import { cancelShown, setUpJobs, showPictures } from "./jobs.js";
 import { setUpLists } from "./lists.js";
+import { setUpControls } from "./control.js";
+import { setUpLoras } from "./loras.js";
 import { setUpMask } from "./mask.js";
 import { setUpPresets } from "./presets.js";
-import { ask, complain } from "./say.js";
+import { useFile } from "./restore.js";
+import { buildRows } from "./rows.js";
+import { complain } from "./say.js";
+import { enter } from "./session.js";
 import { setUpSheet } from "./sheet.js";
 import { setUpStart } from "./start.js";
 import { drawForm } from "./submit.js";
-import { openViewer, setUpViewer } from "./viewer.js";
+import { inpaint, openViewer, setUpViewer, startFrom, vary } from "./viewer.js";
+
+drawIcons();
+const IDEAS = [
+  "a red maple leaf on a yellow background",
+  "a rocket on a dark blue background",
+  "a green frog on a light blue background",
+];
 
 setUpTheme();
+await enter();
+buildRows();
 setUpKeys();
 setUpMask();
+setUpLoras();
+setUpControls();
 setUpStart(askForPlan);
 setUpLists();
-setUpDrop();
+setUpDrop(useFile);
 setUpViewer();
 setUpSheet(openViewer);
-api.whenUnauthorized(askForToken);
 byId("form").addEventListener("submit", (event) => {
   event.preventDefault();
   void drawForm();
@@ -32,6 +47,11 @@ for (const part of [setUpForm(), setUpPresets(), setUpGallery(openViewer)]) part
 setUpJobs({
   done: addPictures,
   open: openViewer,
+  acts: [
+    { icon: "vary", words: "Vary", act: vary },
+    { icon: "image", words: "Image to image", act: startFrom },
+    { icon: "brush", words: "Inpaint", act: inpaint },
+  ],
   state: (text) => (text ? showState(text) : showDevice()),
 });
 showLatest().catch(complain);
@@ -42,8 +62,21 @@ document.documentElement.dataset.ready = "true";
 /** The picture that was drawn last, so that the page does not begin empty. */
 async function showLatest() {
   const { pictures } = await api.get("/pictures?limit=1");
-  if (pictures.length && byId("shown-open").hidden && byId("progress").hidden)
-    showPictures(pictures);
+  if (!byId("shown-open").hidden || !byId("progress").hidden) return;
+  if (pictures.length) showPictures(pictures);
+  else showIdeas();
+}
+
+/** For who has drawn nothing yet. */
+function showIdeas() {
+  const take = (/** @type {string} */ idea) => {
+    input("prompt").value = idea;
+    byId("draw").focus();
+  };
+  byId("ideas").replaceChildren(
+    ...IDEAS.map((idea) => make("button", { type: "button", onclick: () => take(idea) }, idea)),
+  );
+  byId("ideas").hidden = false;
 }
 
 /** @param {string} text */
@@ -78,7 +111,10 @@ function setUpTheme() {
   const system = matchMedia("(prefers-color-scheme: dark)");
   const isDark = () => (root.dataset.theme ? root.dataset.theme === "dark" : system.matches);
   const show = () => {
-    byId("theme").textContent = isDark() ? "Light" : "Dark";
+    const words = `Switch to the ${isDark() ? "light" : "dark"} appearance`;
+    byId("theme").replaceChildren(icon(isDark() ? "sun" : "moon"));
+    byId("theme").setAttribute("aria-label", words);
+    byId("theme").title = words;
   };
   byId("theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
@@ -91,14 +127,4 @@ function setUpTheme() {
   });
   system.addEventListener("change", show);
   show();
-}
-
-let asking = false;
-
-async function askForToken() {
-  if (asking) return;
-  asking = true;
-  const token = await ask("The server's token", { secret: true });
-  asking = false;
-  if (token) location.assign(`/?token=${encodeURIComponent(token)}`);
 }

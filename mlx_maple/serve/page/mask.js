@@ -1,20 +1,19 @@
 // Painting a mask: brush, eraser, undo, with pointer or keys. White is what is drawn again.
 
-import { button, byId, dialog, image, input, isPressed, setPressed } from "./dom.js";
+import { button, byId, dialog, image, input, isPressed, make, setPressed } from "./dom.js";
 
 /**
  * @typedef {{kind: "stroke", erases: boolean, radius: number, points: [number, number][]}} Stroke
- * @typedef {Stroke | {kind: "invert"} | {kind: "clear"}} Action
+ * @typedef {Stroke | {kind: "invert"} | {kind: "clear"} | {kind: "given", canvas: HTMLCanvasElement}}
+ *   Action
  */
-
-// A chequer, seen on pictures of any colour; only where it lies is sent.
-const SHOWN = ["#ff2a00", "#00c8ff"];
 
 /** @type {Action[]} */
 let done = [];
 /** @type {Action[]} */
 let undone = [];
-let paintedOver = ""; // the picture that `done` belongs to
+let paintedOver = ""; // the picture, and the mask it came with, that `done` belongs to
+let painted = ""; // what was sent last
 /** @type {Stroke | null} */
 let stroke = null;
 let cursor = { x: 0, y: 0 };
@@ -30,15 +29,17 @@ function context() {
 /**
  * Show the painter over a picture.
  * @param {string} url of the picture
+ * @param {string} [given] the mask that is there already
  * @returns {Promise<string | null>} a PNG as a data: URL, "" where nothing is painted, null where
  *   it was cancelled
  */
-export async function paintMask(url) {
+export async function paintMask(url, given) {
   const picture = image("mask-picture");
   picture.src = url;
   await picture.decode();
-  if (paintedOver !== url) {
-    done = [];
+  // One that was painted here is the outcome of `done`, and can be undone.
+  if (paintedOver !== url || (given && given !== painted)) {
+    done = given ? [{ kind: "given", canvas: await readMask(given, picture) }] : [];
     undone = [];
     paintedOver = url;
   }
@@ -56,12 +57,34 @@ export async function paintMask(url) {
     box.addEventListener(
       "close",
       () => {
-        if (box.returnValue !== "use") done = before;
-        resolve(box.returnValue === "use" ? exported() : null);
+        if (box.returnValue !== "use") {
+          done = before;
+          return resolve(null);
+        }
+        painted = exported();
+        resolve(painted);
       },
       { once: true },
     );
   });
+}
+
+/**
+ * A mask as paint: seen where it is white.
+ * @param {string} url
+ * @param {HTMLImageElement} picture whose size it takes
+ */
+async function readMask(url, picture) {
+  const white = make("img", { src: url });
+  await white.decode();
+  const found = make("canvas", { width: picture.naturalWidth, height: picture.naturalHeight });
+  const brush = found.getContext("2d");
+  if (!brush) throw new Error("this browser cannot paint");
+  brush.drawImage(white, 0, 0, found.width, found.height);
+  const pixels = brush.getImageData(0, 0, found.width, found.height);
+  for (let i = 0; i < pixels.data.length; i += 4) pixels.data[i + 3] = pixels.data[i];
+  brush.putImageData(pixels, 0, 0);
+  return found;
 }
 
 /** Connect the painter's buttons; once. */
@@ -206,8 +229,17 @@ function repaint() {
 function paint(action) {
   const brush = context();
   const { width, height } = canvas();
-  brush.fillStyle = brush.strokeStyle = chequer(Math.ceil(Math.max(width, height) / 64));
-  if (action.kind === "clear") {
+  brush.fillStyle = brush.strokeStyle = hatching(Math.ceil(Math.max(width, height) / 48));
+  if (action.kind === "given") {
+    // Its shape, in the same paint.
+    const layer = make("canvas", { width, height });
+    const over = /** @type {CanvasRenderingContext2D} */ (layer.getContext("2d"));
+    over.drawImage(action.canvas, 0, 0);
+    over.globalCompositeOperation = "source-in";
+    over.fillStyle = brush.fillStyle;
+    over.fillRect(0, 0, width, height);
+    brush.drawImage(layer, 0, 0);
+  } else if (action.kind === "clear") {
     brush.clearRect(0, 0, width, height);
   } else if (action.kind === "invert") {
     brush.globalCompositeOperation = "xor";
@@ -230,24 +262,24 @@ function paint(action) {
 }
 
 /**
- * @param {number} side of a square, in pixels of the picture
+ * White lines on black, seen on pictures of any colour; only where it lies is sent.
+ * @param {number} side of the tile that repeats, in pixels of the picture
  * @returns {CanvasPattern | string}
  */
-function chequer(side) {
-  const tile = document.createElement("canvas");
-  tile.width = tile.height = 2 * side;
-  const brush = tile.getContext("2d");
-  for (const [x, y] of [
-    [0, 0],
-    [0, 1],
-    [1, 0],
-    [1, 1],
-  ]) {
-    if (!brush) continue;
-    brush.fillStyle = SHOWN[(x + y) % 2];
-    brush.fillRect(x * side, y * side, side, side);
+function hatching(side) {
+  const size = Math.max(4, side);
+  const tile = make("canvas", { width: size, height: size });
+  const brush = /** @type {CanvasRenderingContext2D} */ (tile.getContext("2d"));
+  brush.fillStyle = "#000";
+  brush.fillRect(0, 0, size, size);
+  brush.strokeStyle = "#fff";
+  brush.lineWidth = size / 3;
+  for (const from of [-size, 0, size]) {
+    brush.moveTo(from - 1, size + 1);
+    brush.lineTo(from + size + 1, -1);
   }
-  return context().createPattern(tile, "repeat") ?? SHOWN[0];
+  brush.stroke();
+  return context().createPattern(tile, "repeat") ?? "#000";
 }
 
 function showButtons() {

@@ -18,7 +18,7 @@ export async function setUpPresets() {
 async function refresh() {
   ({ presets } = await api.get("/presets"));
   setOptions(select("preset"), [
-    { value: "", label: "choose…" },
+    { value: "", label: "Presets…" },
     ...presets.map(({ name }) => ({ value: name, label: name })),
   ]);
   button("preset-delete").disabled = !select("preset").value;
@@ -36,7 +36,7 @@ function use() {
 
 async function save() {
   const draw = read();
-  const name = await ask("Name of the preset", { value: select("preset").value });
+  const name = await ask("Name of the preset", select("preset").value);
   if (!name) return;
   await api.put(`/presets/${encodeURIComponent(name)}`, draw);
   await refresh();

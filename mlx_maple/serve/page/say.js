@@ -60,25 +60,23 @@ export function complain(error) {
 /**
  * Ask for one line.
  * @param {string} question
- * @param {{value?: string, secret?: boolean}} [how]
+ * @param {string} [value] to begin with
  * @returns {Promise<string | null>} null where it was cancelled
  */
-export function ask(question, { value = "", secret = false } = {}) {
+export function ask(question, value = "") {
   const box = dialog("asker");
   byId("asker-label").textContent = question;
   const line = input("asker-text");
-  line.type = secret ? "password" : "text";
   line.value = value;
   box.returnValue = "";
+  byId("asker-cancel").onclick = () => box.close("");
   box.showModal();
   line.select();
   return new Promise((resolve) => {
     box.addEventListener(
       "close",
       () => resolve(box.returnValue === "yes" ? line.value.trim() : null),
-      {
-        once: true,
-      },
+      { once: true },
     );
   });
 }

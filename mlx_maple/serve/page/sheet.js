@@ -25,7 +25,7 @@ export function setUpSheet(onOpen) {
   const hint = () => {
     for (const side of ["x", "y"]) {
       const id = select(`${side}-axis`).value;
-      input(`${side}-values`).placeholder = id ? axisOf(id).hint : "";
+      input(`${side}-values`).placeholder = (id && axisOf(id).hint) || "";
       input(`${side}-values`).disabled = !id;
     }
   };

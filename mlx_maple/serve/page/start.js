@@ -1,18 +1,18 @@
 // The picture that a drawing starts from, and its mask.
 
-import { byId, dataUrl, image, input } from "./dom.js";
+import { byId, image, input } from "./dom.js";
 import { paintMask } from "./mask.js";
 import { complain } from "./say.js";
+import { sourceOf, sourceOfFile } from "./sources.js";
 
-/**
- * A picture to send: what the server takes for it, and where the page shows it from.
- * @typedef {{sent: string, url: string, name: string}} Source
- */
+/** @typedef {import("./sources.js").Source} Source */
 
 /** @type {Source | null} */
 let start = null;
-/** @type {string | null} */
+/** @type {Source | null} */
 let mask = null;
+/** For models that follow one. @type {Source | null} */
+let depth = null;
 /** @type {() => void} */
 let onChange = () => {};
 
@@ -20,7 +20,14 @@ let onChange = () => {};
 export function setUpStart(changed) {
   onChange = changed;
   input("start-file").addEventListener("change", fromInput);
-  byId("start-clear").addEventListener("click", () => setStart(null));
+  input("depth_image").addEventListener("change", async () => {
+    const file = input("depth_image").files?.[0];
+    depth = file ? await sourceOfFile(file) : null;
+  });
+  byId("start-clear").addEventListener("click", () => {
+    setStart(null);
+    byId("prompt").focus();
+  });
   byId("start-mask").addEventListener("click", () => editMask().catch(complain));
 }
 
@@ -28,39 +35,34 @@ async function fromInput() {
   const file = input("start-file").files?.[0];
   if (!file) return;
   try {
-    setStart(await sourceOf(file));
+    setStart(await sourceOfFile(file));
   } catch (error) {
     complain(error);
   }
 }
 
 /**
- * @param {File} file
- * @returns {Promise<Source>}
+ * @param {Source | null} source
+ * @param {Source | null} [over] its mask
  */
-export async function sourceOf(file) {
-  const url = await dataUrl(file);
-  return { sent: url, url, name: file.name };
-}
-
-/** @param {import("./types.js").Picture} picture @returns {Source} */
-export function sourceOfPicture(picture) {
-  return { sent: `picture:${picture.id}`, url: picture.url, name: "a picture of the history" };
-}
-
-/** @param {Source | null} source */
-export function setStart(source) {
+export function setStart(source, over = null) {
   start = source;
-  mask = null;
+  mask = over;
   input("start-file").value = "";
   show();
+}
+
+/** As a drawing says. @param {import("./types.js").Draw} draw */
+export function fillStart(draw) {
+  setStart(draw.image ? sourceOf(draw.image) : null, draw.mask ? sourceOf(draw.mask) : null);
+  depth = draw.depth_image ? sourceOf(draw.depth_image) : null;
 }
 
 /** Let the reader paint a mask over the picture to start from. */
 export async function editMask() {
   if (!start) return;
-  const painted = await paintMask(start.url);
-  if (painted !== null) mask = painted || null;
+  const painted = await paintMask(start.url, mask?.url);
+  if (painted !== null) mask = painted ? sourceOf(painted) : null;
   show();
 }
 
@@ -78,10 +80,12 @@ function show() {
 
 export const hasStart = () => start !== null;
 
-/** @returns {{image?: string, mask?: string}} fields of a Draw */
+/** @returns {{image?: string, mask?: string, depth_image?: string}} fields of a Draw */
 export function startFields() {
+  const followsDepth = !byId("depth_image").closest("[hidden]");
   return {
+    ...(depth && followsDepth && { depth_image: depth.sent }),
     ...(start && { image: start.sent }),
-    ...(start && mask && { mask }),
+    ...(start && mask && { mask: mask.sent }),
   };
 }

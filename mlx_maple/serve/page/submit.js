@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { controlFields } from "./control.js";
-import { input, kept } from "./dom.js";
+import { byId, input, kept } from "./dom.js";
 import { pointAt, read, takeSeed } from "./form.js";
 import { expand, expandAll, isDynamic, linesIn } from "./prompts.js";
 import { announce, FormError, showProblem } from "./say.js";
@@ -74,8 +74,16 @@ export function expanded(draw, { everything = false } = {}) {
 export async function drawForm() {
   return guarded(async () => {
     const everything = input("all-combinations").checked;
-    return submit(expanded(drawing(), { everything }));
+    const jobs = await submit(expanded(drawing(), { everything }));
+    showEasel();
+    return jobs;
   });
+}
+
+/** Where it lies below the form it may be out of sight. */
+function showEasel() {
+  const easel = byId("easel");
+  if (easel.getBoundingClientRect().top > innerHeight * 0.6) easel.scrollIntoView({ block: "center" });
 }
 
 /**

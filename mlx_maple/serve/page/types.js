@@ -2,12 +2,14 @@
 
 /**
  * @typedef {{name: string, weight: number}} Lora
+ * @typedef {{name: string, image: string, weight: number, start: number, end: number,
+ *   preprocess: string}} Control
  *
  * @typedef {{prompt: string, negative_prompt?: string, model?: string, vae?: string, width?: number,
  *   height?: number, steps?: number, guidance_scale?: number, seed?: string | number, count?: number,
  *   sampler?: string, schedule?: string, eta?: number, noise?: string, clip_skip?: number,
  *   variation_seed?: string | number, variation_strength?: number, image?: string, strength?: number,
- *   fit?: string, mask?: string, mask_blur?: number, loras?: Lora[],
+ *   fit?: string, mask?: string, mask_blur?: number, depth_image?: string, loras?: Lora[], controls?: Control[],
  *   [more: string]: unknown}} Draw
  *
  * @typedef {{id: string, job: string, index: number, created: number, width: number, height: number,
@@ -20,7 +22,7 @@
  * @typedef {{id: string, state: "queued" | "running" | "done" | "failed" | "cancelled" | "offered",
  *   cancelling: boolean, position: number | null, client: string, mine: boolean | null,
  *   created: number, started: number | null, finished: number | null,
- *   draw: Record<string, unknown>, progress: Progress | null, has_preview: boolean,
+ *   draw: Record<string, unknown>, progress: Progress | null, has_preview: boolean, inputs: string[],
  *   pictures: Picture[], notes: string[], timings: Record<string, number> | null,
  *   error: {code: string, message: string} | null}} Job
  *

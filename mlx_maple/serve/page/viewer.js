@@ -1,11 +1,14 @@
 // One picture, large: its settings, and what can be done with it.
 
+import { drawingOf } from "./again.js";
 import { button, byId, dialog, image, make } from "./dom.js";
 import { fill } from "./form.js";
 import { removePicture } from "./gallery.js";
+import { useSettings } from "./restore.js";
 import { complain, toast } from "./say.js";
 import { rollSeed } from "./seeds.js";
-import { editMask, setStart, sourceOfPicture } from "./start.js";
+import { sourceOf } from "./sources.js";
+import { editMask, setStart } from "./start.js";
 import { guarded, submit } from "./submit.js";
 import { settingRows } from "./words.js";
 
@@ -28,19 +31,17 @@ export function setUpViewer() {
     if (event.key === "ArrowLeft") go(-1);
     else if (event.key === "ArrowRight") go(1);
   });
-  byId("use").addEventListener("click", () => {
-    box.close();
-    useSettings(all[place].draw);
-  });
-  byId("vary").addEventListener("click", () => {
-    box.close();
-    void vary(all[place]);
-  });
-  byId("to-start").addEventListener("click", () => start(all[place]));
-  byId("to-mask").addEventListener("click", () => {
-    start(all[place]);
-    editMask().catch(complain);
-  });
+  for (const [id, act] of Object.entries({
+    use: useSettings,
+    vary,
+    "to-start": startFrom,
+    "to-mask": inpaint,
+  })) {
+    byId(id).addEventListener("click", () => {
+      box.close();
+      act(all[place]).catch(complain);
+    });
+  }
   byId("viewer-delete").addEventListener("click", deleteShown);
 }
 
@@ -65,11 +66,13 @@ function go(by) {
   show();
 }
 
+/** Beside the icon. */
+const deleteWords = () => /** @type {Text} */ (byId("viewer-delete").lastChild);
+
 /** The file goes for good, so that it takes a second press. */
 function deleteShown() {
-  const press = button("viewer-delete");
-  if (press.textContent === DELETE) {
-    press.textContent = "Really delete it?";
+  if (deleteWords().textContent === DELETE) {
+    deleteWords().textContent = "Really delete it?";
     return;
   }
   removePicture(all[place]).then(() => {
@@ -83,49 +86,52 @@ function show() {
   const shown = image("viewer-image");
   shown.src = picture.url;
   shown.alt = String(picture.settings.prompt ?? "A picture");
-  button("viewer-delete").textContent = DELETE;
+  deleteWords().textContent = DELETE;
   button("viewer-previous").disabled = place === 0;
   button("viewer-next").disabled = place === all.length - 1;
   const link = /** @type {HTMLAnchorElement} */ (byId("viewer-download"));
   link.href = `${picture.url}?download=true`;
   link.download = `${picture.id}.png`;
-  byId("viewer-settings").replaceChildren(
-    ...settingRows({
-      ...picture.settings,
-      ...(picture.seed_text && { seed: picture.seed_text }),
-    }).flatMap(([label, text]) => [make("dt", {}, label), make("dd", {}, text)]),
-  );
+  const { first, rest } = settingRows({
+    ...picture.settings,
+    width: picture.width, // a second, larger drawing's where there was one
+    height: picture.height,
+    ...(picture.seed_text && { seed: picture.seed_text }),
+  });
+  byId("viewer-settings").replaceChildren(...described(first));
+  byId("viewer-more").replaceChildren(...described(rest));
 }
+
+/** @param {[string, string][]} rows */
+const described = (rows) =>
+  rows.flatMap(([label, text]) => [make("dt", {}, label), make("dd", {}, text)]);
 
 /**
- * Settings of a picture into the form.
- * @param {import("./types.js").Draw} draw
+ * Four more of the same drawing, near to it; what it started from stays as it was.
+ * @param {Picture} picture
  */
-export function useSettings(draw) {
-  const left = fill({ ...draw, count: undefined });
-  toast(
-    left.length
-      ? `The settings are in the form, but ${left.join(", ")}.`
-      : "The settings are in the form.",
-  );
-  byId("prompt").focus();
+export async function vary(picture) {
+  await guarded(async () => {
+    const { draw, lost } = await drawingOf(picture);
+    if (lost) throw new Error("It cannot be varied: the picture that it started from is gone.");
+    const draws = Array.from({ length: VARIATIONS }, () => ({
+      ...draw,
+      variation_seed: rollSeed(),
+      variation_strength: VARIATION,
+    }));
+    return submit(draws);
+  });
 }
 
 /** @param {Picture} picture */
-async function vary(picture) {
-  const draw = { ...picture.draw, seed: picture.seed_text ?? picture.draw.seed, count: 1 };
-  const draws = Array.from({ length: VARIATIONS }, () => ({
-    ...draw,
-    variation_seed: rollSeed(),
-    variation_strength: VARIATION,
-  }));
-  await guarded(() => submit(draws));
-}
-
-/** @param {Picture} picture */
-function start(picture) {
-  dialog("viewer").close();
+export async function startFrom(picture) {
   fill({ ...picture.draw, count: undefined }, { keepSeed: false });
-  setStart(sourceOfPicture(picture));
+  setStart({ ...sourceOf(`picture:${picture.id}`) });
   byId("prompt").focus();
+}
+
+/** @param {Picture} picture */
+export async function inpaint(picture) {
+  await startFrom(picture);
+  await editMask();
 }

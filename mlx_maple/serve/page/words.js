@@ -1,5 +1,7 @@
 // Numbers and settings in words. Nothing here knows the page.
 
+import { labelOf } from "./fields.js";
+
 /** @typedef {import("./types.js").Progress} Progress */
 
 /** @type {Record<string, string>} */
@@ -60,46 +62,40 @@ export function elapsed(job) {
   return `${count === 1 ? "Done" : `${count} pictures`} in ${seconds(job.finished - job.started)}${seed ? ` · seed ${seed}` : ""}`;
 }
 
-/** @type {Record<string, string>} */
-const LABELS = {
-  prompt: "Prompt",
-  negative_prompt: "Negative prompt",
-  model: "Model",
-  vae: "Autoencoder",
-  sampler: "Sampler",
-  schedule: "Schedule",
-  steps: "Steps",
-  guidance_scale: "Guidance",
-  seed: "Seed",
-  width: "Width",
-  height: "Height",
-  strength: "Strength of change",
-  clip_skip: "Clip skip",
-  variation_seed: "Variation seed",
-  variation_strength: "Variation strength",
-  mask_blur: "Mask's blur",
-  noise: "Noise as",
-  eta: "Eta",
-};
+/** What people look for first. */
+const FIRST = [
+  ...["prompt", "negative_prompt", "model", "seed", "size", "steps", "guidance_scale"],
+  ...["sampler", "schedule", "strength", "loras", "control"],
+];
+/** Shown among the first where they are not nothing. */
+const TELLING = [
+  ...["vae", "variation_strength", "variation_seed", "hires_scale", "hires_strength", "fit"],
+  ...["hires_upscaler", "mask_blur", "refiner", "refiner_start", "guidance_rescale", "tile"],
+];
 
 /**
- * Settings as pairs of label and text, the usual ones first.
+ * Settings as pairs of label and text: the usual ones, and the rest.
  * @param {Record<string, unknown>} settings
- * @returns {[string, string][]}
+ * @returns {{first: [string, string][], rest: [string, string][]}}
  */
-export function settingRows(settings) {
-  const names = Object.keys(settings);
-  const first = Object.keys(LABELS).filter((name) => names.includes(name));
-  const others = names.filter((name) => !Object.hasOwn(LABELS, name));
-  return [...first, ...others]
-    .filter((name) => settings[name] !== null && settings[name] !== "" && !isEmpty(settings[name]))
-    .map((name) => [
-      LABELS[name] ?? name.replaceAll("_", " ").replace(/^./, (c) => c.toUpperCase()),
-      typeof settings[name] === "object" ? JSON.stringify(settings[name]) : String(settings[name]),
-    ]);
+export function settingRows({ width, height, ...settings }) {
+  const said = { ...settings, ...(width && height ? { size: `${width} × ${height}` } : {}) };
+  const named = Object.entries(said).filter(([, value]) => !isEmpty(value));
+  const isTelling = (/** @type {string} */ name) => TELLING.includes(name) && Boolean(settings[name]);
+  const first = named.filter(([name]) => FIRST.includes(name) || isTelling(name));
+  const place = (/** @type {string} */ name) => [...FIRST, ...TELLING].indexOf(name);
+  first.sort(([one], [other]) => place(one) - place(other));
+  return { first: first.map(row), rest: named.filter((pair) => !first.includes(pair)).map(row) };
 }
+
+/** @param {[string, unknown]} pair @returns {[string, string]} */
+const row = ([name, value]) => [
+  labelOf(name),
+  typeof value === "object" ? JSON.stringify(value) : String(value),
+];
 
 /** @param {unknown} value */
 function isEmpty(value) {
-  return typeof value === "object" && value !== null && Object.keys(value).length === 0;
+  if (typeof value !== "object") return value === "" || value === undefined;
+  return value === null || Object.keys(value).length === 0;
 }

@@ -3,32 +3,24 @@
 Run by `make browser`.
 """
 
-import base64
 import io
-import json
 import zipfile
 
 import numpy as np
 import pytest
-from axe_playwright_python.sync_playwright import Axe
+from conftest import asked, pixels, png
 from live import Server
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of Playwright's own
-SERIOUS = ("serious", "critical")
-
-
-def pixels(data: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).astype(int)
-
-
-def sent(request) -> dict:
-    """What a request asked to draw, with its pictures decoded."""
-    draw = json.loads(request.post_data)
-    for name in ("image", "mask"):
-        if str(draw.get(name, "")).startswith("data:"):
-            draw[name] = base64.b64decode(draw[name].partition(",")[2])
-    return draw
+QUICK = {"steps": 4, "sampler": "lcm", "guidance_scale": 1, "seed": 7}  # what it draws fastest
+NO_ROOM = {
+    "fits": False,
+    "peak": 9 << 30,
+    "free": 4 << 30,
+    "message": "takes about 9 GB of 4 GB",
+    "advice": ["low memory: 3 GB"],
+}
 
 
 # Drawing -----------------------------------------------------------------------------------------
@@ -136,6 +128,72 @@ def test_the_memory_verdict_comes_before_the_drawing(sheet):
     page.press("#height", "Tab")
     sheet.until("t => document.querySelector('#plan').textContent !== t", small)
     assert "GB" in page.inner_text("#plan")
+    page.route("**/api/v1/plan", lambda route: route.fulfill(json=NO_ROOM))
+    page.click("#shapes button:has-text('16:9')")
+    assert [page.input_value(f"#{name}") for name in ("width", "height")] == ["168", "96"]
+    assert page.get_attribute("#shapes button:has-text('16:9')", "aria-pressed") == "true"
+    sheet.until("/Does not fit.*3 GB$/.test(document.querySelector('#plan').textContent)")
+    assert page.get_attribute("#plan", "class").endswith("problem")
+    page.click("#swap")
+    assert [page.input_value(f"#{name}") for name in ("width", "height")] == ["96", "168"]
+
+
+def test_every_setting_of_a_drawing_has_its_field(sheet):
+    """Also one that this page has never heard of: it stands under Advanced, and is sent."""
+    page = sheet.page
+
+    def with_another(route):
+        document = route.fetch().json()
+        document["components"]["schemas"]["Draw"]["properties"]["from_the_future"] = {
+            "anyOf": [{"type": "number", "minimum": 0, "maximum": 0.75}, {"type": "null"}],
+            "description": "what nobody knows yet",
+        }
+        route.fulfill(json=document)
+
+    page.route("**/openapi.json", with_another)
+    sheet.open()
+    sheet.unfold()
+    document = sheet.get("/openapi.json")
+    known = document["components"]["schemas"]["Draw"]["properties"]
+    beside = {"image", "mask", "loras", "controls", "previews"}
+    beside |= {"original_size", "crop", "target_size"}  # what SDXL is told, in numbers of two
+    other_models = page.evaluate(  # SDXL's, and those of models that follow depth
+        """async () => Object.entries((await import("/page/fields.js")).FIELDS)
+            .filter(([, field]) => field.families).map(([name]) => name)"""
+    )
+    assert {"refiner", "refiner_start"} <= set(other_models)
+    for name in known.keys() - beside:
+        assert page.is_visible(f"#{name}") == (name not in other_models), name
+        for limit in ("minimum", "maximum"):
+            for part in known[name].get("anyOf", ()):
+                if limit in part and name != "ensd":
+                    assert float(page.get_attribute(f"#{name}", limit[:3])) == part[limit], name
+    assert page.locator("#advanced #from_the_future").get_attribute("max") == "0.75"
+    page.fill("#from_the_future", "0.5")
+    page.select_option("#discard_penultimate", "true")
+    page.locator("[data-of='steps']").fill("12")  # the slider
+    assert page.input_value("#steps") == "12"
+    assert page.get_attribute("#settings details:has(#advanced) summary", "data-count") == "2"
+    page.fill("#prompt", "a leaf")
+    [draw] = sheet.asked_for(1, "#draw")
+    assert (draw["from_the_future"], draw["discard_penultimate"], draw["steps"]) == (0.5, True, 12)
+    sheet.until("/from_the_future/.test(document.querySelector('#problem').textContent)")
+    assert page.evaluate("document.activeElement.id") == "from_the_future"
+
+
+def test_a_larger_second_drawing_and_what_else_is_advanced(sheet):
+    job = sheet.drawn(
+        steps=1, hires_scale=2, hires_steps=1, hires_upscaler="lanczos", tile="x",
+        guidance_rescale=0.5, clip_skip=1, noise="nvidia", schedule="linspace",
+    )  # fmt: skip
+    [picture] = job["pictures"]
+    assert (picture["width"], picture["height"]) == (256, 256)
+    said = {"hires_upscaler": "lanczos", "tile": "x", "guidance_rescale": 0.5, "noise": "nvidia"}
+    assert said.items() <= picture["settings"].items()
+    page = sheet.page
+    page.locator("#gallery button").first.click()
+    shown = page.inner_text("#viewer-settings")
+    assert "Seamless edges" in shown and "256 × 256" in shown and "lanczos" in shown
 
 
 # Pictures ----------------------------------------------------------------------------------------
@@ -166,24 +224,31 @@ def test_varied_pictures_keep_the_seed(sheet):
     job = sheet.drawn(seed=5)
     page = sheet.page
     page.locator("#gallery button").first.click()
-    requests = []
-    page.on("request", lambda r: requests.append(r) if r.method == "POST" else None)
-    page.click("#vary")
-    sheet.until("document.querySelector('#problem').textContent === ''")
-    page.wait_for_timeout(1500)
-    draws = [sent(r) for r in requests if r.url.endswith("/jobs")]
-    assert len(draws) == 4
+    draws = sheet.asked_for(4, "#vary")
     assert {str(d["seed"]) for d in draws} == {"5"}
     assert len({d["variation_seed"] for d in draws}) == 4
+    sheet.until("document.querySelector('#problem').textContent === ''")
     newest = sheet.get("/api/v1/jobs")["jobs"][0]
     done = sheet.ended(newest["id"])
     before, after = (pixels(sheet.picture(j["pictures"][0])) for j in (job, done))
     assert not np.array_equal(before, after)
 
 
+def test_a_variation_seed_leads_away_from_the_seeds_picture_and_back(sheet):
+    fields = {"seed": 7, "variation_seed": 11}
+    plain, varied, again, strongest = (
+        pixels(sheet.picture(sheet.drawn(**fields, variation_strength=share)["pictures"][0]))
+        for share in (0, 0.5, 0.5, 1)
+    )
+    other = pixels(sheet.picture(sheet.drawn(seed=11, variation_strength=0)["pictures"][0]))
+    assert np.array_equal(varied, again)
+    assert not np.array_equal(plain, varied)
+    assert np.array_equal(strongest, other)  # all the way is the other seed's
+
+
 def test_inpainting_changes_what_was_painted_and_nothing_else(sheet):
     page = sheet.page
-    job = sheet.drawn("a red maple leaf on a yellow background", steps=6, seed=7)
+    job = sheet.drawn("a red maple leaf on a yellow background", **QUICK)
     page.locator("#gallery button").first.click()
     page.click("#to-mask")
     canvas = page.locator("#mask-canvas")
@@ -195,7 +260,7 @@ def test_inpainting_changes_what_was_painted_and_nothing_else(sheet):
     page.mouse.up()
     page.click("#mask-use")
     assert "again" in page.inner_text("#start-name")
-    again = sheet.drawn("a blue house on a dark blue background", steps=8, strength=1, mask_blur=0)
+    again = sheet.drawn("a blue house on a dark blue background", **QUICK, strength=1, mask_blur=0)
     before, after = (pixels(sheet.picture(j["pictures"][0])) for j in (job, again))
     change = np.abs(before - after).mean(axis=2)
     assert change[10:28, 32:96].mean() > 20  # painted
@@ -203,10 +268,65 @@ def test_inpainting_changes_what_was_painted_and_nothing_else(sheet):
     page.click("#start-clear")
     assert not page.is_visible("#start-strip")
 
+    # Varied, also by a page that was not there when it was painted: picture and mask stay.
+    sheet.open()
+    page.locator("#gallery button").first.click()
+    for draw in sheet.asked_for(4, "#vary"):
+        assert [draw[name] for name in ("image", "mask")] == [
+            f"input:{again['id']}-{name}" for name in ("image", "mask")
+        ]
+        assert draw["prompt"] == "a blue house on a dark blue background"
+    sheet.settled()
+    newest = sheet.get("/api/v1/pictures?limit=4")["pictures"]
+    shown = [pixels(sheet.picture(picture)) for picture in newest]
+    for varied in shown:
+        change = np.abs(before - varied).mean(axis=2)
+        assert change[80:].mean() < 6
+        assert np.abs(after - varied).mean(axis=2)[10:28, 32:96].mean() > 0.5
+    assert not np.array_equal(shown[0], shown[1])
+
+    # Its settings bring picture and mask back into the form, and draw the same again.
+    page.locator(f"[data-picture='{again['pictures'][0]['id']}']").click()
+    page.click("#use")
+    sheet.until("/painted/.test(document.querySelector('#start-name').textContent)")
+    same = sheet.press_draw()
+    assert np.array_equal(pixels(sheet.picture(same["pictures"][0])), after)
+    page.click("#start-mask")  # the mask is in the editor, to be changed
+    page.click("#mask-invert")
+    page.click("#mask-use")
+    turned = sheet.press_draw()
+    change = np.abs(pixels(sheet.picture(turned["pictures"][0])) - before).mean(axis=2)
+    assert change[80:].mean() > 6
+
+
+def test_a_picture_that_started_from_one_is_varied_from_it(sheet):
+    page = sheet.page
+    sheet.drop(png(64, 64))
+    page.wait_for_selector("#start-strip")
+    job = sheet.drawn("a leaf", strength=0.5, seed=3)
+    for draw in sheet.asked_for(4, "#shown-actions button:has-text('Vary')"):
+        assert draw["image"] == f"input:{job['id']}-image" and draw["strength"] == 0.5
+        assert "mask" not in draw and draw["seed"] == "3"
+    page.click("#start-clear")
+
+
+def test_what_a_picture_started_from_goes_with_it(sheet):
+    page = sheet.page
+    sheet.drop(png(64, 64))
+    page.wait_for_selector("#start-strip")
+    job = sheet.drawn("a leaf", strength=0.5, count=1)
+    kept = f"/api/v1/jobs/{job['id']}/inputs/image"
+    assert sheet.context.request.get(kept).ok
+    page.locator("#gallery button").first.click()
+    page.click("#viewer-delete")
+    page.click("#viewer-delete")
+    page.wait_for_selector(f"[data-picture='{job['pictures'][0]['id']}']", state="detached")
+    assert sheet.context.request.get(kept).status == 404
+
 
 def test_the_mask_that_is_sent_is_the_one_that_was_painted(sheet):
     page = sheet.page
-    sheet.drop(_png(64, 64))
+    sheet.drop(png(64, 64))
     page.wait_for_selector("#start-strip")
     page.click("#start-mask")
     box = page.locator("#mask-canvas").bounding_box()
@@ -219,9 +339,9 @@ def test_the_mask_that_is_sent_is_the_one_that_was_painted(sheet):
 
     def mask() -> np.ndarray:
         page.click("#mask-use")
-        with page.expect_request("**/api/v1/jobs") as asked:
+        with page.expect_request("**/api/v1/jobs") as told:
             page.click("#draw")
-        draw = sent(asked.value)
+        draw = asked(told.value)
         page.keyboard.press("Escape")
         page.click("#start-mask")
         return np.asarray(Image.open(io.BytesIO(draw["mask"])).convert("L"))
@@ -271,7 +391,7 @@ def test_a1111s_picture_too(sheet):
         "a castle (big:1.2)\nNegative prompt: fog\nSteps: 12, Sampler: DPM++ 2M, Schedule type: "
         "Karras, CFG scale: 6.5, Seed: 4294967295, Size: 128x192, Model: elsewhere"
     )
-    sheet.drop(_png(16, 16, parameters=text))
+    sheet.drop(png(16, 16, parameters=text))
     page = sheet.page
     sheet.until("document.querySelector('#prompt').value.startsWith('a castle')")
     sheet.unfold()
@@ -285,7 +405,7 @@ def test_a1111s_picture_too(sheet):
 
 
 def test_a_picture_without_settings_is_where_to_start(sheet):
-    sheet.drop(_png(64, 64))
+    sheet.drop(png(64, 64))
     sheet.page.wait_for_selector("#start-strip")
     job = sheet.drawn("a leaf", strength=0.5)
     assert job["draw"]["image"] is True and job["pictures"][0]["width"] == 64
@@ -365,24 +485,42 @@ def test_a_grid_of_two_settings(sheet):
     assert "many" in page.inner_text("#problem")
 
 
+def test_a_grid_of_words_and_a_sampler(sheet):
+    page = sheet.page
+    sheet.set(seed=3, steps=2)
+    page.select_option("#x-axis", "prompt")
+    page.fill("#x-values", "red, blue")
+    page.select_option("#y-axis", "sampler")
+    page.fill("#y-values", "ddim, euler")
+    page.fill("#prompt", "a red maple leaf")
+    told = [(draw["prompt"], draw["sampler"]) for draw in sheet.asked_for(4, "#grid-draw")]
+    assert told == [
+        ("a red maple leaf", "ddim"), ("a blue maple leaf", "ddim"),
+        ("a red maple leaf", "euler"), ("a blue maple leaf", "euler"),
+    ]  # fmt: skip
+    sheet.until("document.querySelectorAll('#sheet td img').length === 4")
+    page.locator("#sheet td button").nth(3).click()
+    assert "a blue maple leaf" in page.inner_text("#viewer-settings")
+    assert "euler" in page.inner_text("#viewer-settings")
+
+
 def test_choices_and_word_lists_in_prompts(sheet):
     page = sheet.page
     sheet.set(steps=1, **{"list-name": "animal", "list-lines": "cat\n# not this\ndog"})
     page.click("#list-keep")
     page.check("#all-combinations")
-    requests = []
-    page.on("request", lambda r: requests.append(r) if r.url.endswith("/jobs") else None)
-    sheet.draw("a {red|blue} __animal__")
-    for _ in range(100):
-        if len([r for r in requests if r.method == "POST"]) >= 4:
-            break
-        page.wait_for_timeout(100)
-    prompts = [sent(r)["prompt"] for r in requests if r.method == "POST"]
+    page.fill("#prompt", "a {red|blue} __animal__")
+    prompts = [draw["prompt"] for draw in sheet.asked_for(4, "#draw")]
     assert prompts == ["a red cat", "a red dog", "a blue cat", "a blue dog"]
     sheet.open()  # the list is still there
     sheet.unfold()
     assert "__animal__ (2)" in page.inner_text("#lists")
     page.uncheck("#all-combinations")
+    # One of them, which a kept seed chooses again.
+    chosen = [sheet.drawn("a {red|green|blue} __animal__", seed=s)["draw"] for s in (5, 5, 6, 7, 8)]
+    words = [draw["prompt"] for draw in chosen]
+    assert words[0] == words[1] and len(set(words)) > 1
+    assert all(len(word.split()) == 3 and "{" not in word and "_" not in word for word in words)
     page.fill("#prompt", "a __plant__")
     page.click("#draw")
     assert 'no list "plant"' in page.inner_text("#problem")
@@ -404,6 +542,7 @@ def test_presets_are_kept_by_the_server(sheet, open_sheet, server):
     ]
     assert values == ["9", "4.5", "fog"]
     assert other.page.input_value("#prompt") == "a boat"
+    assert other.drawn("a boat")["draw"]["steps"] == 2  # what is typed over it holds
     other.page.click("#preset-delete")
     other.until("document.querySelectorAll('#preset option').length === 1")
 
@@ -433,153 +572,3 @@ def test_history_outlives_the_page_and_the_server(open_sheet, tmp_path):
         sheet.page.click("#queue button:has-text('Forget it')")
         assert sheet.ended(waiting["id"])["state"] == "cancelled"
         sheet.context.close()
-
-
-def test_with_a_token(open_sheet, browser, tmp_path):
-    with Server(tmp_path / "data", "--token", "a token of tests", model=None) as guarded:
-        stranger = browser.new_context()
-        assert stranger.request.get(guarded.base).status == 401
-        stranger.close()
-        sheet = open_sheet(guarded.base, "/?token=a%20token%20of%20tests")
-        assert "token" not in sheet.page.url
-        assert sheet.page.is_visible("#draw")
-        sheet.context.clear_cookies()
-        sheet.page.fill("#search", "anything")
-        sheet.page.wait_for_selector("#asker")
-        sheet.page.fill("#asker-text", "a token of tests")
-        sheet.page.keyboard.press("Enter")
-        sheet.until("document.querySelector('#steps')?.placeholder")
-        sheet.context.close()
-        sheet.faults.clear()  # the browser tells of the 401
-
-
-# Everybody ---------------------------------------------------------------------------------------
-
-
-def test_with_the_keyboard_alone(sheet):
-    page = sheet.page
-    page.keyboard.type("a red maple leaf")
-    with page.expect_response("**/api/v1/jobs") as told:
-        page.keyboard.press("Control+Enter")
-    sheet.until("/Step/.test(document.querySelector('#telling').textContent)")
-    page.keyboard.press("Escape")
-    assert sheet.ended(told.value.json()["id"])["state"] == "cancelled"
-
-    def tab_to(what: str) -> None:
-        for _ in range(60):
-            if page.evaluate(f"document.activeElement.matches({what!r})"):
-                return
-            page.keyboard.press("Tab")
-        raise AssertionError(f"Tab does not come to {what}")
-
-    tab_to("#settings > summary")
-    page.keyboard.press("Enter")
-    tab_to("#count")
-    page.keyboard.type("2")
-    tab_to("#steps")
-    page.keyboard.type("2")
-    with page.expect_response("**/api/v1/jobs") as told:
-        page.keyboard.press("Control+Enter")
-    job = sheet.ended(told.value.json()["id"])
-    assert job["state"] == "done"
-    tab_to(f"[data-picture='{job['pictures'][1]['id']}']")
-    page.keyboard.press("Enter")
-    assert page.is_visible("#viewer")
-    first = page.get_attribute("#viewer-image", "src")
-    page.keyboard.press("ArrowRight")
-    assert page.get_attribute("#viewer-image", "src") != first
-    page.keyboard.press("Escape")
-    assert not page.is_visible("#viewer")
-    assert page.evaluate("document.activeElement.matches('[data-picture]')")
-
-
-@pytest.mark.parametrize("width", [320, 412])
-def test_on_a_narrow_screen(open_sheet, server, width):
-    sheet = open_sheet(
-        server.base, viewport={"width": width, "height": 740}, has_touch=True, is_mobile=True
-    )
-    page = sheet.page
-
-    def overflow() -> int:
-        return page.evaluate("document.documentElement.scrollWidth - innerWidth")
-
-    assert overflow() <= 0
-    sheet.unfold()
-    assert overflow() <= 0
-    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
-    sheet.page.fill("#prompt", "a leaf")
-    page.tap("#draw")
-    page.wait_for_selector("#cancel")
-    page.tap("#cancel")
-    sheet.drawn()
-    page.locator("#gallery button").first.tap()
-    assert overflow() <= 0
-    box = page.locator("#viewer").bounding_box()
-    assert box["x"] >= 0 and box["x"] + box["width"] <= width
-    page.tap("#to-mask")
-    box = page.locator("#mask-canvas").bounding_box()
-    assert box["width"] > 100 and box["x"] + box["width"] <= width
-    page.touchscreen.tap(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
-    assert page.is_enabled("#mask-undo")
-
-
-@pytest.mark.parametrize("colours", ["light", "dark"])
-def test_axe_finds_nothing_serious(open_sheet, server, colours):
-    sheet = open_sheet(server.base, color_scheme=colours)
-    page = sheet.page
-    sheet.drawn(count=2)
-
-    def check(where: str) -> None:
-        results = Axe().run(page).response
-        bad = [
-            (fault["id"], fault["impact"], [node["target"] for node in fault["nodes"]][:4])
-            for fault in results["violations"]
-            if fault["impact"] in SERIOUS
-        ]
-        assert not bad, (where, bad)
-        assert len(results["passes"]) > 10
-
-    check("settings open")
-    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
-    check("first look")
-    page.locator("#gallery button").first.click()
-    check("viewer")
-    page.click("#to-mask")
-    page.wait_for_selector("#masker[open]")
-    check("mask")
-    page.click("#mask-cancel")
-    page.wait_for_timeout(6500)  # notes are gone
-    [job] = sheet.draw(steps=200)
-    sheet.until("/Step/.test(document.querySelector('#telling').textContent)")
-    check("while it draws")
-    page.keyboard.press("Escape")
-    sheet.ended(job["id"])
-
-
-def test_axe_would_find_something(sheet):
-    """The control: a button without a name is found."""
-    sheet.page.evaluate("document.querySelector('#draw').textContent = ''")
-    results = Axe().run(sheet.page).response
-    assert [f for f in results["violations"] if f["impact"] in SERIOUS]
-
-
-def test_light_and_dark_can_be_chosen(open_sheet, server):
-    sheet = open_sheet(server.base, color_scheme="dark")
-    page = sheet.page
-    ground = "getComputedStyle(document.body).backgroundColor"
-    dark = page.evaluate(ground)
-    page.click("#theme")
-    light = page.evaluate(ground)
-    assert dark != light
-    sheet.open()
-    assert page.evaluate(ground) == light
-
-
-def _png(width: int, height: int, **texts: str) -> bytes:
-    info = PngImagePlugin.PngInfo()
-    for name, text in texts.items():
-        info.add_text(name, text)
-    shades = np.linspace(0, 255, width * height * 3).reshape(height, width, 3).astype(np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(shades).save(buffer, "PNG", pnginfo=info)
-    return buffer.getvalue()

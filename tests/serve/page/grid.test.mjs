@@ -89,5 +89,5 @@ test("the weight of a LoRA", () => {
   const x = { axis: axisOf("lora"), values: ["0", "1"] };
   const [[a, b]] = cells({ prompt: "x", loras: [{ name: "l", weight: 0.5 }] }, x, null);
   assert.deepEqual([a.loras[0].weight, b.loras[0].weight], [0, 1]);
-  refused(() => cells({ prompt: "x" }, x, null), /no LoRA/);
+  refused(() => cells({ prompt: "x" }, x, null), /none is chosen/);
 });

@@ -55,19 +55,31 @@ test("times", () => {
 });
 
 test("settings, the usual ones first, empty ones not at all", () => {
-  const rows = settingRows({
+  const { first, rest } = settingRows({
     zeta: 1,
+    hires_scale: null,
+    variation_strength: 0,
+    mask_blur: 4,
+    guidance_scale: 0,
     seed: 0,
     prompt: "a leaf",
     negative_prompt: "",
     vae: null,
+    width: 64,
+    height: 128,
     hashes: {},
     some_thing: [1],
   });
-  assert.deepEqual(rows, [
+  assert.deepEqual(first, [
     ["Prompt", "a leaf"],
     ["Seed", "0"],
+    ["Size", "64 × 128"],
+    ["Guidance", "0"],
+    ["Mask's blur", "4"],
+  ]);
+  assert.deepEqual(rest, [
     ["Zeta", "1"],
+    ["Variation", "0"],
     ["Some thing", "[1]"],
   ]);
 });
