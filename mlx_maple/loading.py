@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import mlx.core as mx
@@ -40,6 +41,7 @@ from mlx_maple import hub, image_encoders, known_models, model_folders, twins, u
 from mlx_maple.adapter_files import AdapterFiles
 from mlx_maple.adapters import Adapters
 from mlx_maple.control import control_name
+from mlx_maple.drawing.model import Others
 from mlx_maple.engine import quantize as quantizing
 from mlx_maple.engine.attention import in_chunks
 from mlx_maple.engine.low_memory import Reload, set_environment
@@ -82,6 +84,7 @@ REQUIRED = {
     "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
     "sdxl-refiner": ("text_encoder_2", "unet", "vae"),
 }
+EXCHANGED = ("vae", "taesd")  # beside what steers: a model can be given others later
 V_PREDICTION_SIZE = 768  # of SD 2.x, which predicts v at this size only
 
 _MODULES: dict[str, tuple[type, Callable[[Any], nn.Module]]] = {
@@ -240,11 +243,12 @@ def load(
         if found.known is not None:
             model.defaults |= found.known.settings
         notes = [*found.notes, *model.notes]
-        sources = {
+        own = {
             part: _Source(_reopening(model, found, own_ema), found, part)
             for part in model.components
-            if part not in replaced and part not in _STEERS
+            if part not in _STEERS
         }
+        sources = {part: origin for part, origin in own.items() if part not in replaced}
         wanted = [(part, part, other) for part, other in replaced.items()]
         several = [controlnet] if isinstance(controlnet, str | Path) else controlnet or ()
         wanted += [(control_name(i), "controlnet", other) for i, other in enumerate(several)]
@@ -280,6 +284,15 @@ def load(
         loads = {"reload" if low_memory else "renew": again}
         given: dict[str, Any] = {"compile": compile, "max_memory": max_memory, **loads}
         given["ip_adapters"] = _ip_adapters(modules, names, looked_at)
+        given["others"] = _Exchange(
+            find=find,
+            how=how,
+            own=own,
+            now=sources,
+            family=model.family,
+            usual_vae=_known_vae(found, name),
+            latent_rgb_factors=model.latent_rgb_factors,
+        )
         return _assemble(model, modules, found, names, notes, adapters, **given)
 
 
@@ -318,6 +331,90 @@ def _image_prompts(
         sources[part], names[part] = origin, adapter.name
         notes += adapter.notes
         found[part] = encoders[looks.path]
+    return found
+
+
+@dataclass
+class _Exchange:
+    """Finds other networks for a model that was loaded, as ``StableDiffusion.exchange`` asks.
+
+    Attributes:
+        find: makes out a source.
+        how: the model was loaded.
+        own: where the networks are that its own files hold.
+        now: where those are from that it has.
+        family: of the model.
+        usual_vae: the autoencoder that it is best drawn with, or None for its own.
+        latent_rgb_factors: that suit its own.
+    """
+
+    find: Callable[[Any, None, str], _Found]
+    how: "_How"
+    own: Mapping[str, "_Source"]
+    now: dict[str, "_Source"]
+    family: str
+    usual_vae: str | None
+    latent_rgb_factors: Sequence[Sequence[float]] | None
+
+    def __call__(
+        self, configs: Mapping[str, Any], *, vae: Any, taesd: Any, controlnet: Any
+    ) -> Others:
+        """What to draw with from now on, built and read; ``configs`` are of what there is now."""
+        several = [controlnet] if isinstance(controlnet, str | Path) else controlnet or ()
+        asked = {"vae": vae or self.usual_vae, "taesd": taesd}
+        asked |= {control_name(number): other for number, other in enumerate(several)}
+        wanted, names = dict(self.now), {}
+        for part in [p for p in wanted if p in EXCHANGED or p.startswith(control_name(0))]:
+            del wanted[part]
+        for part, other in asked.items():
+            if other:
+                kind = part if part in EXCHANGED else "controlnet"
+                elsewhere = self.find(other, None, kind)
+                names[part] = elsewhere.name
+                wanted[part] = _elsewhere(elsewhere, kind, self.family)
+            elif part in self.own:
+                wanted[part] = self.own[part]
+        if "vae" not in wanted:
+            raise UnsupportedCheckpoint(self.now["unet"].found.path, "holds no vae: name one")
+        new = {p: o for p, o in wanted.items() if not _is_same(o, self.now.get(p))}
+        modules: dict[str, nn.Module] = {}
+        for part, origin in new.items():
+            with origin.open() as opened:
+                modules[part] = origin.built(opened, self.how, is_skeleton=self.how.low_memory)
+        shown: dict[str, Any] = {
+            part: SimpleNamespace(config=configs[part])
+            for part in ("unet", *EXCHANGED)
+            if part in wanted and part not in modules
+        }
+        _check_fit(
+            wanted["vae"].found.path,
+            {**shown, **modules},
+            {part: origin.found.path for part, origin in wanted.items()},
+        )
+        if not self.how.low_memory:
+            modules = {part: new[part].ready(modules[part], self.how) for part in modules}
+        gone = [part for part in self.now if part not in wanted]
+        self.now = wanted
+        controls = [part for part in wanted if part.startswith(control_name(0))]
+        return Others(
+            networks={p: (modules[p], partial(new[p].load, self.how)) for p in modules},
+            gone=gone,
+            control_names=_numbered({part: names[part] for part in controls}),
+            vae_name=names.get("vae", ""),
+            latent_rgb_factors=None if "vae" in names else self.latent_rgb_factors,
+        )
+
+
+def _is_same(one: "_Source", other: "_Source | None") -> bool:
+    return other is not None and (one.found.path, one.part) == (other.found.path, other.part)
+
+
+def _numbered(names: Mapping[str, str]) -> dict[str, str]:
+    """What people call each network; a second of a name is numbered."""
+    found: dict[str, str] = {}
+    for part, name in names.items():
+        taken = name in found.values()
+        found[part] = f"{name} ({len(found) + 1})" if taken else name
     return found
 
 
@@ -1010,10 +1107,9 @@ def _controlnets(
 ) -> dict[str, ControlNet | T2IAdapter]:
     """The networks that steer, in order, by their files' names; a second of a name is numbered."""
     found: dict[str, ControlNet | T2IAdapter] = {}
-    for part, module in modules.items():
-        if isinstance(module, ControlNet | T2IAdapter):
-            name = names[part]
-            found[name if name not in found else f"{name} ({len(found) + 1})"] = module
+    steering = {p: m for p, m in modules.items() if isinstance(m, ControlNet | T2IAdapter)}
+    for part, name in _numbered({part: names[part] for part in steering}).items():
+        found[name] = steering[part]
     return found
 
 

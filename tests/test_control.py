@@ -8,13 +8,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_model
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from maple_convert.errors import ConvertError
 from maple_convert.layouts import LAYOUTS
 from mlx_maple import images, load
 from mlx_maple.engine.kernels import Plain
 from mlx_maple.engine.prepare import PreparedUNet, Recipe, prepare_unet
+from mlx_maple.loading import NoModel
 from mlx_maple.models import TAESD, UNet, UNetConfig
 from mlx_maple.pipeline import StableDiffusion
 
@@ -247,3 +248,51 @@ def test_a_controlnet_is_found_by_name(tmp_path, monkeypatch):
     monkeypatch.setenv("MAPLE_MODELS", str(tmp_path))
     sd = load(tiny_model.maple_folder(), controlnet="edges_v1")
     assert sd.control_names == {"controlnet": "edges_v1"}
+
+
+# Others, later ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("low_memory", [False, True])
+def test_other_networks_come_without_the_rest_being_read(tmp_path, monkeypatch, low_memory):
+    """What an exchange gives is what loading with those networks gives, bit for bit."""
+    monkeypatch.setenv("MAPLE_CACHE", str(tmp_path / "cache"))
+    folder = tiny_model.folder()
+    edges = control_file(tmp_path / "edges.safetensors")
+    photo = images.open_image(folder / "photo.png")
+    vae = tmp_path / "other.safetensors"
+    weights = load_file(folder / "vae.safetensors")
+    save_file({name: value * np.float16(1.1) for name, value in weights.items()}, vae)
+    both = [edges, folder / "control.safetensors"]
+    model = load(folder / "model.safetensors", low_memory=low_memory)
+    held = None if low_memory else (model.unet, model.text_encoder)
+    seen = set()
+    turns: list[dict] = [{"vae": vae, "controlnet": both}, {"controlnet": edges}, {}]
+    for others in turns[1:] if low_memory else turns:
+        model.exchange(**others)
+        expected = load(folder / "model.safetensors", low_memory=low_memory, **others)
+        count = len(expected.control_names)
+        shown = {"control_image": [photo] * count} if count else {}
+        one, other = (sd("a leaf", **SMALL, steps=1, **shown) for sd in (model, expected))
+        assert np.array_equal(one.latents, other.latents)
+        assert one.images[0].tobytes() == other.images[0].tobytes()
+        assert one.settings == other.settings
+        assert model.info.components == expected.info.components
+        assert model.control_names == expected.control_names
+        seen.add(one.images[0].tobytes())
+    assert len(seen) == len(turns) - low_memory
+    assert low_memory or held == (model.unet, model.text_encoder)
+
+
+def test_an_exchange_that_fails_changes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("MAPLE_CACHE", str(tmp_path / "cache"))
+    edges = control_file(tmp_path / "edges.safetensors")
+    foreign = control_file(tmp_path / "foreign.safetensors", cross_attention_dim=32)
+    model = load(tiny_model.maple_folder(), controlnet=edges)
+    before = dict(model.info.components)
+    for wrong in ({"controlnet": foreign}, {"vae": edges}, {"vae": tmp_path / "gone.safetensors"}):
+        with pytest.raises((ConvertError, NoModel)):
+            model.exchange(**wrong)
+        assert model.info.components == before and list(model.control_names.values()) == ["edges"]
+    photo = images.open_image(tiny_model.folder() / "photo.png")
+    model("a leaf", **SMALL, steps=1, control_image=photo)

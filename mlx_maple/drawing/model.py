@@ -2,6 +2,8 @@
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -46,6 +48,25 @@ DEFAULTS: dict[str, Any] = {
     "sampler": "dpmpp_2m",
     "schedule": "karras",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Others:
+    """What a model is to draw with from now on, where that is another than before.
+
+    Attributes:
+        networks: those that are new, by name, and what loads each anew.
+        gone: names of those that it has no longer.
+        control_names: of all that steer, in order: what people call each.
+        vae_name: of an autoencoder from elsewhere, else "".
+        latent_rgb_factors: that suit the autoencoder, or None.
+    """
+
+    networks: Mapping[str, tuple[nn.Module, Reload]]
+    gone: Sequence[str]
+    control_names: Mapping[str, str]
+    vae_name: str
+    latent_rgb_factors: Sequence[Sequence[float]] | None
 
 
 class DiffusionModel:
@@ -103,6 +124,7 @@ class DiffusionModel:
         adapters: Adapters | None = None,
         compile: bool = True,
         max_memory: int | None = None,
+        others: Callable[..., "Others"] | None = None,
     ) -> None:
         """Put a model together from its networks.
 
@@ -136,8 +158,10 @@ class DiffusionModel:
             compile: whether networks may be compiled; they are on a GPU where that works.
             max_memory: bytes of MLX's in all, above which a GPU is waited for; it stays an
                 attribute. What one operation needs it takes; nothing is refused.
+            others: what finds other networks for ``exchange``, with its arguments.
         """
         self.max_memory = max_memory
+        self._others = others
         self.tokenizer = tokenizer
         self.noise_schedule = noise_schedule
         self.defaults = {**DEFAULTS, **(defaults or {})}
@@ -284,6 +308,47 @@ class DiffusionModel:
     def tokenize(self, text: str, *, syntax: str = "a1111") -> list[list[int]]:
         """Chunks of 77 ids, as the text encoder reads them; without tags, AND and changes."""
         return encode_prompt(self.tokenizer, text, syntax=syntax).ids
+
+    def exchange(
+        self,
+        *,
+        vae: str | Path | None = None,
+        taesd: str | Path | None = None,
+        controlnet: str | Path | Sequence[str | Path] | None = None,
+    ) -> None:
+        """Draw with these from now on, as if the model had been loaded with them; the rest stays.
+
+        Args:
+            vae: as ``load`` takes it; None is the one that the model is drawn with as a rule.
+            taesd: likewise; None is the model's own, or none.
+            controlnet: likewise; None is none.
+
+        Raises:
+            ValueError: the model was not made by ``load``.
+            ConvertError: as ``load``; the model is as it was.
+        """
+        if self._others is None:
+            raise ValueError("the networks of a model that `load` did not make stay as they are.")
+        found = self._others(self.configs, vae=vae, taesd=taesd, controlnet=controlnet)
+        components = dict(self.info.components)
+        for part in found.gone:
+            self.networks.exchange(part, None, None)
+            del components[part]
+        for part, (module, load) in found.networks.items():
+            components[part] = _component(module)
+            low = self.is_low_memory
+            ready = module if low else self._ready(module, False)
+            self.networks.exchange(
+                part, ready, lambda load=load, low=low: self._ready(load(), low, True)
+            )
+        self.vae_name, self.latent_rgb_factors = found.vae_name, found.latent_rgb_factors
+        self.control_names = dict(found.control_names)
+        self.info = replace(
+            self.info,
+            components=components,
+            parameters=sum(component.parameters for component in components.values()),
+            bytes=sum(component.bytes for component in components.values()),
+        )
 
     def come_here(self) -> None:
         """Draw in this thread, whichever loaded the model.

@@ -104,6 +104,17 @@ class Networks:
             self.configs[name] = config
         gc.collect()  # the one before; see release
 
+    def exchange(self, name: str, module: nn.Module | None, load: Reload | None) -> None:
+        """Hold another network by this name, which ``load`` loads anew; None is none."""
+        is_low_memory = self.is_low_memory
+        self[name] = module
+        if module is None:
+            self.configs.pop(name, None)
+        elif load is not None:
+            (self._reload if is_low_memory else self._renew)[name] = load
+            if is_low_memory:
+                del self._held[name]
+
     def can_load(self, name: str) -> bool:
         """Whether a network can be loaded anew; not one that was put in by hand."""
         return name in self._reload or name in self._renew

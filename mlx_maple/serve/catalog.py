@@ -193,8 +193,7 @@ class Catalog:
             "dtype": config.dtype if dtype is None else dtype,
             "quantize": (config.quantize if quantize is None else quantize) or None,
             "low_memory": config.low_memory if low_memory is None else low_memory,
-            # Who started the server may have a model fetched; a request may not.
-            "local_files_only": entry.source != "named" or bool(vae or taesd or controlnets),
+            "local_files_only": True,  # a request has nothing fetched
         }
         if vae:
             how["vae"] = self.network("vae", vae)

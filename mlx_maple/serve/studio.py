@@ -184,7 +184,9 @@ class Studio:
         self._secret = bytes.fromhex(secret)
         entry = await asyncio.to_thread(self.catalog.find, None)
         self._is_loading = True
-        self._worker.send("load", model=self.catalog.how(entry))
+        # Who started the server may have a model fetched; requests may not.
+        how = {**self.catalog.how(entry), "local_files_only": entry.source != "named"}
+        self._worker.send("load", model=how)
 
     async def close(self) -> None:
         """End the worker and let go of the folder."""

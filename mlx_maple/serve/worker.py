@@ -42,6 +42,7 @@ PREVIEW_SECONDS = 0.1  # between two previews
 PROGRESS_SECONDS = 0.02  # between two messages that tell of steps
 LIMITS = Limits()
 MOST_BYTES = 64 << 20  # of one message
+OTHERS = ("vae", "taesd", "controlnet")  # that a model in memory can be given others of
 _FOLDERS = re.compile(r"(?<![^\s'\"(=])/(?:[^\s/]+/)+")  # of absolute paths
 CODES = {1: "failed", 2: "invalid", 3: "unusable", 4: "no_memory", 130: "cancelled"}
 
@@ -60,7 +61,8 @@ class Worker:
     def __init__(self, link: Connection) -> None:
         """Speak over ``link``."""
         self._link = link
-        self._models: OrderedDict[str, StableDiffusion] = OrderedDict()  # the latest used last
+        # Each model and what it draws with beside its own; the latest used last.
+        self._models: OrderedDict[str, tuple[StableDiffusion, dict[str, Any]]] = OrderedDict()
         self._job = ""
         self._is_cancelled = False
         self._watched_until = 0.0
@@ -277,10 +279,16 @@ class Worker:
         """A model that is in memory, or is loaded now, beside the others where that fits."""
         from mlx_maple import loading
 
-        key = json.dumps(how, sort_keys=True)
+        others = {name: how.get(name) for name in OTHERS}
+        key = _key(how)
         if key in self._models:
             self._models.move_to_end(key)
-            return self._models[key]
+            sd, now = self._models[key]
+            if now != others:  # a small network beside the large ones, which stay
+                self._say("progress", job=self._job, stage="loading", index=0, total=0, pace=0.0)
+                sd.exchange(**others)
+                self._models[key] = sd, others
+            return sd
         self._say("progress", job=self._job, stage="loading", index=0, total=0, pace=0.0)
         self._make_room(how)
         told = 0.0
@@ -301,8 +309,8 @@ class Worker:
                 )
 
         sd = loading.load(**how, progress=progress)
-        self._models[key] = sd
-        self._say("model", models=[model.info.name for model in self._models.values()])
+        self._models[key] = sd, others
+        self._say("model", models=[model.info.name for model, _ in self._models.values()])
         return sd
 
     def _make_room(self, how: Mapping[str, Any]) -> None:
@@ -350,6 +358,12 @@ def _plan_of(model: Mapping[str, Any], arguments: Mapping[str, Any]) -> dict[str
         "message": f"takes about {_terminal.size(plan.peak)}{of}",
         "advice": [f"{words}: {_terminal.size(peak)}" for words, peak in tries],
     }
+
+
+def _key(how: Mapping[str, Any]) -> str:
+    """What of a model stays in memory whatever it draws with beside."""
+    kept = {k: v for k, v in how.items() if k not in (*OTHERS, "local_files_only")}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _skeleton(how: Mapping[str, Any]) -> "StableDiffusion":

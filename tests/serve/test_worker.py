@@ -9,7 +9,7 @@ import pytest
 from known import QUICK, TINY
 from PIL import Image
 
-from mlx_maple.serve.worker import ServerGone, Worker
+from mlx_maple.serve.worker import OTHERS, ServerGone, Worker, _key
 
 HOW = {"source": str(TINY), "dtype": None, "quantize": None, "low_memory": False}
 
@@ -26,7 +26,7 @@ def line(model):
     """A worker with a model in memory, and the other end of its line."""
     ours, theirs = Pipe()
     worker = Worker(theirs)
-    worker._models[json.dumps(HOW, sort_keys=True)] = model
+    worker._models[_key(HOW)] = model, dict.fromkeys(OTHERS)
     yield worker, ours
     for end in (ours, theirs):
         end.close()
