@@ -811,7 +811,7 @@ class _Source:
         _read_now(self.found, self.part, module, one_by_one=how.low_memory)
         if how.low_memory and self.part == "vae":
             return in_stripes(cast(AutoencoderKL, module))
-        if how.low_memory and self.part == "unet":
+        if how.low_memory and self.part in ("unet", "controlnet"):
             in_chunks(module)
         return module
 

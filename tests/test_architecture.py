@@ -2,6 +2,7 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -103,11 +104,18 @@ def part_of(module: str) -> str:
     return part if part in ALLOWED or (part and is_there) else "__init__"  # a name, such as load
 
 
+@cache
+def statements(source: str) -> list[ast.Import | ast.ImportFrom]:
+    """All statements that import."""
+    nodes = ast.walk(ast.parse(source))
+    return [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def imported(source: str, module: str, is_package: bool) -> set[str]:
     """Full names of every module that the source imports, at its top or inside functions."""
     package = module if is_package else module.rpartition(".")[0]
     names: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(source):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -182,7 +190,7 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 def modules_imported(source: str, module: str, is_package: bool, known: set[str]) -> set[str]:
     """Modules of ours; a package stands for nothing but itself, as `from package import name`."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in statements(source):
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
     found |= imported(source, module, is_package)

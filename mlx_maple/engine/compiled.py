@@ -17,8 +17,9 @@ from mlx.utils import tree_flatten
 
 from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, SCORE_BYTES, running_backend
 from mlx_maple.engine.kernels import Size
-from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, PreparedVAE, Recipe
-from mlx_maple.models import AutoencoderKL, UNet
+from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, PreparedVAE, Recipe, prepare_unet
+from mlx_maple.engine.prepared_control import prepare_controlnet
+from mlx_maple.models import AutoencoderKL, ControlNet, UNet
 
 ROOM = 256 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
 ROOM_PER_CELL = 88 << 10
@@ -222,7 +223,9 @@ def made_ready(
     low_memory: bool = False,
     consumes: bool = False,
 ) -> nn.Module:
-    """A UNet or an autoencoder as the device that runs draws fastest with; any other as it is.
+    """A UNet, a ControlNet or an autoencoder as the device that runs draws fastest with.
+
+    Any other network stays as it is.
 
     On the CPU that is as it is, too: there BLAS rounds by the size of its matrices, and the same
     picture is to come out whatever is drawn beside it. What has been made ready, stays.
@@ -240,18 +243,22 @@ def made_ready(
         return network
     works = compiles and compile_works(backend)[0]
     score_bytes = LOW_MEMORY_SCORE_BYTES if low_memory else SCORE_BYTES
-    if type(network) is UNet:
+    if type(network) is UNet or type(network) is ControlNet:
         recipe = replace(Recipe.usual(network.conv_in.weight.dtype), score_bytes=score_bytes)
-        unet = PreparedUNet(network, recipe)
-        unet.steps = GuidedSteps(unet, compiles=works, one_by_one=low_memory)
+        if isinstance(network, UNet):
+            ready = prepare_unet(network, recipe)
+            ready.steps = GuidedSteps(ready, compiles=works, one_by_one=low_memory)
+        else:
+            ready = prepare_controlnet(network, recipe)
+            if works:
+                ready.compile()
         if consumes:
             network.clear()
-        parameters = tree_flatten(unet.parameters())
+        parameters = tree_flatten(ready.parameters())
         assert isinstance(parameters, list)
         for some in [[pair] for pair in parameters] if consumes else [parameters]:
             mx.eval([value for _, value in some])
-        unet.fix()
-        ready = unet
+        ready.fix()
     elif type(network) is AutoencoderKL and not low_memory:
         # Each half is read when it is first used: a picture from text alone needs no encoder.
         ready = PreparedVAE(network, Recipe.usual(network.post_quant_conv.weight.dtype))

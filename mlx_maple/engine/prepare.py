@@ -740,12 +740,14 @@ class PreparedUNet(nn.Module):
         times: mx.array,
         prompt: Sequence[Keys],
         features: list[mx.array] | None = None,
+        hint: mx.array | None = None,
     ) -> list[Map]:
         """The first level of ``predict``: maps that the others go on from, the last one last.
 
-        Of ``features`` the first is taken away.
+        Of ``features`` the first is taken away; ``hint`` is added to the first map.
         """
         x = _map(self.conv_in(latents.astype(self.dtype)))
+        x = x if hint is None else x.plus(hint)
         skips = [x]
         self._descend(self.down[:1], skips, times, list(reversed(prompt)), features)
         return skips

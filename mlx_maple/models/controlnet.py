@@ -58,6 +58,7 @@ class HintEmbedding(nn.Module):
 
     def __init__(self, config: ControlNetConfig) -> None:
         super().__init__()
+        self.config = config
         widths = config.hint_widths
         self.conv_in = _conv(config.hint_channels, widths[0])
         self.blocks = []
@@ -66,7 +67,13 @@ class HintEmbedding(nn.Module):
         self.conv_out = _conv(widths[-1], config.block_out_channels[0])
 
     def __call__(self, hint: mx.array) -> mx.array:
-        x = nn.silu(self.conv_in(hint))
+        checks.channels_last("ControlNet", "hint", hint, self.config.hint_channels)
+        _, height, width, _ = hint.shape
+        factor = self.config.downscale
+        if height % factor or width % factor or not height * width:
+            size = f"{width}x{height}"
+            raise ValueError(f"[ControlNet] sizes are multiples of {factor}, got {size} pixels.")
+        x = nn.silu(self.conv_in(hint.astype(self.conv_in.weight.dtype)))
         for block in self.blocks:
             x = nn.silu(block(x))
         return self.conv_out(x)
@@ -104,13 +111,7 @@ class ControlNet(nn.Module):
         Raises:
             ValueError: on another shape (an NCHW array?) or size.
         """
-        checks.channels_last("ControlNet", "hint", hint, self.config.hint_channels)
-        _, height, width, _ = hint.shape
-        factor = self.config.downscale
-        if height % factor or width % factor or not height * width:
-            size = f"{width}x{height}"
-            raise ValueError(f"[ControlNet] sizes are multiples of {factor}, got {size} pixels.")
-        return self.controlnet_cond_embedding(hint.astype(self.conv_in.weight.dtype))
+        return self.controlnet_cond_embedding(hint)
 
     def __call__(
         self,
@@ -137,9 +138,7 @@ class ControlNet(nn.Module):
             ValueError: if an argument has another shape (an NCHW array?).
         """
         check_inputs(self.config, latents, context, vector)
-        if hint.ndim != 4 or hint.shape[1:3] != latents.shape[1:3]:
-            found, size = tuple(hint.shape), tuple(latents.shape[1:3])
-            raise ValueError(f"[ControlNet] expected a hint for latents of {size}, got {found}.")
+        check_hint(latents, hint)
         dtype = self.conv_in.weight.dtype
         context = context.astype(dtype)
         waves = sinusoids(as_times(timesteps, latents.shape[0]), self.config.block_out_channels[0])
@@ -156,6 +155,17 @@ class ControlNet(nn.Module):
             x = self.mid_block(x, time, context)
         maps = [layer(x) for layer, x in zip(self.controlnet_down_blocks, kept, strict=True)]
         return [*maps, self.controlnet_mid_block(x)]
+
+
+def check_hint(latents: mx.array, hint: mx.array) -> None:
+    """Raise unless an embedded picture has the size of the latents (B, h, w, C).
+
+    Raises:
+        ValueError: with both sizes.
+    """
+    if hint.ndim != 4 or hint.shape[1:3] != latents.shape[1:3]:
+        found, size = tuple(hint.shape), tuple(latents.shape[1:3])
+        raise ValueError(f"[ControlNet] expected a hint for latents of {size}, got {found}.")
 
 
 def _conv(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:

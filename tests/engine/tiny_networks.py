@@ -8,7 +8,14 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_maple.models import AutoencoderKL, UNet, UNetConfig, VAEConfig
+from mlx_maple.models import (
+    AutoencoderKL,
+    ControlNet,
+    ControlNetConfig,
+    UNet,
+    UNetConfig,
+    VAEConfig,
+)
 
 CONTEXT = 32
 SD1 = {
@@ -49,6 +56,11 @@ def filled(network: nn.Module, seed: int = 0) -> nn.Module:
 def unet(seed: int = 0, **facts) -> UNet:
     config = UNetConfig(cross_attention_dim=CONTEXT, norm_num_groups=8, **facts)
     return filled(UNet(config), seed)
+
+
+def controlnet(seed: int = 0, **facts) -> ControlNet:
+    facts = {"cross_attention_dim": CONTEXT, "norm_num_groups": 8, "hint_widths": (8, 16), **facts}
+    return filled(ControlNet(ControlNetConfig(**facts)), seed)
 
 
 def vae(seed: int = 0) -> AutoencoderKL:
