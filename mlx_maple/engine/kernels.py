@@ -17,7 +17,7 @@ Two dialects  One text serves CUDA and Metal; what differs stands in ``_CUDA`` a
 import hashlib
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -43,6 +43,8 @@ CLUSTER = 8  # blocks that own some groups of a map together, where the device h
 CLUSTER_PIXELS = 1024  # of the smallest map that they pay for
 CLUSTER_CHANNELS = 32  # of a pixel that they take at least: two sectors of memory
 CLUSTER_BLOCKS = 96  # fewer in all do not fill a chip that has clusters
+HELD_BYTES = 192  # of a map that a thread keeps in its registers
+HELD_SUM_BYTES = 64  # the same where it first adds two maps up
 ROWS = 4  # token rows a block normalises, one a warp
 TOLERANCE = {
     mx.float32: 2e-5,
@@ -306,13 +308,14 @@ _CHANNELS = """
 
 @dataclass(frozen=True)
 class _Form:
-    """Which terms a feature map's sum has, and what becomes of it."""
+    """Which terms a feature map's sum has, what becomes of it, and whether registers hold it."""
 
     residual: bool = False
     skip: bool = False
     shift: bool = False
     silu: bool = False
     unfold: bool = False
+    held: bool = False
 
     @property
     def inputs(self) -> list[str]:
@@ -322,7 +325,7 @@ class _Form:
     @property
     def suffix(self) -> str:
         """What tells this form's kernels from others'."""
-        parts = ("residual", "skip", "shift", "silu", "unfold")
+        parts = ("residual", "skip", "shift", "silu", "unfold", "held")
         return "".join(f"_{n}" for n in parts if getattr(self, n))
 
     def aim(self, c: str) -> str:
@@ -399,11 +402,80 @@ class _Form:
       }}
     }}"""
 
+    def hold(self, begin: str, end: str) -> str:
+        """As ``add_up``, of HELD pixels at the most, which stay in ``v``."""
+        added = ""
+        if self.residual:
+            added = f"""
+    $unroll
+    for (int near = 0; near < HELD; near += AHEAD) if ({self.is_summed}) {{
+      Pack<T, V> w[AHEAD];
+      $unroll
+      for (int k = near; k < near + AHEAD && k < HELD; ++k)
+        if ({begin} + k * R < {end}) w[k - near] = fetch<V>(other + ({begin} + k * R) * step);
+      $unroll
+      for (int k = near; k < near + AHEAD && k < HELD; ++k) if ({begin} + k * R < {end}) {{
+        $unroll
+        for (int i = 0; i < V; ++i)
+          v[k].at[i] = T(float(v[k].at[i]) + float(w[k - near].at[i]));
+        put<V>(sum_to + ({begin} + k * R) * step, v[k]);
+      }}
+    }}"""
+        return f"""
+    Pack<T, V> v[HELD];
+    $unroll
+    for (int k = 0; k < HELD; ++k)
+      if ({begin} + k * R < {end}) v[k] = fetch<V>(from + ({begin} + k * R) * step);{added}
+    $unroll
+    for (int k = 0; k < HELD; ++k) if ({begin} + k * R < {end}) {{
+      $unroll
+      for (int i = 0; i < V; ++i) {{
+        const float d = float(v[k].at[i]) + owed.at[i] - origin;
+        sum += d;
+        squares += d * d;
+      }}
+    }}"""
+
     def normalise(self, begin: str, end: str, c: str) -> str:
         """Text for the second pass over pixels, which writes ``y_out``."""
-        source = "from"
-        if self.residual:
-            source = "again"
+        if self.held:
+            return f"""{self._constants(c)}
+    $unroll
+    for (int k = 0; k < HELD; ++k) if ({begin} + k * R < {end}) {{
+      const int m = {begin} + k * R;{self._written(c)}
+    }}"""
+        source = "again" if self.residual else "from"
+        again = f"const $device T* again = {self.is_summed} ? sum_to : from;"
+        return f"""{again if self.residual else ""}{self._constants(c)}
+    $rolled
+    for (int n = {begin}; n < {end}; n += R * AHEAD) {{
+      Pack<T, V> v[AHEAD];
+      $unroll
+      for (int k = 0; k < AHEAD; ++k)
+        if (n + k * R < {end}) v[k] = fetch<V>({source} + (n + k * R) * step);
+      $unroll
+      for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
+        const int m = n + k * R;{self._written(c)}
+      }}
+    }}"""
+
+    def _constants(self, c: str) -> str:
+        """Text for what a thread multiplies by and adds."""
+        none = ""
+        if self.unfold:
+            none = "Pack<T, V> none;\n    for (int i = 0; i < V; ++i) none.at[i] = T(0.0f);"
+        return f"""{none}
+    const Pack<float, V> gain = fetch<V>(weight + {c});
+    const Pack<float, V> offsets = fetch<V>(bias + {c});
+    float a[V], z[V];
+    $unroll
+    for (int i = 0; i < V; ++i) {{
+      a[i] = rstd * gain.at[i];
+      z[i] = (owed.at[i] - mean) * a[i] + offsets.at[i];
+    }}"""
+
+    def _written(self, c: str) -> str:
+        """Text that writes what becomes of ``v[k]``, the sum at pixel m."""
         gate = "y = silu(y);" if self.silu else ""
         if self.unfold:
             store = f"""
@@ -421,30 +493,7 @@ class _Form:
         }}"""
         else:
             store = f"put<V>(y_out + (b * N + m) * C + {c}, out);"
-        again = ""
-        if self.residual:
-            again = f"const $device T* again = {self.is_summed} ? sum_to : from;"
-        none = ""
-        if self.unfold:
-            none = "Pack<T, V> none;\n    for (int i = 0; i < V; ++i) none.at[i] = T(0.0f);"
-        return f"""{again} {none}
-    const Pack<float, V> gain = fetch<V>(weight + {c});
-    const Pack<float, V> offsets = fetch<V>(bias + {c});
-    float a[V], z[V];
-    $unroll
-    for (int i = 0; i < V; ++i) {{
-      a[i] = rstd * gain.at[i];
-      z[i] = (owed.at[i] - mean) * a[i] + offsets.at[i];
-    }}
-    $rolled
-    for (int n = {begin}; n < {end}; n += R * AHEAD) {{
-      Pack<T, V> v[AHEAD];
-      $unroll
-      for (int k = 0; k < AHEAD; ++k)
-        if (n + k * R < {end}) v[k] = fetch<V>({source} + (n + k * R) * step);
-      $unroll
-      for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
-        const int m = n + k * R;
+        return f"""
         Pack<T, V> out;
         $unroll
         for (int i = 0; i < V; ++i) {{
@@ -452,9 +501,7 @@ class _Form:
           {gate}
           out.at[i] = T(y);
         }}
-        {store}
-      }}
-    }}"""
+        {store}"""
 
 
 def _one_block_norm(form: _Form) -> str:
@@ -577,8 +624,10 @@ def _cluster_norm(form: _Form) -> str:
     """A cluster of blocks owns some groups of a sample, each block a part of the pixels.
 
     Several groups side by side are as many channels as memory is read at once; a block alone would
-    take too long over them. The blocks tell each other their sums.
+    take too long over them. The blocks tell each other their sums. Where HELD pixels a thread are
+    all, they stay in its registers: the second pass reads nothing.
     """
+    taken = form.hold if form.held else form.add_up
     return f"""{_CHANNELS}
   const int rank = $block % CLUSTER, chunks = G / GROUPS, tid = $thread;
   const int chunk = $block / CLUSTER % chunks, b = $block / CLUSTER / chunks;
@@ -586,22 +635,22 @@ def _cluster_norm(form: _Form) -> str:
   const int group = tid % P / Q, r = tid / P;
   const int first = (chunk * GROUPS + group) * CPG, c = first + tid % Q * V;
   const int each = (N + CLUSTER - 1) / CLUSTER;
-  const int begin = rank * each, end = begin + each < N ? begin + each : N;
+  const int begin = rank * each, end = r >= R ? 0 : begin + each < N ? begin + each : N;
   $shared float held[2 * THREADS];
   $shared float sums[2 * GROUPS];
   $shared float totals[2 * GROUPS];
   {form.aim("c")}
   const float origin = {form.origin("first")};
   float sum = 0.0f, squares = 0.0f;
-  if (r < R) {{{form.add_up("begin + r", "end")}
-  }}
+  {taken("begin + r", "end")}
   held[tid] = sum;
   held[THREADS + tid] = squares;
   $barrier
   const int lane = tid % 32;
   for (int k = tid / 32; k < 2 * GROUPS; k += THREADS / 32) {{
+    const float* from = held + k % 2 * THREADS + k / 2 * Q;
     float x = 0.0f;
-    for (int t = lane; t < R * P; t += 32) if (t % P / Q == k / 2) x += held[k % 2 * THREADS + t];
+    for (int t = lane; t < R; t += 32) for (int i = 0; i < Q; ++i) x += from[t * P + i];
     x = warp_sum(x);
     if (lane == 0) sums[k] = x;
   }}
@@ -618,8 +667,7 @@ def _cluster_norm(form: _Form) -> str:
   const float offset = totals[2 * group] / count;
   const float mean = origin + offset;
   const float rstd = $rsqrt(above_zero(totals[2 * group + 1] / count - offset * offset) + eps);
-  if (r < R) {{{form.normalise("begin + r", "end", "c")}
-  }}
+  {form.normalise("begin + r", "end", "c")}
   cluster_wait();  // no block goes before the others have read its sums
 """
 
@@ -734,111 +782,156 @@ def _total(residual: bool) -> str:
 
 # FlashAttention-2 (Dao 2023, arXiv:2307.08691) on tensor cores, for what MLX has no fused kernel on
 # CUDA: heads wider than 128; and for few keys, where cuDNN's call costs more than its work. Four
-# warps share 64 keys and values at a time; each owns 16 queries, whose scores and sums never leave
-# its registers. Accumulators of the first product are, in pairs, operands of the second.
+# warps share some keys and values at a time, which come while they work on others; each owns 16
+# queries, whose scores and sums never leave its registers. Accumulators of the first product are,
+# in pairs, operands of the second.
 _ATTENTION = """
-  constexpr int DP = (D + 15) / 16 * 16, STRIDE = DP + 8, KEYS = 64;
-  __shared__ __align__(16) T keys[KEYS * STRIDE];
-  __shared__ __align__(16) T values[KEYS * STRIDE];
+  constexpr int DP = (D + 15) / 16 * 16, STRIDE = DP + 8;
+  __shared__ __align__(16) T held[2 * KEYS * STRIDE];
+  T *keys = held, *values = held + KEYS * STRIDE;
   const int b = $block_y / H, h = $block_y % H;
   const int tid = $thread, warp = tid / 32, lane = tid % 32, quad = lane / 4, pair = lane % 4 * 2;
   const T* q_from = queries + b * TQ * q_row + h * D;
   const T* k_from = others + b * S * kv_row + kv_row - (2 * H - h) * D;
-  const int row0 = $block * 64 + warp * 16 + quad, row1 = row0 + 8;
+  const T* v_from = k_from + H * D;
+  const int first = $block * 64 + warp * 16, row0 = first + quad, row1 = row0 + 8;
+  bring<KEYS, D, STRIDE>(keys, k_from, kv_row, S, tid);
+  bring<KEYS, D, STRIDE>(values, v_from, kv_row, S, tid);
 
+  const T *q0 = q_from + row0 * q_row + pair, *q1 = q0 + 8 * q_row;
   uint32_t q[DP / 16][4];
 #pragma unroll
   for (int t = 0; t < DP / 16; ++t)
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const int row = j % 2 ? row1 : row0, d = t * 16 + pair + j / 2 * 8;
-      q[t][j] = row < TQ && d < D ? two_at(q_from + row * q_row + d) : 0u;
+      const int d = t * 16 + j / 2 * 8;
+      q[t][j] = (j % 2 ? row1 : row0) < TQ && d < D ? two_at((j % 2 ? q1 : q0) + d) : 0u;
     }
-  float o[D / 8][4] = {};
+  float o[DP / 8][4] = {};
   float top0 = -INFINITY, top1 = -INFINITY, sum0 = 0.0f, sum1 = 0.0f;
   const float factor = scale * 1.4426950408889634f;
 
 #pragma unroll 1
   for (int start = 0; start < S; start += KEYS) {
-    __syncthreads();
-#pragma unroll 1
-    for (int e = tid; e < KEYS * (DP / 8); e += 128) {
-      const int row = e / (DP / 8), d = e % (DP / 8) * 8;
-      uint4 k = make_uint4(0, 0, 0, 0), v = k;
-      if (start + row < S && d < D) {
-        const T* at = k_from + (start + row) * kv_row + d;
-        k = *reinterpret_cast<const uint4*>(at);
-        v = *reinterpret_cast<const uint4*>(at + H * D);
-      }
-      *reinterpret_cast<uint4*>(keys + row * STRIDE + d) = k;
-      *reinterpret_cast<uint4*>(values + row * STRIDE + d) = v;
-    }
+    const int next = start + KEYS;
+    all_but_one_came();  // the values may be on their way
     __syncthreads();
     float s[KEYS / 8][4] = {};
 #pragma unroll
     for (int t = 0; t < DP / 16; ++t)
 #pragma unroll
-      for (int n = 0; n < KEYS / 8; ++n) {
-        const T* at = keys + (n * 8 + quad) * STRIDE + t * 16 + pair;
-        multiply(s[n], q[t], two_at(at), two_at(at + 8), T());
+      for (int n = 0; n < KEYS / 8; n += 2) {
+        uint32_t k[4];
+        const T* at = keys + (n * 8 + lane / 16 * 8 + lane % 8) * STRIDE + lane / 8 % 2 * 8;
+        four_blocks(k, at + t * 16);
+        multiply(s[n], q[t], k[0], k[1], T());
+        multiply(s[n + 1], q[t], k[2], k[3], T());
       }
+    __syncthreads();
+    bring<KEYS, D, STRIDE>(keys, k_from + next * kv_row, kv_row, S - next, tid);
+    if (next > S)
+#pragma unroll
+      for (int n = 0; n < KEYS / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+          if (start + n * 8 + pair + j % 2 >= S) s[n][j] = -INFINITY;
     float new0 = top0, new1 = top1;
 #pragma unroll
-    for (int n = 0; n < KEYS / 8; ++n)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const bool is_key = start + n * 8 + pair + j % 2 < S;
-        s[n][j] = is_key ? s[n][j] * factor : -INFINITY;
-        if (j < 2) new0 = fmaxf(new0, s[n][j]); else new1 = fmaxf(new1, s[n][j]);
-      }
+    for (int n = 0; n < KEYS / 8; ++n) {
+      new0 = fmaxf(new0, fmaxf(s[n][0], s[n][1]));
+      new1 = fmaxf(new1, fmaxf(s[n][2], s[n][3]));
+    }
 #pragma unroll
     for (int i = 1; i < 4; i *= 2) {
       new0 = fmaxf(new0, __shfl_xor_sync(0xffffffffu, new0, i));
       new1 = fmaxf(new1, __shfl_xor_sync(0xffffffffu, new1, i));
     }
-    const float old0 = power(top0 - new0), old1 = power(top1 - new1);
+    const float old0 = power((top0 - new0) * factor), old1 = power((top1 - new1) * factor);
     top0 = new0; top1 = new1;
+    const float less0 = top0 * factor, less1 = top1 * factor;
     sum0 *= old0; sum1 *= old1;
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
+    for (int n = 0; n < DP / 8; ++n) {
       o[n][0] *= old0; o[n][1] *= old0; o[n][2] *= old1; o[n][3] *= old1;
     }
     uint32_t p[KEYS / 16][4];
 #pragma unroll
     for (int n = 0; n < KEYS / 8; ++n) {
-      const float a = power(s[n][0] - top0), c = power(s[n][1] - top0);
-      const float e = power(s[n][2] - top1), g = power(s[n][3] - top1);
+      const float a = power(s[n][0] * factor - less0), c = power(s[n][1] * factor - less0);
+      const float e = power(s[n][2] * factor - less1), g = power(s[n][3] * factor - less1);
       sum0 += a + c;
       sum1 += e + g;
-      p[n / 2][n % 2 * 2] = packed<T>(a, c);
-      p[n / 2][n % 2 * 2 + 1] = packed<T>(e, g);
+      p[n / 2][n % 2 * 2] = packed(a, c, T());
+      p[n / 2][n % 2 * 2 + 1] = packed(e, g, T());
     }
+    all_but_one_came();  // the next keys may be on their way
+    __syncthreads();
 #pragma unroll
     for (int t = 0; t < KEYS / 16; ++t)
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) {
-        uint32_t x, y;
-        const T* at = values + (t * 16 + lane % 16) * STRIDE + n * 8;
-        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
-                     : "=r"(x), "=r"(y) : "r"(uint32_t(__cvta_generic_to_shared(at))));
-        multiply(o[n], p[t], x, y, T());
+      for (int n = 0; n < DP / 8; n += 2) {
+        uint32_t v[4];
+        four_blocks_turned(v, values + (t * 16 + lane % 16) * STRIDE + (n + lane / 16) * 8);
+        multiply(o[n], p[t], v[0], v[1], T());
+        multiply(o[n + 1], p[t], v[2], v[3], T());
       }
+    __syncthreads();
+    bring<KEYS, D, STRIDE>(values, v_from + next * kv_row, kv_row, S - next, tid);
   }
 #pragma unroll
   for (int i = 1; i < 4; i *= 2) {
     sum0 += __shfl_xor_sync(0xffffffffu, sum0, i);
     sum1 += __shfl_xor_sync(0xffffffffu, sum1, i);
   }
-  T* to = y_out + (b * TQ) * H * D + h * D;
+  sum0 = 1.0f / sum0;
+  sum1 = 1.0f / sum1;
+  // Through shared memory, so that what is written down lies side by side.
+  T* mine = held + warp * 16 * STRIDE;
 #pragma unroll
   for (int n = 0; n < D / 8; ++n) {
     const int d = n * 8 + pair;
-    if (row0 < TQ) two_at(to + row0 * H * D + d) = packed<T>(o[n][0] / sum0, o[n][1] / sum0);
-    if (row1 < TQ) two_at(to + row1 * H * D + d) = packed<T>(o[n][2] / sum1, o[n][3] / sum1);
+    two_at(mine + quad * STRIDE + d) = packed(o[n][0] * sum0, o[n][1] * sum0, T());
+    two_at(mine + (quad + 8) * STRIDE + d) = packed(o[n][2] * sum1, o[n][3] * sum1, T());
+  }
+  __syncwarp();
+  T* to = y_out + b * TQ * H * D + h * D;
+#pragma unroll
+  for (int e = lane; e < 16 * (D / 8); e += 32) {
+    const int row = e / (D / 8), d = e % (D / 8) * 8;
+    if (first + row < TQ) put<8>(to + (first + row) * H * D + d, fetch<8>(mine + row * STRIDE + d));
   }
 """
 
 _ATTENTION_HEADER = """
+// KEYS rows of D numbers, of which ``left`` are there, on their way to shared memory: 128 threads.
+template <int KEYS, int D, int STRIDE, typename T>
+__device__ inline void bring(T* to, const T* from, int step, int left, int tid) {
+  constexpr int EACH = STRIDE / 8 - 1;
+#pragma unroll
+  for (int e = tid; e < KEYS * EACH; e += 128) {
+    const int row = e / EACH, d = e % EACH * 8;
+    const bool is_there = row < left && d < D;
+    if (left > 0)
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                   :: "r"(uint32_t(__cvta_generic_to_shared(to + row * STRIDE + d))),
+                      "l"(is_there ? from + row * step + d : from), "r"(is_there ? 16 : 0)
+                   : "memory");
+  }
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+__device__ inline void all_but_one_came() {
+  asm volatile("cp.async.wait_group 1;" ::: "memory");
+}
+template <typename T> __device__ inline void four_blocks(uint32_t* x, const T* at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(at))) : "memory");
+}
+template <typename T> __device__ inline void four_blocks_turned(uint32_t* x, const T* at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(at))) : "memory");
+}
 __device__ inline float power(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -850,11 +943,15 @@ template <typename T> __device__ inline const uint32_t& two_at(const T* p) {
 template <typename T> __device__ inline uint32_t& two_at(T* p) {
   return *reinterpret_cast<uint32_t*>(p);
 }
-template <typename T> __device__ inline uint32_t packed(float a, float b) {
-  Pack<T, 2> two;
-  two.at[0] = T(a);
-  two.at[1] = T(b);
-  return *reinterpret_cast<uint32_t*>(&two);
+__device__ inline uint32_t packed(float a, float b, half_t) {
+  uint32_t two;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(b), "f"(a));
+  return two;
+}
+__device__ inline uint32_t packed(float a, float b, bfloat_t) {
+  uint32_t two;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(two) : "f"(b), "f"(a));
+  return two;
 }
 __device__ inline void multiply(float* c, const uint32_t* a, uint32_t x, uint32_t y, half_t) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -918,6 +1015,13 @@ def _code(text: str) -> str:
 def _width(*counts: int) -> int:
     """Numbers that one access takes: the widest that divides every count."""
     return next(width for width in (8, 4, 2, 1) if not any(n % width for n in counts))
+
+
+def _keys(count: int, width: int) -> int:
+    """How many of so many keys our attention takes at a time, so that few are taken in vain."""
+    row = 2 * 2 * (-(-width // 16) * 16 + 8)  # bytes of a key and its value
+    fitting = [keys for keys in (64, 80, 48) if keys * row <= 48 << 10]
+    return min(fitting, key=lambda keys: -(-count // keys) * keys)
 
 
 def _is_chunk(groups: int, of: int, channels: int) -> bool:
@@ -1030,6 +1134,14 @@ class Kernels:
         blocks = batch * norm.groups // beside * CLUSTER
         is_shared = pixels >= CLUSTER_PIXELS and blocks >= CLUSTER_BLOCKS and not unfolds
         if self.has_clusters and is_shared and beside * per_group // width <= threads:
+            together = threads // (beside * per_group // width)  # pixels
+            held = -(-pixels // (CLUSTER * together * 4)) * 4
+            most = HELD_SUM_BYTES if residual is not None else HELD_BYTES
+            is_held = held * width * value.dtype.size <= most
+            form = replace(form, held=is_held)
+            template += (
+                [("AHEAD", 3 * ahead), ("HELD", held)] if is_held else [("AHEAD", 2 * ahead)]
+            )
             kernel = self._kernel(
                 "cluster_norm" + form.suffix,
                 [*form.inputs, "weight", "bias"],
@@ -1042,7 +1154,7 @@ class Kernels:
             outputs = kernel(
                 inputs=[*terms, *ends],
                 scalars={**numbers, "eps": float(norm.eps)},
-                template=[*template, ("THREADS", threads), ("AHEAD", 2 * ahead)],
+                template=[*template, ("THREADS", threads)],
                 grid=(blocks * threads, 1, 1),
                 threadgroup=(threads, 1, 1),
                 output_shapes=[y_shape, *totals],
@@ -1205,7 +1317,7 @@ class Kernels:
                 "kv_row": kv_row,
                 "scale": float(scale),
             },
-            template=[("T", queries.dtype), ("D", width)],
+            template=[("T", queries.dtype), ("D", width), ("KEYS", _keys(keys, width))],
             grid=(blocks * 128, batch * heads, 1),
             threadgroup=(128, 1, 1),
             output_shapes=[(batch * tokens, heads * width)],
@@ -1335,6 +1447,10 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
     several = array(2, 1200, 640), array(2, 1200, 640)
     shared = Norm(1 + array(640, of=mx.float32), array(640, of=mx.float32), 32, 1e-5)
     joined, alone, pairs = array(2, 70, 960), array(2, 70, 80), array(2, 77, 160)
+    many = array(1, 300, 240)
+    # More pixels than registers hold, in as few numbers as a cluster is used for.
+    vast = mx.random.normal((1, 13000, 384), key=mx.random.key(0)).astype(dtype)
+    split = Norm(1 + array(384, of=mx.float32), array(384, of=mx.float32), 12, 1e-5)
     cases: dict[str, Callable[[Any], Any]] = {
         "group norm": lambda k: k.group_norm(value, norm, size, shift=shift, start=7),
         "group norm with a residual": lambda k: k.group_norm(
@@ -1352,11 +1468,15 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
         "group norm of a map that blocks share": lambda k: k.group_norm(
             several[0], shared, (2, 40, 30), residual=several[1], shift=mx.repeat(shift[:1], 4, 1)
         ),
+        "group norm of a map that registers do not hold": lambda k: k.group_norm(
+            vast, split, (1, 130, 100), residual=vast, silu=False, wanted="tokens"
+        ),
         "group norm of two such maps": lambda k: k.group_norm(
             several[0][..., :320], shared, (2, 40, 30), skip=several[1][..., 320:], silu=False
         ),
         "layer norm": lambda k: k.layer_norm(value, norm.weight, norm.bias, row, 1e-5),
         "attention": lambda k: k.attention(joined, joined, 2, 2, scale=0.11),
+        "attention to several blocks": lambda k: k.attention(many, many, 1, 1, scale=0.11),
         "attention to few": lambda k: k.attention(alone, pairs, 2, 2, scale=0.3),
         "gate": lambda k: k.gate(value, row),
         "gate beside": lambda k: k.gate(value, row, residual),
