@@ -47,12 +47,21 @@ def moments(sd: DiffusionModel, values: FloatArray, notes: list[str]) -> tuple[m
     return found
 
 
-def decode(sd: DiffusionModel, latents: mx.array, notes: list[str]) -> FloatArray:
-    """Latents (1, h, w, C) to pixels (H, W, 3); in float32 where the weights' dtype fails."""
+def decode(sd: DiffusionModel, latents: mx.array, notes: list[str]) -> Image.Image:
+    """Latents (1, h, w, C) to a picture; in float32 where the weights' dtype fails."""
     if isinstance(sd.vae, PreparedVAE):
         sd.vae.decoder.wait(sd.max_memory is not None)
-    pixels = np.array(sd.vae.decode(latents).astype(mx.float32))[0]
-    if fault := _fault(pixels):
+
+    def drawn() -> tuple[Image.Image, str]:
+        pixels = sd.vae.decode(latents)[0].astype(mx.float32)
+        shown = as_bytes(pixels)
+        is_finite, brightest = mx.isfinite(pixels).all(), shown.max()
+        mx.eval(shown, is_finite, brightest)
+        fault = "as NaN" if not is_finite.item() else "" if brightest.item() else "black"
+        return Image.fromarray(np.array(shown)), fault
+
+    picture, fault = drawn()
+    if fault:
         dtype = sd.dtype_of("vae")
         if not bool(mx.isfinite(latents).all()):
             name = dtype_name(sd.dtype_of("unet"))
@@ -61,19 +70,21 @@ def decode(sd: DiffusionModel, latents: mx.array, notes: list[str]) -> FloatArra
             notes.append(f"the picture was decoded {fault}")
         else:
             with _in_float32(sd.vae):
-                pixels = np.array(sd.vae.decode(latents))[0]
-            again = f", and is {_fault(pixels)} there too" if _fault(pixels) else ""
+                picture, still = drawn()
+            again = f", and is {still} there too" if still else ""
             name = dtype_name(dtype)
             notes.append(f"the picture was decoded {fault} in {name}: done in float32{again}")
-    return pixels
+    return picture
 
 
-def _fault(pixels: FloatArray) -> str:
-    """What is wrong with decoded pixels: "as NaN", "black", or nothing."""
-    if not np.isfinite(pixels).all():
-        return "as NaN"
-    brightest = np.full((1, 1, 3), pixels.max(), np.float32)
-    return "black" if not images.to_image(brightest).getbbox() else ""
+def as_bytes(pixels: mx.array) -> mx.array:
+    """Pixels in [-1, 1], float32, as the 8-bit numbers of ``images.to_image``, on the device.
+
+    They are a quarter of what would be brought back otherwise, and each number is the same.
+    """
+    unit = pixels * 0.5 + 0.5
+    unit = mx.where(unit > 0, mx.minimum(unit, 1), 0)  # NaN is no more than 0
+    return mx.round(unit * 255).astype(mx.uint8)
 
 
 @contextmanager

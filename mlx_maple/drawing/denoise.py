@@ -38,7 +38,7 @@ LEFT_OUT = 200  # characters of a prompt's end that a note repeats
 
 
 def encode_prompts(sd: DiffusionModel, job: Job, notes: list[str]) -> Prompts:
-    """The states of the prompt and, where it is guided, of the negative prompt; evaluated."""
+    """The states of the prompt and, where it is guided, of the negative prompt; under way."""
     prompts = encoded(
         sd.text_encoders,
         job.prompt,
@@ -56,7 +56,7 @@ def encode_prompts(sd: DiffusionModel, job: Job, notes: list[str]) -> Prompts:
     # The refiner was not trained so: with it an empty text is avoided, as in diffusers.
     if job.settings[0].zeroed_negative and sd.info.family != REFINER:
         prompts = prompts.avoiding_nothing(zeroed)
-    mx.eval(prompts.arrays())
+    mx.async_eval(prompts.arrays())
     return prompts
 
 
@@ -157,6 +157,7 @@ def refined(sd: DiffusionModel, job: Job, model: Model, shown: Shown, notes: lis
     if refiner is None:
         return model
     prompts = encode_prompts(refiner, job, notes)
+    mx.eval(prompts.arrays())
     refiner.networks.release(*refiner.text_encoders.tokenizers)
     shown = shown if steers_both(sd, refiner) else replace(shown, steering=())
     if not sees_alike(sd, refiner):

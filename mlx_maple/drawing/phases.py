@@ -26,7 +26,7 @@ from mlx_maple.drawing.jobs import Job
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.previews import Previews
 from mlx_maple.drawing.results import Progress, Result
-from mlx_maple.drawing.starts import Outside, start
+from mlx_maple.drawing.starts import Outside, Streams, start, streams_of
 from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
@@ -82,6 +82,8 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     _set_token_merging(job, job.settings[0].token_merging, sd)
     prompts = encode_prompts(sd, job, notes)
     later = None if job.second is None else encode_prompts(sd, job.second, notes)
+    streams = streams_of(job)  # drawn here while the device reads the prompts
+    mx.eval(prompts.arrays(), [] if later is None else later.arrays())
     sd.networks.release(*sd.text_encoders.tokenizers)
     clock.mark("text")
 
@@ -101,15 +103,14 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
         sd.networks.release("vae")
         clock.mark("encode")
 
-    latents, previews = yield from _sampled(
-        sd, job, prompts, seen, posterior, notes, clock, 0, total
-    )
+    sampled = _sampled(sd, job, prompts, seen, streams, posterior, notes, clock, 0, total)
+    latents, previews = yield from sampled
     if job.second is not None and later is not None:
         clean = yield from _enlarged(sd, job, latents, clock, notes)
         done, job = job.plan.total, job.second
-        latents, previews = yield from _sampled(
-            sd, job, later, seen, clean, notes, clock, done, total
-        )
+        streams = streams_of(job)
+        sampled = _sampled(sd, job, later, seen, streams, clean, notes, clock, done, total)
+        latents, previews = yield from sampled
 
     final = np.array(latents)
     pictures = []
@@ -123,7 +124,7 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
                 _preview=previews.of(total, latents),
             )
         )
-        drawn = images.to_image(decode(sd, latents[i : i + 1], notes))
+        drawn = decode(sd, latents[i : i + 1], notes)
         if job.mask is not None and job.picture is not None:
             drawn = images.composited(drawn, job.picture, job.mask)
         pictures.append(drawn)
@@ -149,6 +150,7 @@ def _sampled(
     job: Job,
     prompts: Prompts,
     seen: list[ImagePrompt],
+    streams: list[Streams],
     posterior: tuple[mx.array, mx.array] | None,
     notes: list[str],
     clock: Clock,
@@ -159,7 +161,7 @@ def _sampled(
     shown = shown_beside(sd, job, seen, notes)
     model = guided_unet(sd, job, prompts, shown)  # not before: it loads the UNet
     model = refined(sd, job, model, shown, notes)
-    noise, clean, draw = start(job, posterior)
+    noise, clean, draw = start(job, streams, posterior)
     blend, begun = None, clean
     if job.mask is not None and clean is not None:
         inside = mx.array(images.latent_mask(job.mask, sd.configs["vae"].downscale)) > 0
@@ -209,7 +211,7 @@ def _enlarged(
     means = []
     for i in range(job.count):
         yield from clock.away(Progress(index=job.plan.total, total=total, stage="encode"))
-        drawn = images.to_image(decode(sd, latents[i : i + 1], notes))
+        drawn = decode(sd, latents[i : i + 1], notes)
         drawn = drawn if job.upscale is None else job.upscale(drawn)
         means.append(encode(sd, images.fitted(drawn, *job.second.size), notes)[0])
     sd.networks.release("vae")

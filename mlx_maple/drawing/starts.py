@@ -18,11 +18,15 @@ from mlx_maple.sampling.noise import (
 from mlx_maple.sampling.schedule import SigmaGrid
 
 
+def streams_of(job: Job) -> list["Streams"]:
+    """Random numbers for each picture."""
+    return [Streams(settings, job.shape[1:]) for settings in job.settings]
+
+
 def start(
-    job: Job, posterior: tuple[mx.array, mx.array] | None
+    job: Job, streams: list["Streams"], posterior: tuple[mx.array, mx.array] | None
 ) -> tuple[mx.array, mx.array | None, StepNoise]:
     """Starting noise (n, h, w, C), the picture's latents likewise or None, the steps' noise."""
-    streams = [_Streams(settings, job.shape[1:]) for settings in job.settings]
     noise = np.stack([stream.initial for stream in streams])
     clean = None
     if posterior is not None:
@@ -41,7 +45,7 @@ def start(
     )
 
 
-class _Streams:
+class Streams:
     """One picture's random numbers: for the posterior, for the start, and what the steps draw."""
 
     def __init__(self, settings: Settings, shape: tuple[int, int, int]) -> None:

@@ -125,11 +125,11 @@ class Networks:
 
     def drop(self, *names: str) -> None:
         """Let go of networks that can be loaded anew; each is when it is asked for next."""
-        for name in names:
-            if self.can_load(name):
-                self._held.pop(name, None)
-        gc.collect()
-        mx.clear_cache()
+        gone = [self._held.pop(name) for name in names if self.can_load(name) and self.held(name)]
+        if gone:
+            gone.clear()
+            gc.collect()
+            mx.clear_cache()
 
     def release(self, *names: str) -> None:
         """Let go of what can be loaded again; the caller keeps no reference to it either."""
