@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIDES, help="random weights of this size instead")
     parser.add_argument("--side", type=int, action="append", help="pixels, with --size")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of them")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--sheet", type=Path, help="a picture of all pictures, a row a prompt")
     args = parser.parse_args()
@@ -87,7 +88,7 @@ def main() -> None:
         sd = random_model()
         found = [timed(sd, side, args.steps) for side in args.side or SIDES[args.size]]
     else:
-        found = [drawn(maple.load(args.model), args.steps, args.sheet)]
+        found = [drawn(maple.load(args.model), args)]
     facts = {
         "device": device(),
         "seconds": "of the CPU" if is_cpu else "of the clock",
@@ -101,12 +102,13 @@ def main() -> None:
     keep(args.output, [{**facts, **each} for each in found])
 
 
-def drawn(sd: StableDiffusion, steps: int, sheet: Path | None) -> dict[str, Any]:
+def drawn(sd: StableDiffusion, args: argparse.Namespace) -> dict[str, Any]:
     """Each switch on all prompts, one prompt after the other: none has all the bad moments."""
     sd(next(iter(PROMPTS)), seed=0, steps=2)
+    steps, prompts = args.steps, dict(list(PROMPTS.items())[: args.prompts])
     rows = {label: {"seconds": [], "psnr": [], "score": [], "read": 0} for label in SWITCHES}
     pictures = []
-    for seed, (prompt, name) in enumerate(PROMPTS.items()):
+    for seed, (prompt, name) in enumerate(prompts.items()):
         pictures.append([])
         for label, arguments in SWITCHES.items():
             result = sd(prompt, seed=seed, steps=steps, **arguments)
@@ -117,8 +119,8 @@ def drawn(sd: StableDiffusion, steps: int, sheet: Path | None) -> dict[str, Any]
             row["score"].append(judge.scores(picture)[name])
             row["read"] += name in judge.best(picture)
     side = pictures[0][0].width
-    if sheet is not None:
-        save_sheet(pictures, sheet)
+    if args.sheet is not None:
+        save_sheet(pictures, args.sheet)
     found = []
     for label, row in rows.items():
         near = None if label == "none" else round(float(np.mean(row["psnr"])), 2)
@@ -133,7 +135,7 @@ def drawn(sd: StableDiffusion, steps: int, sheet: Path | None) -> dict[str, Any]
             }
         )
         print(json.dumps(found[-1]), flush=True)
-    return {"side": side, "prompts": len(PROMPTS), "rows": found}
+    return {"side": side, "prompts": len(prompts), "rows": found}
 
 
 def timed(sd: StableDiffusion, side: int, steps: int) -> dict[str, Any]:

@@ -58,9 +58,10 @@ class Merging(NamedTuple):
     def _means(self, x: mx.array, joining: mx.array, numbers: mx.array) -> mx.array:
         """The means of some targets: (B, t, C)."""
         goes = self.into[:, None] == numbers[:, None]  # (B, t, R)
-        total = goes.astype(x.dtype) @ joining + mx.take(x, self.targets[numbers], axis=1)
         shares = 1 / (1 + goes.sum(axis=-1, keepdims=True)).astype(mx.float32)
-        return total * shares.astype(x.dtype)
+        shares = shares.astype(x.dtype)
+        # Shared before they are added: of a plain sky thousands join, too many for a float16 sum.
+        return (goes * shares) @ joining + shares * mx.take(x, self.targets[numbers], axis=1)
 
     def unmerge(self, x: mx.array) -> mx.array:
         """(B, M, C) to (B, N, C): each token gets what became of the one that it went into."""

@@ -49,6 +49,13 @@ def test_a_target_becomes_the_mean_of_all_that_join_it():
     assert np.array(found.unmerge(found.merge(x))).tolist() == [[[2, 0], [2, 0], [2, 0], [0, 5]]]
 
 
+def test_thousands_that_join_one_do_not_overflow_a_half():
+    x = mx.broadcast_to(mx.array([[[20.0, 0]]]), (1, 128 * 64, 2)).astype(mx.float16)
+    found = match(x, 128, 64, 0.75)
+    assert found is not None and len(set(np.array(found.into)[0].tolist())) == 1
+    assert np.allclose(np.array(found.unmerge(found.merge(x))), np.array(x), rtol=5e-3)
+
+
 @pytest.mark.parametrize(("rows", "columns", "ratio"), [(4, 4, 0.05), (1, 9, 0.5), (5, 1, 0.7)])
 def test_where_there_is_nothing_to_merge(rows, columns, ratio):
     assert match(normal(1, rows * columns, 3), rows, columns, ratio) is None
