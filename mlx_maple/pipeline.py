@@ -20,6 +20,7 @@ from typing import Any
 from mlx_maple import images, metadata
 from mlx_maple.control import IMAGE_GUIDANCE, describe_controls, read_controls, use_of_channels
 from mlx_maple.drawing.arguments import (
+    FAR_APART,
     MASK_CONTENTS,
     check_form,
     check_refiner,
@@ -402,6 +403,8 @@ class StableDiffusion(DiffusionModel):
             number = secrets.randbelow(2**32) if variation_seed is None else variation_seed
             settings = replace(settings, variation_seed=whole("variation_seed", number))
         plan = plan_of(self, settings)
+        if settings.deep_cache is not None and plan.sampler in FAR_APART:
+            notes.append(f"{plan.sampler}'s steps are far apart: deep_cache spoils the picture")
         given = {
             "latents": None if latents is None else read_array("latents", latents, shape),
             "step_noise": None if step_noise is None else read_step_noise(step_noise, plan, shape),

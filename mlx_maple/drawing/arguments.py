@@ -23,6 +23,7 @@ from mlx_maple.sizes import Sizes, read_pair
 from mlx_maple.text.language import Prompt, read_prompt
 from mlx_maple.text.prompt import encode_prompt
 
+FAR_APART = ("lcm", "tcd")  # samplers whose steps have too little in common for DeepCache
 PREVIEWS = ("linear", "taesd")
 MASK_CONTENTS = ("original", "fill", "noise", "nothing")
 # img2img without a size: at most this many times the pixels that the model was made for

@@ -89,7 +89,7 @@ def test_a_network_made_ready_merges_as_the_plain_one(facts, compiles):
 
     before, first = plain(x, time, context), ready.steps
     assert error(drawn(), before) < SAME
-    for ratio in (0.5, 0.3, 0.5):
+    for ratio in (0.5, 0.3):
         set_token_merging(plain, ratio)
         set_ready(ready, ratio)
         wanted = plain(x, time, context)

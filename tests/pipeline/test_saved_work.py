@@ -91,8 +91,7 @@ def test_which_calls_are_full(sd, forms, more, wanted):
     assert "".join(".f"[is_full] for is_full in forms) == wanted
 
 
-@pytest.mark.parametrize("prompt", ["a leaf", "a leaf AND snow"])
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize(("prompt", "compiles"), [("a leaf", True), ("a leaf AND snow", False)])
 def test_networks_made_ready_draw_the_same(build, prompt, compiles):
     arguments = {**SMALL, "count": 2, "guidance_end": 0.8, **BOTH}
     sd = build()
@@ -120,6 +119,15 @@ def test_with_a_controlnet_and_in_low_memory_mode(forms):
     assert np.array_equal(*found)
     assert forms == [True, False] * 4
     assert not np.allclose(found[0], sd("a", **arguments, control_weight=0.0).latents, atol=1e-3)
+
+
+def test_samplers_whose_steps_are_far_apart_are_told(sd):
+    notes = {
+        sampler: sd("a", deep_cache=2, **{**SMALL, "sampler": sampler, "steps": 2}).notes
+        for sampler in ("lcm", "euler")
+    }
+    assert notes["lcm"] == ["lcm's steps are far apart: deep_cache spoils the picture"]
+    assert notes["euler"] == []
 
 
 def test_what_cannot_be_asked_for(sd):
