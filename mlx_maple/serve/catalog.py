@@ -11,7 +11,7 @@ goes by cost a look at the folders' times, not at what is in them.
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,13 @@ from mlx_maple.serve.config import Config
 CHECK_SECONDS = 1.0  # between two looks at the folders' times
 OLD_SECONDS = 600.0  # after which all is looked up again: a file may have grown
 MOST_FOLDERS = 5000  # whose times are looked at
-PUBLISHED = ("vae", "taesd", "controlnet", "lora")  # kinds of which some are known by name
+PUBLISHED = (
+    "vae",
+    "taesd",
+    "controlnet",
+    "lora",
+    "ip_adapter",
+)  # kinds of which some are known by name
 
 
 class UnknownName(LookupError):
@@ -175,17 +181,22 @@ class Catalog:
         self,
         entry: Entry,
         *,
-        vae: str | None = None,
-        taesd: str | None = None,
-        controlnets: Sequence[str] = (),
+        beside: Mapping[str, str | Sequence[str] | None] | None = None,
         dtype: str | None = None,
         quantize: int | None = None,
         low_memory: bool | None = None,
     ) -> dict[str, Any]:
         """The arguments of ``load`` for a model; what is None is as the server was started.
 
+        Args:
+            entry: the model.
+            beside: names of networks that it is to draw with, by kind.
+            dtype: of weights and activations.
+            quantize: bits to keep weights in; 0 is as they are stored.
+            low_memory: hold one network at a time.
+
         Raises:
-            UnknownName: no autoencoder or ControlNet goes by a name.
+            UnknownName: no network of the kind goes by a name.
         """
         config = self._config
         how: dict[str, Any] = {
@@ -195,12 +206,11 @@ class Catalog:
             "low_memory": config.low_memory if low_memory is None else low_memory,
             "local_files_only": True,  # a request has nothing fetched
         }
-        if vae:
-            how["vae"] = self.network("vae", vae)
-        if taesd:
-            how["taesd"] = self.network("taesd", taesd)
-        if controlnets:
-            how["controlnet"] = [self.network("controlnet", name) for name in controlnets]
+        for kind, names in (beside or {}).items():
+            if isinstance(names, str):
+                how[kind] = self.network(kind, names)
+            elif names:
+                how[kind] = [self.network(kind, name) for name in names]
         return how
 
     def networks(self, kind: str) -> list[str]:

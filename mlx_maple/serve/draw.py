@@ -8,12 +8,14 @@ from mlx_maple import enlarge
 from mlx_maple.serve.config import Limits, pixels_of
 
 LIMITS = Limits()
-MOST_CONTROLS = 3
+MOST_CONTROLS = 3  # so of each kind
 # Fields that are pictures; those of ``controls`` come beside them.
 PICTURES = ("image", "mask", "depth_image")
 LOADING = ("quantize", "low_memory", "dtype")  # arguments of ``load``
 # Fields that ``generate`` does not take as they are.
-OTHERS = ("model", "refiner", "vae", "taesd", "loras", "controls", "previews", "zeroed_negative")
+OTHERS = ("model", "unet", "vae", "taesd", "refiner", "loras", "controls", "image_prompts")
+OTHERS += ("previews", "zeroed_negative")
+LISTED = {"controls": "control", "image_prompts": "ip_image"}  # fields with pictures, and whose
 USUAL_LARGEST = 1024, 1024  # of models: what a drawing without a size has at most, as a rule
 
 
@@ -76,6 +78,17 @@ class Control(BaseModel):
     preprocess: Literal["none", "canny", "scribble", "invert"] = "none"
 
 
+class ImagePrompt(BaseModel):
+    """One IP-Adapter by the name that GET /api/v1/networks lists, and the picture it looks at."""
+
+    model_config = ConfigDict(extra="forbid")
+    name: str = Field(min_length=1, max_length=300)
+    image: PictureIn
+    scale: float = Field(1.0, ge=0, le=10, allow_inf_nan=False)
+    start: float = Field(0.0, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+
+
 class Draw(BaseModel):
     """What to draw. What is left out or null comes from the model."""
 
@@ -98,6 +111,7 @@ class Draw(BaseModel):
         None, description="avoid nothing at all, not even an empty text (SDXL)"
     )
     model: str | None = Field(None, max_length=300)
+    unet: str | None = Field(None, max_length=300)
     vae: str | None = Field(None, max_length=300)
     taesd: str | None = Field(None, max_length=300, description="a small autoencoder for previews")
     refiner: str | None = Field(
@@ -166,13 +180,14 @@ class Draw(BaseModel):
     negative_aesthetic_score: float | None = Field(None, ge=0, le=20)
     preview: Literal["linear", "taesd"] | None = None
     controls: list[Control] | None = Field(None, max_length=MOST_CONTROLS)
+    image_prompts: list[ImagePrompt] | None = Field(None, max_length=MOST_CONTROLS)
     previews: bool = True
 
     def said(self) -> dict[str, Any]:
         """What was said, with pictures as true: what is kept of a job."""
         said = self.model_dump(exclude_none=True, exclude={"previews"})
-        for control in said.get("controls", ()):
-            control["image"] = True
+        for each in (each for name in LISTED for each in said.get(name, ())):
+            each["image"] = True
         return {name: True if name in PICTURES else value for name, value in said.items()}
 
     def arguments(self) -> dict[str, Any]:
@@ -185,11 +200,32 @@ class Draw(BaseModel):
         if self.controls:
             for name in ("weight", "start", "end", "preprocess"):
                 found[f"control_{name}"] = [getattr(control, name) for control in self.controls]
+        if self.image_prompts:
+            for name in ("scale", "start", "end"):
+                found[f"ip_{name}"] = [getattr(each, name) for each in self.image_prompts]
         return found
 
     def loading(self) -> dict[str, Any]:
         """The keyword arguments of ``Catalog.how`` beside networks: what this drawing says."""
         return self.model_dump(exclude_none=True, include=set(LOADING))
+
+    def beside(self) -> dict[str, Any]:
+        """The keyword arguments of ``Catalog.how`` that are networks, by their names."""
+        return {
+            "unet": self.unet,
+            "vae": self.vae,
+            "taesd": self.taesd,
+            "controlnet": [control.name for control in self.controls or ()],
+            "ip_adapter": [each.name for each in self.image_prompts or ()],
+        }
+
+    def pictures(self) -> dict[str, str]:
+        """Every picture that it starts from, by the name of its file."""
+        found = {name: text for name in PICTURES if (text := getattr(self, name)) is not None}
+        for field, name in LISTED.items():
+            for number, each in enumerate(getattr(self, field) or ()):
+                found[f"{name}-{number}"] = each.image
+        return found
 
     def networks(self) -> list[tuple[str, str]]:
         """Kind and name of each network that it asks for, those named in its prompts among them."""
@@ -197,8 +233,10 @@ class Draw(BaseModel):
 
         found = [("lora", lora.name) for lora in self.loras or ()]
         found += [("controlnet", control.name) for control in self.controls or ()]
-        if self.vae:
-            found.append(("vae", self.vae))
+        found += [("ip_adapter", each.name) for each in self.image_prompts or ()]
+        for kind in ("unet", "vae", "taesd"):
+            if name := getattr(self, kind):
+                found.append((kind, name))
         if self.hires_upscaler not in (None, *enlarge.BUILT_IN):
             found.append(("upscaler", self.hires_upscaler or ""))
         if self.syntax != "plain":

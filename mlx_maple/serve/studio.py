@@ -24,7 +24,7 @@ import anyio
 from mlx_maple.serve.bounds import Bound
 from mlx_maple.serve.catalog import Catalog, Entry
 from mlx_maple.serve.config import Config
-from mlx_maple.serve.draw import PICTURES, USUAL_LARGEST, Draw, Undrawable
+from mlx_maple.serve.draw import LISTED, PICTURES, USUAL_LARGEST, Draw, Undrawable
 from mlx_maple.serve.enlarging import Enlarging
 from mlx_maple.serve.link import WorkerLink
 from mlx_maple.serve.queue import Busy, FairQueue
@@ -240,11 +240,8 @@ class Studio:
         pictures = dict(files or {})
         if draw.image is None and "image" not in pictures:  # else its size counts: see worker.py
             await self._check_size(draw, how)
-        for number, control in enumerate(draw.controls or ()):
-            pictures[f"control-{number}"] = await self._picture(control.image)
-        for name in PICTURES:
-            if (text := getattr(draw, name)) is not None:
-                pictures[name] = await self._picture(text)
+        for name, text in draw.pictures().items():
+            pictures[name] = await self._picture(text)
         job = Job(
             id=new_id(),
             client=client,
@@ -297,11 +294,7 @@ class Studio:
         entry = self.catalog.find(draw.model)
         for kind, name in draw.networks():
             self.catalog.network(kind, name)
-        controlnets = [control.name for control in draw.controls or ()]
-        how = self.catalog.how(
-            entry, vae=draw.vae, taesd=draw.taesd, controlnets=controlnets, **draw.loading()
-        )
-        return entry, how
+        return entry, self.catalog.how(entry, beside=draw.beside(), **draw.loading())
 
     async def _check_size(self, draw: Draw, how: dict[str, Any]) -> None:
         """Refuse more pixels than one job may have; the model is looked into where that counts."""
@@ -716,8 +709,9 @@ def _record(job: Job) -> JobRecord:
 def _again(said: Mapping[str, Any]) -> Draw:
     """The request that ``Draw.said`` tells of; its pictures are names only."""
     draw = {name: value for name, value in said.items() if name not in PICTURES}
-    if "controls" in draw:
-        draw["controls"] = [{**control, "image": "kept"} for control in draw["controls"]]
+    for name in LISTED:
+        if name in draw:
+            draw[name] = [{**each, "image": "kept"} for each in draw[name]]
     return Draw(**draw)
 
 

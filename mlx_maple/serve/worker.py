@@ -189,9 +189,10 @@ class Worker:
         model, refiner = models
 
         opened: dict[str, Any] = {name: _opened(name, path) for name, path in inputs.items()}
-        controls = [opened.pop(name) for name in sorted(opened) if name.startswith("control-")]
-        if controls:
-            opened["control_image"] = controls
+        for several, argument in (("control-", "control_image"), ("ip_image-", "ip_image")):
+            found = [opened.pop(name) for name in sorted(opened) if name.startswith(several)]
+            if found:
+                opened[argument] = found
         if refiner is not None:
             opened["refiner"] = self._model(refiner)
         sd = self._model(model)

@@ -89,6 +89,9 @@ PREPROCESSORS = {
 }
 
 
+IP_MODULE = "ip-adapter-auto"
+
+
 class ErrorAnswer(BaseModel):
     """A1111's error."""
 
@@ -320,6 +323,9 @@ def _passed_over(asked: _Asked) -> list[str]:
     if foreign:
         listed = ", ".join(name[:40] for name in foreign[:10])
         notes.append(f"options that mean nothing here: {listed}")
+    units = _scripts(asked).get("controlnet", [])
+    if any(isinstance(unit, dict) and (unit.get("threshold_a") or -1) > 0 for unit in units):
+        notes.append("thresholds of preprocessors are the usual ones")
     if isinstance(asked, Img2Img) and asked.mask and asked.inpaint_full_res:
         notes.append('"only masked" is redrawn within the whole picture')
     return notes
@@ -343,26 +349,30 @@ def _scripts(asked: _Asked) -> dict[str, list[Any]]:
     return found
 
 
-def _controls(asked: _Asked) -> list[dict[str, Any]] | None:
-    """ControlNets as the extension of that name takes them (sd-webui-controlnet's API)."""
-    found = []
+def _controls(asked: _Asked) -> dict[str, list[dict[str, Any]]]:
+    """Units of the ControlNet extension (sd-webui-controlnet's API): IP-Adapters are some, too."""
+    controls, image_prompts = [], []
     for unit in _scripts(asked).get("controlnet", []):
         if not isinstance(unit, dict) or not unit.get("enabled", True):
             continue
         module = str(unit.get("module") or "none").lower()
-        if module not in PREPROCESSORS:
+        if unit.get("control_mode") not in (None, 0, "Balanced"):
+            raise ApiError(422, "control_mode: Balanced is offered here", field="alwayson_scripts")
+        common = {
+            "name": unit.get("model"),
+            "image": unit.get("image") or unit.get("input_image"),
+            "start": unit.get("guidance_start", 0.0),
+            "end": unit.get("guidance_end", 1.0),
+        }
+        weight = unit.get("weight", 1.0)
+        if module.startswith("ip-adapter"):
+            image_prompts.append({**common, "scale": weight})
+        elif module in PREPROCESSORS:
+            controls.append({**common, "weight": weight, "preprocess": PREPROCESSORS[module]})
+        else:
             raise ApiError(404, f"module {module[:80]!r} not found", field="alwayson_scripts")
-        found.append(
-            {
-                "name": unit.get("model"),
-                "image": unit.get("image") or unit.get("input_image"),
-                "weight": unit.get("weight", 1.0),
-                "start": unit.get("guidance_start", 0.0),
-                "end": unit.get("guidance_end", 1.0),
-                "preprocess": PREPROCESSORS[module],
-            }
-        )
-    return found or None
+    found = {"controls": controls, "image_prompts": image_prompts}
+    return {name: units for name, units in found.items() if units}
 
 
 async def _with_styles(studio: Studio, asked: Any) -> Any:
@@ -398,7 +408,7 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
         "ensd": options.get("eta_noise_seed_delta") or None,
         "tile": "xy" if asked.tiling else None,
         "token_merging": options.get("token_merging_ratio") or None,
-        "controls": _controls(asked),
+        **_controls(asked),
         **extra,
     }
     if asked.subseed_strength:
@@ -736,23 +746,26 @@ async def controlnet_version() -> dict[str, int]:
 
 @controlnet.get("/model_list")
 async def controlnet_models(request: Request) -> dict[str, list[str]]:
-    """ControlNets in the model folders."""
-    found = await asyncio.to_thread(studio_of(request).catalog.networks, "controlnet")
-    return {"model_list": list(found)}
+    """ControlNets and IP-Adapters, which the extension takes alike."""
+    return {"model_list": await asyncio.to_thread(_steering, studio_of(request))}
 
 
 @controlnet.get("/module_list")
 async def controlnet_modules() -> dict[str, list[str]]:
     """Preprocessors."""
-    return {"module_list": list(PREPROCESSORS)}
+    return {"module_list": [*PREPROCESSORS, IP_MODULE]}
+
+
+def _steering(studio: Studio) -> list[str]:
+    return [name for kind in ("controlnet", "ip_adapter") for name in studio.catalog.networks(kind)]
 
 
 @controlnet.get("/control_types")
 async def control_types(request: Request) -> dict[str, dict[str, Any]]:
     """ControlNets and preprocessors by kind; they are not sorted here."""
-    found = await asyncio.to_thread(studio_of(request).catalog.networks, "controlnet")
+    found = await asyncio.to_thread(_steering, studio_of(request))
     every = {
-        "module_list": list(PREPROCESSORS),
+        "module_list": [*PREPROCESSORS, IP_MODULE],
         "model_list": ["None", *found],
         "default_option": "none",
         "default_model": "None",

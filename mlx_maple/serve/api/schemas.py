@@ -220,9 +220,11 @@ class Networks(BaseModel):
 
     loras: list[Named]
     embeddings: list[Named]
+    unets: list[Named]
     vaes: list[Named]
     taesds: list[Named]
     controlnets: list[Named]
+    ip_adapters: list[Named]
     upscalers: list[Named]
 
 

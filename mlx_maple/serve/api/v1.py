@@ -31,7 +31,7 @@ FEATURES = [
     *("txt2img", "img2img", "inpaint", "previews", "variations", "loras", "controlnet", "vae"),
     *("hires", "tile", "windows", "prompt_weights", "token_merging", "deep_cache"),
     *("hires", "tile", "windows", "prompt_weights", "freeu", "refiner", "taesd", "depth", "sizes"),
-    *("quantize", "low_memory"),
+    *("quantize", "low_memory", "unet", "image_prompts"),
 ]
 ZIP_BYTES = 1 << 30  # of pictures in one archive
 _RESIDENT = re.compile(r"VmRSS:\s+(\d+) kB")
@@ -234,7 +234,16 @@ async def networks(request: Request) -> schemas.Networks:
     catalog = studio_of(request).catalog
 
     def look() -> dict[str, list[schemas.Named]]:
-        kinds = ("lora", "embedding", "vae", "taesd", "controlnet", "upscaler")
+        kinds = (
+            "lora",
+            "embedding",
+            "unet",
+            "vae",
+            "taesd",
+            "controlnet",
+            "ip_adapter",
+            "upscaler",
+        )
         return {f"{k}s": [schemas.Named(name=n) for n in catalog.networks(k)] for k in kinds}
 
     return schemas.Networks(**await asyncio.to_thread(look))
