@@ -1,7 +1,7 @@
 """UNets with parts left out, in the arrangements that are published, beside diffusers' own.
 
-Each is built by diffusers from its publisher's config.json with narrow widths, saved as a folder and
-spelt as a bare CompVis file; from either our reader must find the arrangement in the tensors.
+Each is built by diffusers from its publisher's config.json with narrow widths, saved as a folder
+and spelt as a bare CompVis file; our reader must find the arrangement in the tensors of either.
 
 Source   nota-ai/bk-sdm-{base,small,tiny} and -v2: Nota-NetsPresso/BK-SDM @f3d9882 src/unet_config*
          (segmind/tiny-sd has bk-sdm-tiny's, segmind/small-sd bk-sdm-base's: 323 and 579 million).
