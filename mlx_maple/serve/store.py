@@ -21,9 +21,9 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_maple import images
 from mlx_maple.images import ImageError
@@ -32,6 +32,9 @@ KEPT_JOBS = 2000  # finished jobs without pictures that are remembered
 THUMBNAIL = 256  # pixels
 _PICTURE = re.compile(r"([0-9a-f]{24})-(\d{1,3})\.png")
 _INPUT = re.compile(r"[0-9a-f]{24}-[a-z_]{1,30}(-\d{1,2})?")
+
+_JSON = ("draw", "outcome", "settings")  # columns that hold it
+Row = TypeVar("Row")
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
@@ -177,21 +180,21 @@ class Store:
         )
 
     def _jobs(self, where: str, values: Sequence[Any]) -> list[JobRecord]:
-        rows = self._db.execute(
-            "SELECT id, client, state, created, started, finished, draw, outcome FROM jobs "
-            + where,
-            values,
-        )
+        return self._selected(JobRecord, "jobs", where, values)
+
+    def _selected(
+        self, kind: type[Row], table: str, where: str, values: Sequence[Any]
+    ) -> list[Row]:
+        """Rows of a table, whose columns are called as the fields of ``kind``."""
+        names = [field.name for field in fields(kind)]  # pyright: ignore[reportArgumentType]
+        columns = ", ".join("place" if name == "index" else name for name in names)
+        rows = self._db.execute(f"SELECT {columns} FROM {table} {where}", values)
         return [
-            JobRecord(
-                id=row[0],
-                client=row[1],
-                state=row[2],
-                created=row[3],
-                started=row[4],
-                finished=row[5],
-                draw=json.loads(row[6]),
-                outcome=json.loads(row[7]),
+            kind(
+                **{
+                    name: json.loads(value) if name in _JSON else value
+                    for name, value in zip(names, row, strict=True)
+                }
             )
             for row in rows
         ]
@@ -345,24 +348,7 @@ class Store:
         )
 
     def _pictures(self, where: str, values: Sequence[Any]) -> list[Picture]:
-        rows = self._db.execute(
-            "SELECT number, id, job, place, created, width, height, settings FROM pictures "
-            + where,
-            values,
-        )
-        return [
-            Picture(
-                number=row[0],
-                id=row[1],
-                job=row[2],
-                index=row[3],
-                created=row[4],
-                width=row[5],
-                height=row[6],
-                settings=json.loads(row[7]),
-            )
-            for row in rows
-        ]
+        return self._selected(Picture, "pictures", where, values)
 
     def picture_path(self, picture: Picture) -> Path:
         """The file of a picture that is in the history."""
