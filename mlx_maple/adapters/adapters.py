@@ -1,6 +1,6 @@
 """Which LoRAs and learned words a model draws with, and which its networks carry now."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,6 +21,11 @@ class Worn:
     lora: Lora
     choice: Choice
 
+    @property
+    def changes(self) -> list[str]:
+        """The networks that it changes."""
+        return [part for part in changed_parts(self.lora) if self.choice.strength(part)]
+
 
 class Chosen(NamedTuple):
     """The LoRAs of one drawing.
@@ -34,6 +39,15 @@ class Chosen(NamedTuple):
     worn: tuple[Worn, ...]
     said: str
     notes: list[str]
+
+    def within(self, parts: Collection[str]) -> "Chosen":
+        """What of them changes these networks, for another model that has the same."""
+        worn = []
+        for each in self.worn:
+            updates = {part: each.lora.updates[part] for part in each.changes if part in parts}
+            if updates:
+                worn.append(Worn(replace(each.lora, updates=updates, words=()), each.choice))
+        return self._replace(worn=tuple(worn))
 
 
 class Adapters:
@@ -109,8 +123,18 @@ class Adapters:
 
     # Words ----------------------------------------------------------------------------------
 
+    @property
+    def words(self) -> tuple[Word, ...]:
+        """Those of the drawing."""
+        return self._words
+
     def words_for(
-        self, texts: Iterable[str], encode: Encode, vocab_size: int, notes: list[str]
+        self,
+        texts: Iterable[str],
+        encode: Encode,
+        vocab_size: int,
+        notes: list[str],
+        more: Sequence[Word] = (),
     ) -> tuple[dict[tuple[int, ...], range], bool]:
         """Which words stand in some texts, and the ids that they get.
 
@@ -119,6 +143,7 @@ class Adapters:
             encode: the model's tokenizer.
             vocab_size: V of the text encoders.
             notes: gets a line for each word on the shelf that this model cannot use.
+            more: words that are there beside the model's own and those of its LoRAs.
 
         Returns:
             Ids that spell a name to ids of its vectors, and whether the text encoders have other
@@ -127,7 +152,7 @@ class Adapters:
         written = [encode(text) for text in texts]
         names: dict[tuple[int, ...], Word] = {}
         lora_words = [word for worn in self._worn for word in worn.lora.words]
-        for word in (*self._own_words, *lora_words):
+        for word in (*self._own_words, *lora_words, *more):
             ids = tuple(encode(word.name))
             if any(spelled(text, ids) for text in written):
                 names.setdefault(ids, word)

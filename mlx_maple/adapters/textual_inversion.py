@@ -7,7 +7,7 @@ Source   Gal et al. 2022 (arXiv:2208.01618). In prompts a word is found by the i
          (find_embedding_at_position).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -35,6 +35,10 @@ class Word:
     def count(self) -> int:
         """How many vectors, which is how many of a chunk's places it takes."""
         return len(next(iter(self.vectors.values())))
+
+    def within(self, encoders: Collection[str]) -> "Word":
+        """The word for a model that has these text encoders of ours and no others."""
+        return Word(self.name, {part: self.vectors[part] for part in encoders})
 
 
 def set_words(encoder: CLIPTextEncoder, part: str, words: Sequence[Word]) -> None:

@@ -9,6 +9,7 @@
 - ``arguments``: how each is checked
 - ``starts``: starting noise, the steps' noise, and the picture outside a mask
 - ``autoencode``, ``previews``: pictures to latents and back
+- ``worn``: LoRAs and learned words on what draws
 - ``denoise``: what the sampler asks of the UNet, and its steps
 - ``phases``: a drawing from text to pictures
 """

@@ -11,7 +11,6 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_maple import enlarge, images
-from mlx_maple.drawing.arguments import texts_of
 from mlx_maple.drawing.autoencode import decode, encode
 from mlx_maple.drawing.clock import Clock
 from mlx_maple.drawing.denoise import (
@@ -27,6 +26,7 @@ from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.previews import Previews
 from mlx_maple.drawing.results import Progress, Result
 from mlx_maple.drawing.starts import Outside, Streams, start, streams_of
+from mlx_maple.drawing.worn import put_on
 from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
@@ -77,7 +77,7 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     notes = list(job.notes)
 
     yield from clock.away(Progress(index=0, total=total, stage="text"))
-    _put_on(sd, job, notes)
+    put_on(sd, job, notes)
     sd.set_form(job.form)
     _set_token_merging(job, job.settings[0].token_merging, sd)
     prompts = encode_prompts(sd, job, notes)
@@ -218,17 +218,3 @@ def _enlarged(
     clock.mark("enlarge")
     found = mx.concatenate(means)
     return found, mx.zeros_like(found)
-
-
-def _put_on(sd: DiffusionModel, job: Job, notes: list[str]) -> None:
-    """Have the networks carry the drawing's LoRAs and know the learned words of its texts."""
-    if sd.adapters is None or job.loras is None:
-        return
-    sd.networks.drop(*sd.adapters.wear(job.loras))
-    texts = texts_of(job.prompts)
-    rows = min(sd.configs[part].vocab_size for part in sd.text_encoders.tokenizers)
-    words, are_new = sd.adapters.words_for(texts, sd.tokenizer.encode, rows, notes)
-    sd.text_encoders.words = words
-    if are_new:
-        for part in sd.text_encoders.tokenizers:
-            sd.adapters.set_words(sd.networks[part], part)

@@ -43,17 +43,18 @@ def family_of(name):
 def models(tmp_path_factory):
     folder, loaded = tmp_path_factory.mktemp("families"), {}
 
-    def model(name):
-        if name not in loaded:
+    def model(name, copy="", **more):
+        """A family's model; ``copy`` is another one of the same weights."""
+        if (name, copy) not in loaded:
             plain = families.FAMILIES[name]
             families.FAMILIES[name] = family_of(name)
             try:
                 path = folder / f"{name}.safetensors"
                 tiny.save_safetensors(path, families.compvis(name, np.float16))
-                loaded[name] = maple.load(path, cache=False)
+                loaded[name, copy] = maple.load(path, cache=False, **more)
             finally:
                 families.FAMILIES[name] = plain
-        return loaded[name]
+        return loaded[name, copy]
 
     return model
 
@@ -116,3 +117,44 @@ def test_one_familys_lora_is_not_the_others(models, tmp_path):
     path = lora(tmp_path / "style.safetensors", "sd2", ["unet", "text_encoder"])
     with pytest.raises(UnsupportedCheckpoint, match=r"is for a model of a text \d+ wide"):
         models("sdxl")(LEAF, loras=[path], **SMALL)
+
+
+# A refiner ---------------------------------------------------------------------------------------
+
+
+def refined(sd, refiner, text=LEAF, **more):
+    """A drawing that the refiner makes from the first step on."""
+    return sd(text, **SMALL, refiner=refiner, refiner_start=0, **more)
+
+
+def test_a_refiner_carries_what_changes_the_encoder_that_it_shares(models, tmp_path):
+    sd, refiner = models("sdxl"), models("sdxl-refiner")
+    plain = refiner(LEAF, **SMALL).latents
+    shared = lora(tmp_path / "shared.safetensors", "sdxl", ["text_encoder_2"])
+    whole = lora(tmp_path / "whole.safetensors", "sdxl", ["text_encoder_2", "text_encoder", "unet"])
+    expected = refiner(LEAF, loras=[shared], **SMALL).latents
+    assert not np.array_equal(expected, plain)
+    drawn = refined(sd, refiner, loras=[whole])
+    assert np.array_equal(drawn.latents, expected)
+    assert drawn.notes == ["the LoRA whole leaves the refiner's unet as it is, another one"]
+    assert np.array_equal(refined(sd, refiner).latents, plain)  # it is taken off again
+
+
+def test_a_refiner_of_the_same_shape_carries_all_of_it(models, tmp_path):
+    sd, other = models("sdxl"), models("sdxl", "another")
+    whole = lora(tmp_path / "whole.safetensors", "sdxl", ["unet", "text_encoder"])
+    drawn = refined(sd, other, loras=[whole])
+    assert np.array_equal(drawn.latents, sd(LEAF, loras=[whole], **SMALL).latents)
+    assert not drawn.notes and not np.array_equal(drawn.latents, refined(sd, other).latents)
+
+
+def test_a_refiner_knows_the_words_for_its_encoder(models, tmp_path):
+    refiner, text = models("sdxl-refiner"), f"{LEAF}, noctia"
+    generator = np.random.default_rng(2)
+    pair = {key: generator.standard_normal((3, 64)).astype("f") for key in ("clip_l", "clip_g")}
+    save_file(pair, word := tmp_path / "noctia.safetensors")
+    plain = refiner(text, **SMALL).latents
+    sd = models("sdxl", "with a word", embeddings=[word])
+    knows = refined(sd, refiner, text)
+    assert not np.array_equal(knows.latents, plain) and not knows.notes
+    assert np.array_equal(refined(models("sdxl"), refiner, text).latents, plain)
