@@ -1,7 +1,7 @@
 """Clients that other people wrote, unmodified: what they call must work.
 
-Run by `make serve-check`. `openai`, `webuiapi` and `sd-backend-client` (A1111's API), all from
-PyPI, against the embedded model; each test is one of their calls.
+Run by `make serve-check`. `openai`, and for A1111's API `webuiapi`, `sd-backend-client` and
+`aaa1111`, all from PyPI, against the embedded model; each test is one of their calls.
 """
 
 import base64
@@ -234,3 +234,40 @@ def test_sd_backend_client_draws(backend):
         again = backend.img2img(drawn["images"][0], covered, body)
         assert again["images"][0].size == (128, 128)
     assert backend.submit_txt2img(body).wait().seeds == [7]
+
+
+# aaa1111 -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def typed(server):
+    """A client that checks the types of every answer (beartype)."""
+    from aaa1111 import AAA1111  # not above: it warns of its own types, which is an error there
+
+    return AAA1111(port=server.port)
+
+
+@pytest.mark.parametrize(
+    "name",
+    """cmd_flags embeddings face_restorers get_options hypernetworks interrupt latent_upscale_modes
+    loras lycos memory progress prompt_styles realesrgan_models refresh_checkpoints refresh_loras
+    refresh_lycos reload_checkpoint samplers script_info scripts sd_models sd_vae skip
+    unload_checkpoint upscalers""".split(),
+)
+def test_aaa1111_lists(typed, name):
+    getattr(typed, name)()
+
+
+def test_aaa1111_draws(typed, leaf):
+    drawn = typed.txt2img({**LEAF, "enable_hr": True, "hr_second_pass_steps": 1})
+    assert drawn.images[0].size == (256, 256) and drawn.info["seed"] == 7
+    mask = Image.new("L", (128, 128))
+    mask.paste(255, (32, 32, 96, 96))
+    for fill in range(4):
+        values = {**LEAF, "init_images": [leaf.image], "mask": mask, "inpainting_fill": fill}
+        assert typed.img2img(values).images[0].size == (128, 128)
+
+
+def test_aaa1111_enlarges(typed, leaf):
+    how = {"upscaler_1": "Lanczos", "upscaling_resize": 2}
+    assert typed.extra_single_image({"image": leaf.image, **how}).image.size == (256, 256)

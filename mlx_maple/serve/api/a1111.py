@@ -644,6 +644,7 @@ async def vaes(request: Request) -> list[dict[str, str]]:
 
 
 @router.get("/loras")
+@router.get("/lycos")
 async def loras(request: Request) -> list[dict[str, Any]]:
     """LoRAs in the model folders."""
     found = await asyncio.to_thread(studio_of(request).catalog.networks, "lora")
@@ -781,6 +782,7 @@ async def controlnet_settings() -> dict[str, int]:
 
 @router.post("/refresh-checkpoints")
 @router.post("/refresh-loras")
+@router.post("/refresh-lycos")
 @router.post("/refresh-vae")
 @router.post("/refresh-embeddings")
 async def refresh(request: Request) -> dict[str, Any]:
