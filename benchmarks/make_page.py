@@ -300,10 +300,12 @@ is. Where weights are random there are times alone."""
         heads += [] if run["is_random"] else ["PSNR", "least", "names read", "score"]
         weights = ", random weights" if run["is_random"] else ""
         found += [
-            f"### {run['model']}{weights}, {run['side']}x{run['side']}, {run['device']}",
+            f"### {run['model']}{weights}, {run['side']}x{run['side']}, guidance "
+            f"{run['guidance_scale']:g}, {run['device']}",
             table(heads, body),
-            f"{run['steps']} steps, seconds {run['seconds']}; MLX {run['mlx']}, "
-            f"commit {run['commit']}, {run['date']}.",
+            f"{run['steps']} steps of {run['sampler']} ({run['schedule']}), {run['prompts']} "
+            f"prompts, seconds {run['seconds']}; MLX {run['mlx']}, commit {run['commit']}, "
+            f"{run['date']}.",
         ]
     again = """python benchmarks/switches.py
 python benchmarks/switches.py --size sd15"""

@@ -9,7 +9,7 @@ neighbours do not stretch), how near a picture is to the one without any switch,
 classifier that was trained apart (tests/judge.py) still reads in it what was asked for. With
 ``--size`` it draws with random weights of that size, whose pictures show nothing: times only, each
 switch once to warm up. Needs no torch, and runs from a checkout. Results are kept in one JSON file:
-a run takes the place of the one of the same device and model.
+a run takes the place of the one of the same device, model, size and guidance.
 """
 
 # ruff: noqa: E402  (mlx_maple chooses the BLAS before mlx is imported)
@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--size", choices=SIDES, help="random weights of this size instead")
     parser.add_argument("--side", type=int, action="append", help="pixels, with --size")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, help="scale; the model's own if left out")
     parser.add_argument("--prompts", type=int, default=len(PROMPTS), help="how many of them")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--sheet", type=Path, help="a picture of all pictures, a row a prompt")
@@ -88,13 +89,17 @@ def main() -> None:
         sd = random_model()
         found = [timed(sd, side, args.steps) for side in args.side or SIDES[args.size]]
     else:
-        found = [drawn(maple.load(args.model), args)]
+        sd = maple.load(args.model)
+        if args.guidance is not None:
+            sd.defaults["guidance_scale"] = args.guidance
+        found = [drawn(sd, args)]
     facts = {
         "device": device(),
         "seconds": "of the CPU" if is_cpu else "of the clock",
         "model": args.size or sd_name(args.model),
         "is_random": bool(args.size),
         "steps": args.steps,
+        **{name: sd.defaults[name] for name in ("sampler", "schedule", "guidance_scale")},
         "mlx": mx.__version__,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
@@ -188,7 +193,7 @@ def keep(path: Path, runs: list[dict[str, Any]]) -> None:
     old = json.loads(path.read_text())["runs"] if path.is_file() else []
 
     def key(run: dict[str, Any]) -> tuple[Any, ...]:
-        return run["device"], run["model"], run["side"]
+        return run["device"], run["model"], run["side"], run["guidance_scale"]
 
     new = {key(run): run for run in [*old, *runs]}
     path.parent.mkdir(parents=True, exist_ok=True)

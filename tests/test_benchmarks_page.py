@@ -64,6 +64,7 @@ def test_a_gpus_table_holds_times_and_ratios(tmp_path):
 def test_switches_are_set_against_none(tmp_path):
     facts = {"device": "card", "seconds": "of the clock", "steps": 20, "mlx": "1", "side": 512}
     facts |= {"commit": "abc1234", "date": "2031-05-07", "prompts": 5}
+    facts |= {"sampler": "ddim", "schedule": "leading", "guidance_scale": 3.0}
     none = {"switch": "none", "step_s": 0.006, "psnr": None, "least_psnr": None}
     fast = {"switch": "deep_cache=3", "step_s": 0.002, "psnr": 40.84, "least_psnr": 36.0}
     judged = [{**row, "read": 5, "score": 0.9} for row in (none, fast)]
@@ -77,7 +78,7 @@ def test_switches_are_set_against_none(tmp_path):
     )
     assert "| `deep_cache=3` | 2.00 | 3.00 | 40.8 | 36.0 | 5 of 5 | 0.90 |" in page
     assert "| `deep_cache=3` | 2.00 | 3.00 |\n" in page
-    assert "### sd15, random weights, 512x512, card" in page
+    assert "### sd15, random weights, 512x512, guidance 3, card" in page
 
 
 def test_a_users_bench_has_a_section(tmp_path):
