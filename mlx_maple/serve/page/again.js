@@ -5,6 +5,13 @@ import * as api from "./api.js";
 /** @typedef {import("./types.js").Draw} Draw */
 /** @typedef {import("./types.js").Picture} Picture */
 
+/** Pictures of a drawing, and lists of what looks at one, by what the server calls their files. */
+const PICTURES = /** @type {const} */ (["image", "mask", "depth_image"]);
+const LISTED = /** @type {const} */ ([
+  ["controls", "control"],
+  ["image_prompts", "ip_image"],
+]);
+
 /**
  * The drawing that a picture came of; the server keeps what it started from.
  * @param {Picture} picture
@@ -22,20 +29,16 @@ export async function drawingOf(picture) {
   }
   const { inputs } = job;
   const kept = (/** @type {string} */ name) => `input:${job.id}-${name}`;
-  const { model, image, mask, depth_image, controls } = /** @type {Draw} */ (job.draw);
-  if (model) draw.model = model; // the picture knows the file's name only
-  const wanted = [
-    ...(image ? ["image"] : []),
-    ...(mask ? ["mask"] : []),
-    ...(depth_image ? ["depth_image"] : []),
-    ...(controls ?? []).map((_, i) => `control-${i}`),
-  ];
-  if (wanted.some((name) => !inputs.includes(name))) return { draw, lost: true };
-  if (image) draw.image = kept("image");
-  if (mask) draw.mask = kept("mask");
-  if (depth_image) draw.depth_image = kept("depth_image");
-  if (controls) {
-    draw.controls = controls.map((one, i) => ({ ...one, image: kept(`control-${i}`) }));
+  const asked = /** @type {Draw} */ (job.draw);
+  if (asked.model) draw.model = asked.model; // the picture knows the file's name only
+  for (const name of PICTURES.filter((one) => asked[one])) {
+    if (!inputs.includes(name)) return { draw, lost: true };
+    draw[name] = kept(name);
+  }
+  for (const [field, name] of LISTED) {
+    const list = asked[field]?.map((one, i) => ({ ...one, image: `${name}-${i}` })) ?? [];
+    if (list.some((one) => !inputs.includes(one.image))) return { draw, lost: true };
+    if (list.length) draw[field] = list.map((one) => ({ ...one, image: kept(one.image) }));
   }
   return { draw, lost: false };
 }

@@ -57,13 +57,25 @@ export function icon(name) {
   return svg;
 }
 
-/** Draw the icons of the elements that name one. */
+/** Draw the icons of the elements that name one; those without words get a name. */
 export function drawIcons() {
   for (const element of /** @type {NodeListOf<HTMLElement>} */ (
     document.querySelectorAll("[data-icon]")
   )) {
     element.prepend(icon(element.dataset.icon ?? ""));
+    if (element.dataset.name) nameIcon(element, element.dataset.name);
   }
+}
+
+/**
+ * Say what an icon without words does.
+ * @param {HTMLElement} element
+ * @param {string} name
+ */
+export function nameIcon(element, name) {
+  element.classList.add("square");
+  element.setAttribute("aria-label", name);
+  element.title = name;
 }
 
 /**
@@ -73,8 +85,9 @@ export function drawIcons() {
  * @param {() => void} onclick
  */
 export function iconButton(name, label, onclick) {
-  const properties = { type: "button", className: "square plain", "aria-label": label };
-  return make("button", { ...properties, title: label, onclick }, icon(name));
+  const element = make("button", { type: "button", className: "plain", onclick }, icon(name));
+  nameIcon(element, label);
+  return element;
 }
 
 /**

@@ -47,6 +47,7 @@ export const FIELDS = {
   schedule: { label: "Schedule", kind: "word", hint: "leading, karras" },
   model: { label: "Model", kind: "word", hint: "names of models" },
   vae: { label: "Autoencoder (VAE)", kind: "word", hint: "names of autoencoders" },
+  unet: { label: "UNet from elsewhere", kind: "word", hint: "names of UNets" },
   width: { label: "Width", kind: "whole", low: 64, high: 2048, step: 8, hint: "64, 128" },
   height: { label: "Height", kind: "whole", low: 64, high: 2048, step: 8, hint: "64, 128" },
   count: { label: "Pictures", kind: "whole", usual: "1", low: 1, high: 16 },
@@ -258,7 +259,7 @@ export const FIELDS = {
   low_memory: {
     label: "Low memory",
     kind: "flag",
-    usual: "the server's own",
+    usual: "the server's",
     hint: "true, false",
     title: "Hold one network at a time: less memory, more time",
   },
@@ -266,7 +267,7 @@ export const FIELDS = {
     label: "Weights in",
     kind: "word",
     isNumber: true,
-    usual: "the server's own",
+    usual: "the server's",
     options: [
       ["0", "as stored"],
       ["8", "8 bits"],
@@ -277,7 +278,7 @@ export const FIELDS = {
   dtype: {
     label: "Calculates in",
     kind: "word",
-    usual: "the device's own",
+    usual: "the device's",
     options: [
       ["float16", "float16"],
       ["bfloat16", "bfloat16"],
@@ -350,7 +351,8 @@ export const FIELDS = {
     high: 0.9,
     step: 0.05,
     hint: "0, 0.3, 0.5",
-    title: "Share of the pixels that look around as one: faster where pictures are large, less detail",
+    title:
+      "Share of the pixels that look around as one: faster where pictures are large, less detail",
   },
   deep_cache: {
     label: "DeepCache every",

@@ -1,9 +1,9 @@
 // The form as a Draw, and a Draw as the form.
 
 import * as api from "./api.js";
-import { fillControls, offerControls } from "./control.js";
 import { byId, input, isPressed, keep, kept, make, select, setOptions, setPressed } from "./dom.js";
 import { FIELDS, labelOf } from "./fields.js";
+import { fillGuides, offerGuides } from "./guides.js";
 import { fillLoras, loraFields, offerLoras } from "./loras.js";
 import { fitRows, showFamily, showSliders } from "./rows.js";
 import { FormError, toast } from "./say.js";
@@ -14,7 +14,7 @@ import { fillStart, hasStart } from "./start.js";
 /** @typedef {import("./types.js").Draw} Draw */
 
 // Of a drawing, but not a field of this form.
-const BESIDE = ["image", "mask", "depth_image", "loras", "controls", "previews"];
+const BESIDE = ["image", "mask", "depth_image", "loras", "controls", "image_prompts", "previews"];
 
 /** @type {import("./types.js").Sampler[]} */
 let samplers = [];
@@ -96,13 +96,14 @@ function setNetworks(networks, schemas) {
   const names = (/** @type {string} */ kind) => (networks[kind] ?? []).map(({ name }) => name);
   setOptions(select("vae"), own("the model's own", names("vaes")));
   setOptions(select("taesd"), own("none", names("taesds")));
+  setOptions(select("unet"), own("the model's own", names("unets")));
   const built = (FIELDS.hires_upscaler.options ?? []).map(([value, label]) => ({ value, label }));
   setOptions(select("hires_upscaler"), [
     ...own(FIELDS.hires_upscaler.usual, []),
     ...built,
     ...plain(names("upscalers")),
   ]);
-  offerControls(names("controlnets"), schemas);
+  offerGuides(names, schemas);
   offerLoras(names("loras"));
 }
 
@@ -110,7 +111,7 @@ function setNetworks(networks, schemas) {
 const plain = (values) => values.map((value) => ({ value, label: value }));
 /** @param {string | number | undefined} usual @param {string[]} values */
 const own = (usual, values) => [
-  { value: "", label: `usual: ${usual ?? "the model's own"}` },
+  { value: "", label: `${usual ?? "the model's own"} · usual` },
   ...plain(values),
 ];
 
@@ -126,7 +127,13 @@ function setModels(list) {
     })),
   );
   const others = models.filter((model) => model.is_here && model.id !== defaultModel);
-  setOptions(select("refiner"), own("none", others.map((model) => model.id)));
+  setOptions(
+    select("refiner"),
+    own(
+      "none",
+      others.map((model) => model.id),
+    ),
+  );
 }
 
 /** The model's own values, as hints in the empty fields. */
@@ -204,8 +211,7 @@ export function read() {
     if (field.closest("[data-field][hidden]") || (field.disabled && field.name === "eta")) continue;
     const words = labelOf(field.name);
     if (field instanceof HTMLInputElement && field.type === "number") {
-      if (field.validity.badInput)
-        throw new FormError(field.name, `${words}: not a number`);
+      if (field.validity.badInput) throw new FormError(field.name, `${words}: not a number`);
       if (text === "") continue;
       const value = Number(text);
       if (field.validity.rangeUnderflow || field.validity.rangeOverflow) {
@@ -294,7 +300,7 @@ function modelCalled(name) {
 /** The pictures of a drawing into the form, or none of them. @param {Draw} draw */
 export function fillPictures(draw) {
   fillStart(draw);
-  fillControls(draw.controls ?? []);
+  fillGuides(draw);
 }
 
 /**
@@ -331,7 +337,7 @@ function showCounts() {
     const set = [...box.querySelectorAll("[name]")].filter(
       (field) => /** @type {HTMLInputElement} */ (field).value !== "",
     ).length;
-    const rows = box.querySelectorAll("#loras > li, #controls > li").length;
+    const rows = box.querySelectorAll("ul > li:not(#lists > li)").length;
     const summary = /** @type {HTMLElement} */ (box.querySelector("summary"));
     summary.dataset.count = set + rows ? String(set + rows) : "";
   }

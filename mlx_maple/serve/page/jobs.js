@@ -93,6 +93,7 @@ function hearPreview(preview) {
   shown.src = preview.image;
   shown.dataset.step = String(preview.step);
   byId("shown-open").hidden = false;
+  byId("welcome").hidden = true;
 }
 
 /**

@@ -1,13 +1,13 @@
 // The page's parts, put together.
 
 import * as api from "./api.js";
-import { byId, drawIcons, icon, input, make } from "./dom.js";
+import { byId, drawIcons, icon, input, make, nameIcon } from "./dom.js";
 import { setUpDrop } from "./drop.js";
 import { askForPlan, setUpForm } from "./form.js";
 import { addPictures, setUpGallery } from "./gallery.js";
+import { setUpGuides } from "./guides.js";
 import { cancelShown, setUpJobs, showPictures } from "./jobs.js";
 import { setUpLists } from "./lists.js";
-import { setUpControls } from "./control.js";
 import { setUpLoras } from "./loras.js";
 import { setUpMask } from "./mask.js";
 import { setUpPresets } from "./presets.js";
@@ -33,7 +33,7 @@ buildRows();
 setUpKeys();
 setUpMask();
 setUpLoras();
-setUpControls();
+setUpGuides();
 setUpStart(askForPlan);
 setUpLists();
 setUpDrop(useFile);
@@ -113,8 +113,7 @@ function setUpTheme() {
   const show = () => {
     const words = `Switch to the ${isDark() ? "light" : "dark"} appearance`;
     byId("theme").replaceChildren(icon(isDark() ? "sun" : "moon"));
-    byId("theme").setAttribute("aria-label", words);
-    byId("theme").title = words;
+    nameIcon(byId("theme"), words);
   };
   byId("theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";

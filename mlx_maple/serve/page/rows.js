@@ -69,7 +69,12 @@ function row(name, field) {
     { className: field.slider ? "field wide" : "field", "data-field": name },
     make("label", { for: name, title: field.title ?? "" }, field.label),
     field.slider
-      ? make("div", { className: "joined" }, slider(name, field.slider, field), control(name, field))
+      ? make(
+          "div",
+          { className: "joined" },
+          slider(name, field.slider, field),
+          control(name, field),
+        )
       : control(name, field),
   );
 }
@@ -85,7 +90,7 @@ function control(name, field) {
   const common = { id: name, name, title: field.title ?? "" };
   if (field.kind === "word" || field.kind === "flag") {
     const options = field.options ?? (field.kind === "flag" ? FLAG : []);
-    const usual = `usual: ${field.usual ?? "the model's own"}`;
+    const usual = `${field.usual ?? "the model's own"} · usual`;
     return make(
       "select",
       { ...common, "data-kind": field.isNumber ? "choice" : field.kind },

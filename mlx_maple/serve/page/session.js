@@ -6,6 +6,7 @@ import { complain } from "./say.js";
 
 let admitted = () => {};
 let isAsking = false;
+let isNeeded = false; // whether this server has a token
 
 /**
  * Go on when the server lets this browser in; the sign-in form comes where it does not yet.
@@ -19,7 +20,7 @@ export async function enter() {
   byId("sign-out").addEventListener("click", () => signOut().catch(complain));
   api.whenUnauthorized(ask);
   const session = await api.get("/session");
-  byId("sign-out").hidden = !session.token_needed;
+  isNeeded = session.token_needed;
   if (session.token_needed && !session.signed_in) {
     const done = new Promise((resolve) => (admitted = () => resolve(undefined)));
     ask();
@@ -55,7 +56,7 @@ async function signIn() {
   }
   isAsking = false;
   input("token").value = "";
-  byId("sign-out").hidden = false;
+  isNeeded = true;
   show(true);
   byId("prompt").focus();
   admitted();
@@ -76,4 +77,5 @@ function tell(problem) {
 function show(isIn) {
   byId("studio").hidden = !isIn;
   byId("sign-in").hidden = isIn;
+  byId("sign-out").hidden = !isIn || !isNeeded;
 }

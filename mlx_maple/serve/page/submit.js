@@ -1,9 +1,9 @@
 // From the form to jobs: choices in prompts, grids, and patience with a full queue.
 
 import * as api from "./api.js";
-import { controlFields } from "./control.js";
 import { byId, input, kept } from "./dom.js";
 import { pointAt, read, takeSeed } from "./form.js";
+import { guideFields } from "./guides.js";
 import { expand, expandAll, isDynamic, linesIn } from "./prompts.js";
 import { announce, FormError, showProblem } from "./say.js";
 import { seedAfter, seededRandom } from "./seeds.js";
@@ -40,7 +40,7 @@ export function wordLists() {
  * @returns {Draw}
  */
 export function drawing() {
-  return { ...read(), ...startFields(), ...controlFields(), seed: takeSeed() };
+  return { ...read(), ...startFields(), ...guideFields(), seed: takeSeed() };
 }
 
 /**
@@ -83,7 +83,8 @@ export async function drawForm() {
 /** Where it lies below the form it may be out of sight. */
 function showEasel() {
   const easel = byId("easel");
-  if (easel.getBoundingClientRect().top > innerHeight * 0.6) easel.scrollIntoView({ block: "center" });
+  if (easel.getBoundingClientRect().top > innerHeight * 0.6)
+    easel.scrollIntoView({ block: "center" });
 }
 
 /**

@@ -2,14 +2,14 @@
 
 /**
  * @typedef {{name: string, weight: number}} Lora
- * @typedef {{name: string, image: string, weight: number, start: number, end: number,
- *   preprocess: string}} Control
+ * @typedef {{name: string, image: string, [setting: string]: string | number}} Guide
  *
  * @typedef {{prompt: string, negative_prompt?: string, model?: string, vae?: string, width?: number,
  *   height?: number, steps?: number, guidance_scale?: number, seed?: string | number, count?: number,
  *   sampler?: string, schedule?: string, eta?: number, noise?: string, clip_skip?: number,
  *   variation_seed?: string | number, variation_strength?: number, image?: string, strength?: number,
- *   fit?: string, mask?: string, mask_blur?: number, depth_image?: string, loras?: Lora[], controls?: Control[],
+ *   fit?: string, mask?: string, mask_blur?: number, depth_image?: string, loras?: Lora[], controls?: Guide[],
+ *   image_prompts?: Guide[],
  *   [more: string]: unknown}} Draw
  *
  * @typedef {{id: string, job: string, index: number, created: number, width: number, height: number,

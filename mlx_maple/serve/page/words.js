@@ -81,7 +81,8 @@ const TELLING = [
 export function settingRows({ width, height, ...settings }) {
   const said = { ...settings, ...(width && height ? { size: `${width} × ${height}` } : {}) };
   const named = Object.entries(said).filter(([, value]) => !isEmpty(value));
-  const isTelling = (/** @type {string} */ name) => TELLING.includes(name) && Boolean(settings[name]);
+  const isTelling = (/** @type {string} */ name) =>
+    TELLING.includes(name) && Boolean(settings[name]);
   const first = named.filter(([name]) => FIRST.includes(name) || isTelling(name));
   const place = (/** @type {string} */ name) => [...FIRST, ...TELLING].indexOf(name);
   first.sort(([one], [other]) => place(one) - place(other));

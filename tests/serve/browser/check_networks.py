@@ -78,15 +78,15 @@ def test_several_controlnets_each_with_its_picture(sheet, tmp_path):
     first.get_by_label("Weight of steer").fill("0.75")
     first.get_by_label("From of steer").fill("0.1")
     first.get_by_label("Until of steer").fill("0.9")
-    first.get_by_label("Preprocessor of steer").select_option("canny")
+    first.get_by_label("Made of the picture first of steer").select_option("canny")
     page.select_option("#control-add", "steer")
     other = png(64, 48)
     sheet.drop(other, onto="#controls li:nth-child(2)")
     page.wait_for_selector("#controls li:nth-child(2) img")
     assert not page.is_visible("#start-strip")  # it fell on the row, not on the page
-    page.locator("#controls li").nth(1).get_by_label("Preprocessor of steer").select_option(
-        "invert"
-    )
+    page.locator("#controls li").nth(1).get_by_label(
+        "Made of the picture first of steer"
+    ).select_option("invert")
     sheet.check_access("rows of ControlNets")
 
     job = sheet.press_draw()
@@ -161,3 +161,29 @@ def test_models_and_networks_that_came_since(sheet, stocked):
     job = sheet.drawn("a leaf", width=64, height=64, steps=1, vae="other", sampler="euler")
     settings = job["pictures"][0]["settings"]
     assert (settings["model"], settings["vae"], settings["sampler"]) == ("noisy", "other", "euler")
+
+
+def test_a_picture_as_a_prompt(sheet):
+    """No IP-Adapter is small enough to lie here: what is sent is looked at."""
+    page = sheet.page
+    known = sheet.get("/api/v1/networks")
+    page.route(
+        "**/api/v1/networks",
+        lambda route: route.fulfill(json={**known, "ip_adapters": [{"name": "plus"}]}),
+    )
+    sheet.refusals.add(404)
+    sheet.open()
+    sheet.unfold()
+    assert page.is_visible("#ip-add") and not page.is_visible("#ip-none")
+    page.select_option("#ip-add", "plus")
+    seen = png(64, 64)
+    sheet.drop(seen, onto="#image_prompts li")
+    page.wait_for_selector("#image_prompts li img")
+    page.get_by_label("Strength of plus").fill("0.6")
+    page.get_by_label("Until of plus").fill("0.5")
+    assert page.locator("#image_prompts select").count() == 0  # nothing is made of its picture
+    [draw] = sheet.asked_for(1, "#draw")
+    assert draw["image_prompts"] == [
+        {"name": "plus", "image": seen, "scale": 0.6, "start": 0, "end": 0.5}
+    ]
+    sheet.until("/plus/.test(document.querySelector('#problem').textContent)")

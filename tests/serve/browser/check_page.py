@@ -155,7 +155,7 @@ def test_every_setting_of_a_drawing_has_its_field(sheet):
     sheet.unfold()
     document = sheet.get("/openapi.json")
     known = document["components"]["schemas"]["Draw"]["properties"]
-    beside = {"image", "mask", "loras", "controls", "previews"}
+    beside = {"image", "mask", "loras", "controls", "image_prompts", "previews"}
     beside |= {"original_size", "crop", "target_size"}  # what SDXL is told, in numbers of two
     other_models = page.evaluate(  # SDXL's, and those of models that follow depth
         """async () => Object.entries((await import("/page/fields.js")).FIELDS)
@@ -208,7 +208,7 @@ def test_a_pictures_settings_can_be_used_again(sheet):
     shown = page.inner_text("#viewer-settings")
     assert "a blue house" in shown and "euler" in shown and "11" in shown
     page.click("#use")
-    assert page.input_value("#prompt") == "a blue house"
+    sheet.until("document.querySelector('#prompt').value === 'a blue house'")
     values = [
         page.input_value(f"#{name}") for name in ("steps", "guidance_scale", "seed", "sampler")
     ]

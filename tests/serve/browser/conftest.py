@@ -236,7 +236,7 @@ class Sheet:
 def asked(request) -> dict:
     """What a request asked to draw, with its pictures decoded."""
     draw = json.loads(request.post_data)
-    for one in [draw, *draw.get("controls", ())]:
+    for one in [draw, *draw.get("controls", ()), *draw.get("image_prompts", ())]:
         for name in ("image", "mask"):
             if str(one.get(name, "")).startswith("data:"):
                 one[name] = base64.b64decode(one[name].partition(",")[2])

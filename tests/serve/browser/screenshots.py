@@ -22,7 +22,7 @@ PROMPTS = (
 
 
 def main(folder: Path) -> None:
-    """Write page-light.png, page-dark.png, page-narrow.png and page-mask.png into ``folder``."""
+    """Write page-light, -dark, -narrow, -mask and -grid.png into ``folder``."""
     with (
         tempfile.TemporaryDirectory() as data,
         Server(Path(data) / "data", model=None) as server,
@@ -34,8 +34,9 @@ def main(folder: Path) -> None:
             # Four unguided steps of lcm: what the embedded model draws fastest.
             wide.drawn(prompt, seed=seed, sampler="lcm", steps=4, guidance_scale=1)
         page = wide.page
-        page.evaluate("document.querySelectorAll('details').forEach(d => d.open = false)")
+        wide.fold()
         page.evaluate("scrollTo(0, 0)")
+        page.mouse.move(0, 0)
         page.wait_for_timeout(500)
         page.screenshot(path=folder / "page-light.png")
         dark = Sheet(
@@ -47,6 +48,7 @@ def main(folder: Path) -> None:
         dark.page.fill("#guidance_scale", "1")
         dark.until("/Fits/.test(document.querySelector('#plan').textContent)")
         dark.page.click("#draw")
+        dark.page.mouse.move(0, 0)
         dark.until("/Step [1-9][0-9]/.test(document.querySelector('#telling').textContent)")
         dark.page.screenshot(path=folder / "page-dark.png")
         dark.page.keyboard.press("Escape")
@@ -63,6 +65,19 @@ def main(folder: Path) -> None:
         page.mouse.move(box["x"] + box["width"] * 0.4, box["y"] + box["height"] * 0.6, steps=9)
         page.mouse.up()
         page.screenshot(path=folder / "page-mask.png")
+        page.click("#mask-cancel")
+        page.click("#start-clear")
+        wide.set(seed=7, sampler="lcm")
+        page.select_option("#x-axis", "steps")
+        page.fill("#x-values", "1, 2, 3, 4")
+        page.select_option("#y-axis", "prompt")
+        page.fill("#y-values", "red, blue, green")
+        page.click("#grid-draw")
+        wide.until("document.querySelectorAll('#sheet td img').length === 12")
+        wide.fold()
+        page.wait_for_timeout(6500)  # notes are gone
+        page.locator("#sheet-box").evaluate("e => e.scrollIntoView({block: 'start'})")
+        page.screenshot(path=folder / "page-grid.png")
         browser.close()
     for path in folder.glob("page-*.png"):  # 256 colours will do, at a third of the size
         Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)

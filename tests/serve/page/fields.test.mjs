@@ -42,7 +42,13 @@ test("a grid goes over any setting that is one value", () => {
   assert.throws(() => valuesOf(flag, "maybe"), GridError);
   const x = { axis: flag, values: valuesOf(flag, "true, false") };
   const y = { axis: axisOf("control"), values: ["0.5"] };
-  const draw = { prompt: "a", controls: [{ name: "c", weight: 1 }, { name: "d", weight: 1 }] };
+  const draw = {
+    prompt: "a",
+    controls: [
+      { name: "c", weight: 1 },
+      { name: "d", weight: 1 },
+    ],
+  };
   assert.deepEqual(
     cells(draw, x, y)[0].map((one) => [
       one.discard_penultimate,
