@@ -22,10 +22,8 @@ from picture_parity import compare, decoded, figures, nchw, passes
 from PIL import Image
 
 import mlx_maple
-from maple_convert import open_model
-from mlx_maple import control, images, pipeline, preprocess
+from mlx_maple import control, images, preprocess
 from mlx_maple.drawing import denoise
-from mlx_maple.models import UNet, UNetConfig
 
 pytestmark = [
     pytest.mark.parity,
@@ -217,59 +215,6 @@ def test_an_edit_by_instruction(editing, parity_record):
     with _other_channels(lambda x: x * factor):
         broken = sd(PROMPT, **arguments)
     misses(parity_record, "edit, the picture's latents scaled", broken, reference)
-
-
-# Five channels: depth ----------------------------------------------------------------------------
-
-
-def test_depth(trial, parts, parity_record):
-    """The family is SD 2's, and its networks the trial's: put together by hand."""
-    unet = widened(parts["unet"], 5)
-    pipe = depth_pipeline(parts, unet)
-    plain = load(trial)
-    ours = UNet(UNetConfig(**{**vars(plain.unet.config), "in_channels": 5}))
-    weights = {}
-    with open_model(trial) as model:
-        for name, tensor in model.components["unet"].tensors("float32"):
-            weights[name] = mx.array(tensor.array)
-    conv_in = unet.state_dict()["conv_in.weight"].numpy().transpose(0, 2, 3, 1)
-    weights["conv_in.weight"] = mx.array(np.ascontiguousarray(conv_in))
-    ours.load_weights(list(weights.items()))
-    sd = pipeline.StableDiffusion(
-        text_encoder=plain.text_encoder,
-        unet=ours,
-        vae=plain.vae,
-        tokenizer=plain.tokenizer,
-        noise_schedule=plain.noise_schedule,
-        defaults=plain.defaults,
-    )
-    depth = Image.linear_gradient("L").resize((SIDE // 8, SIDE // 8))
-    arguments = {"image": photo(), "strength": 0.7, "seed": 5, **OURS}
-    result = sd(PROMPT, depth_image=depth, **arguments)
-    reference = drawn(
-        pipe,
-        image=photo(),
-        depth_map=torch.from_numpy(np.asarray(depth, np.float32))[None],
-        strength=0.7,
-        generator=torch.Generator().manual_seed(5),
-        **THEIRS,
-    )
-    compare(parity_record, "depth, 5 channels", result, *reference)
-    turned = sd(PROMPT, depth_image=Image.eval(depth, lambda v: 255 - v), **arguments)
-    misses(parity_record, "depth, far for near", turned, reference)
-
-
-def depth_pipeline(parts: dict, unet):
-    """Without the network that would estimate depth."""
-    taken = ("vae", "text_encoder", "tokenizer", "scheduler")
-    found = diffusers.StableDiffusionDepth2ImgPipeline(
-        **{name: parts[name] for name in taken},
-        unet=unet,
-        depth_estimator=None,
-        feature_extractor=None,
-    )
-    found.set_progress_bar_config(disable=True)
-    return found
 
 
 # A scale that the network is told ----------------------------------------------------------------

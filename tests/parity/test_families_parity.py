@@ -87,7 +87,7 @@ class Models:
         (words / "vocab.json").write_text(json.dumps(bundled._vocab), "utf-8")
         merges = ["#version: 0.2", *bundled._ranks]
         (words / "merges.txt").write_text("\n".join(merges) + "\n", "utf-8")
-        self._words = {"vocab": words / "vocab.json", "merges": words / "merges.txt"}
+        self.words = {"vocab": words / "vocab.json", "merges": words / "merges.txt"}
 
     def file(self, family: str) -> Path:
         path = self._folder / f"{family}.safetensors"
@@ -104,7 +104,7 @@ class Models:
     def theirs(self, family: str) -> Any:
         if family not in self._theirs:
             out = self._folder / family
-            convert(self.file(family), out, to="diffusers", tokenizer=self._words)
+            convert(self.file(family), out, to="diffusers", tokenizer=self.words)
             pipe = diffusers.DiffusionPipeline.from_pretrained(out, torch_dtype=torch.float32)
             pipe.set_progress_bar_config(disable=True)
             self._theirs[family] = pipe

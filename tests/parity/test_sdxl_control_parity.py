@@ -54,7 +54,10 @@ def written(folder: Path, component: str, config: dict[str, Any], **config_json:
     return folder / "out"
 
 
-def compare(record, name: str, models: Models, pipe: Any, network: Path, **theirs: Any) -> None:
+def compare(
+    record, name: str, models: Models, pipe: Any, network: Path, family="sdxl", **theirs: Any
+) -> None:
+    """A drawing of either side that the network steers, and ours without it."""
     pipe.set_progress_bar_config(disable=True)
     picture = Image.effect_mandelbrot((128, 64), (-2, -1, 1, 1), 50).convert("RGB")
     usual = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "negative_prompt": NEGATIVE}
@@ -68,7 +71,7 @@ def compare(record, name: str, models: Models, pipe: Any, network: Path, **their
         **theirs,
     ).images
     expected = np.moveaxis(latents.numpy(), 1, -1), pictures.decoded(pipe, latents)
-    path = models.file("sdxl")
+    path = models.file(family)
     sd = mlx_maple.load(path, dtype="float32", cache=False, controlnet=network)
     arguments = {
         "steps": STEPS,
@@ -81,9 +84,9 @@ def compare(record, name: str, models: Models, pipe: Any, network: Path, **their
         **SIZE,
     }
     result = sd(PROMPT, control_weight=0.7, **arguments)
-    pictures.compare(record, f"sdxl: {name}, weight 0.7", result, *expected)
+    pictures.compare(record, f"{family}: {name}, weight 0.7", result, *expected)
     found = pictures.figures(sd(PROMPT, control_weight=0.0, **arguments), *expected)
-    record(f"control: sdxl without its {name}", **found, bar="must miss one")
+    record(f"control: {family} without its {name}", **found, bar="must miss one")
     assert not pictures.passes(found)
 
 
