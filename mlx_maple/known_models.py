@@ -21,6 +21,7 @@ OPTIONS = {
     "taesd": "--taesd",
     "lora": "--lora",
     "controlnet": "--controlnet",
+    "ip_adapter": "--ip-adapter",
 }
 # What may be recommended: the defaults of a drawing that a model's name stands for.
 SETTINGS = ("width", "height", "steps", "guidance_scale", "sampler", "schedule")
@@ -33,7 +34,8 @@ class KnownModel:
     Attributes:
         name: the short name; no path or hub name looks like it.
         hub: "owner/name", "owner/name@revision" or "owner/name:file"; None comes with the package.
-        kind: "model", or what goes with one: "vae", "taesd", "lora" or "controlnet".
+        kind: "model", or what goes with one: "vae", "taesd", "lora", "controlnet"
+            or "ip_adapter".
         family: of the models that it is, or fits.
         bytes: what a float16 or bfloat16 run downloads.
         bytes_in_float32: what a float32 run downloads.

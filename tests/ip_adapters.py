@@ -52,6 +52,17 @@ def state(component: str, config: dict, spelling: str, seed: int = 5) -> dict[st
     return found
 
 
+def published(
+    component: str, config: dict, native: dict, spelling: str, prefix: str = ""
+) -> dict[str, np.ndarray]:
+    """Native arrays in a published spelling; parts of one tensor one under the other."""
+    found: dict[str, np.ndarray] = {}
+    for row in LAYOUTS[component].rows(config, spelling):
+        name, values = prefix + row.published, row.weights.to_published(native[row.native])
+        found[name] = np.concatenate([found[name], values]) if name in found else values
+    return {name: np.ascontiguousarray(values) for name, values in found.items()}
+
+
 def nested(plain: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """As the original's .bin files hold it: a dictionary of two."""
     found: dict[str, dict[str, np.ndarray]] = {"image_proj": {}, "ip_adapter": {}}

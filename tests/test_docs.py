@@ -2,8 +2,8 @@
 
 Each fenced ``sh`` block of README.md and docs/**/*.md is run, in the order of the page, in a
 scratch folder that holds what a reader would have: a tiny model as ``model.ckpt`` and
-``model.safetensors``, ``unet.gguf``, ``vae.safetensors``, ``taesd.safetensors``, ``photo.png`` and
-``mask.png``.
+``model.safetensors``, ``unet.gguf``, ``vae.safetensors``, ``taesd.safetensors``, ``photo.png``,
+``mask.png`` and ``ip``, a folder of IP-Adapters with their image encoder.
 The blocks of a page share the folder, so that a later one may use what an earlier one wrote. A
 block that cannot run here says what it needs in its first line, and is not run:
 
@@ -20,6 +20,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ip_adapters
 import pytest
 import tiny_model
 
@@ -71,6 +72,7 @@ def scratch(tmp_path, monkeypatch):
     for source in tiny_model.folder().iterdir():
         if source.is_file():
             shutil.copy(source, folder)
+    shutil.copytree(ip_adapters.folder(), folder / "ip")
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MAPLE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_maple import model_folders
 
 # Kinds whose files are networks that ``open_model`` tells apart; others change one, or a picture.
-TOLD = ("checkpoint", "unet", "vae", "controlnet")
+TOLD = ("checkpoint", "unet", "vae", "controlnet", "ip_adapter", "clip_vision")
 OPTIONS = {
     "checkpoint": "-m",
     "lora": "--lora",
@@ -17,6 +17,8 @@ OPTIONS = {
     "unet": "--unet",
     "vae": "--vae",
     "controlnet": "--controlnet",
+    "ip_adapter": "--ip-adapter",
+    "clip_vision": "--ip-encoder",
     "upscaler": "--hires-upscaler",
 }
 

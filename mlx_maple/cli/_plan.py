@@ -15,12 +15,15 @@ if TYPE_CHECKING:
 LARGEST = 8192  # pixels a side
 NAMES = {
     "text_encoder": "text encoder",
+    "image_encoder": "image encoder",
+    "ip_adapter": "IP-Adapter",
     "unet": "UNet",
     "vae_encoder": "autoencoder's encoder",
     "vae_decoder": "autoencoder's decoder",
 }
 PHASES = {
     "text": "reading the prompt",
+    "look": "looking at pictures",
     "encode": "encoding the image",
     "step": "a step",
     "decode": "decoding",
@@ -33,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--plan", action="store_true", help="say what a drawing will take in memory")
     add("--count", type=int, default=1, metavar="N", help="pictures at once")
     add("--image", action="store_true", help="from a picture")
+    add("--ip-adapter", action="append", metavar="MODEL", help="prompted with a picture by this")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
     add("--quantize", type=int, choices=(8, 4), help="bits to keep the weights in")
     add("--low-memory", action="store_true", help="one network at a time")
@@ -51,11 +55,12 @@ def run(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         quantize=args.quantize,
         low_memory=True,
+        ip_adapter=args.ip_adapter,
         cache=False,
         local_files_only=True,
     )
     request = request_of(sd, vars(args), low_memory=args.low_memory)
-    request = replace(request, from_picture=args.image)
+    request = replace(request, from_picture=args.image, looks=bool(args.ip_adapter))
     check_size(request.width, request.height)
     plan, free = Plan(request), _machine.device_memory()
     if args.json:
@@ -100,6 +105,7 @@ def request_of(
         count=1 if arguments.get("count") is None else arguments["count"],
         guided=value("guidance_scale") != 1,
         from_picture=bool(arguments.get("image") is not None),
+        looks=bool(arguments.get("ip_image") is not None),
         dtype=getattr(mx, unet.dtype),
         bits=unet.bits,
         low_memory=low_memory,
@@ -119,7 +125,7 @@ def table(plan: "Plan", name: str, free: int | None) -> list[str]:
     size = _terminal.size
     for part, nbytes in plan.components.items():
         if part != "vae_encoder" or request.from_picture:
-            lines.append(f"  {NAMES[part]:<24} {size(nbytes):>9}")
+            lines.append(f"  {_named(part):<24} {size(nbytes):>9}")
     lines += ["", f"  {'':<24} {'weights':>9} {'beside':>9} {'in all':>9}"]
     for phase in plan.phases:
         columns = (phase.weights, phase.working, phase.total)
@@ -164,6 +170,12 @@ def as_json(plan: "Plan") -> dict[str, Any]:
     }
 
 
+def _named(part: str) -> str:
+    """A network's name for people; the second of a kind keeps its number."""
+    kind, _, number = part.rpartition("_")
+    return f"{NAMES[kind]} {number}" if part not in NAMES and kind in NAMES else NAMES[part]
+
+
 def in_words(plan: "Plan") -> str:
     """What each part takes, in one clause."""
     size = _terminal.size
@@ -175,7 +187,7 @@ def in_words(plan: "Plan") -> str:
 def weights_in_words(plan: "Plan") -> str:
     """The size of each network, in one clause."""
     return ", ".join(
-        f"{NAMES[part]} {_terminal.size(nbytes)}"
+        f"{_named(part)} {_terminal.size(nbytes)}"
         for part, nbytes in plan.components.items()
         if part != "vae_encoder" or plan.request.from_picture
     )

@@ -53,8 +53,15 @@ OPTIONS = (
     "refiner_start",
     *("image_guidance", "depth_image", "control_image", "control_preprocess"),
     *("control_weight", "control_start", "control_end"),
+    *("ip_image", "ip_scale", "ip_start", "ip_end"),
 )
-PICTURES = ("image", "mask", "depth_image", "control_image")  # settings that name files
+PICTURES = ("image", "mask", "depth_image", "control_image", "ip_image")  # settings that name files
+LISTED = ("control_image", "ip_image")  # of these, those that may name several
+# Settings of which one is for all networks.
+ONE_FOR_ALL = (
+    *("control_preprocess", "control_weight", "control_start", "control_end"),
+    *("ip_scale", "ip_start", "ip_end"),
+)
 NO_LORA = "none"  # what --lora says for none, also of those that a picture names
 PREVIEW_SECONDS = 0.25  # between two previews
 MOST_PROMPTS = 1 << 24  # characters of a file of prompts
@@ -107,6 +114,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="MODEL",
         help="steer by a picture, with this network; again for several (see --control-image)",
+    )
+    add(
+        "--ip-adapter",
+        action="append",
+        metavar="MODEL",
+        help="take pictures as prompts, with this network; again for several (see --ip-image)",
+    )
+    add(
+        "--ip-encoder",
+        metavar="MODEL",
+        help="the image encoder that looks at them; if not said, the one beside the adapter, in "
+        "$MAPLE_MODELS or on the hub",
     )
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
     add("--quantize", type=int, choices=(8, 4), help="bits to keep the weights in")
@@ -219,6 +238,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--control-weight", action="append", type=float, metavar="F", help="how strongly; 1")
     add("--control-start", action="append", type=float, metavar="F", help="share of the steps; 0")
     add("--control-end", action="append", type=float, metavar="F", help="likewise; 1")
+
+    add = parser.add_argument_group(
+        "prompted with pictures", "Once for all --ip-adapter, or once for each in their order."
+    ).add_argument
+    add(
+        "--ip-image",
+        action="append",
+        metavar="IMAGE",
+        help="a picture to look at beside the prompt; for one adapter several may be given",
+    )
+    add("--ip-scale", action="append", type=float, metavar="F", help="how strongly it counts; 1")
+    add("--ip-start", action="append", type=float, metavar="F", help="share of the steps; 0")
+    add("--ip-end", action="append", type=float, metavar="F", help="likewise; 1")
 
     add = parser.add_argument_group("output").add_argument
     fields = ", ".join(f"{{{name}}}" for name in _outputs.FIELDS)
@@ -367,7 +399,7 @@ def _requests(args: argparse.Namespace, written: "Settings | None") -> list[_Req
         if args.negative is not None:
             raise Failure(USAGE, "--no-negative does not go with --negative")
         given["negative_prompt"] = None
-    for name in ("control_preprocess", "control_weight", "control_start", "control_end"):
+    for name in ONE_FOR_ALL:
         if len(given.get(name, ())) == 1:  # one for all
             given[name] = given[name][0]
     _check(_Request("", given))
@@ -511,12 +543,12 @@ def _open_pictures(request: _Request) -> None:
     for name in PICTURES:
         given = request.arguments.get(name)
         if given is not None:
-            several = isinstance(given, list) and name == "control_image"
+            several = isinstance(given, list) and name in LISTED
             paths: list[Any] = list(given) if several else [given]
             if not all(isinstance(path, str) for path in paths):
                 raise _refused(ValueError(f"{name} must be a file's name"), request)
             opened = [images.open_image(path) for path in paths]
-            request.arguments[name] = opened if name == "control_image" else opened[0]
+            request.arguments[name] = opened if name in LISTED else opened[0]
 
 
 def _latents(path: Path, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -600,6 +632,8 @@ def _load(
             vae=args.vae,
             taesd=args.taesd,
             controlnet=args.controlnet,
+            ip_adapter=args.ip_adapter,
+            ip_encoder=args.ip_encoder,
             loras=loras or (),
             embeddings=args.embedding or (),
             variant=args.variant,

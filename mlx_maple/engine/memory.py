@@ -42,7 +42,15 @@ from mlx_maple.engine.prepare import (
 )
 from mlx_maple.engine.quantize import QUANTIZED, as_quantized
 from mlx_maple.engine.tiling import striped_bytes
-from mlx_maple.models import TAESD, AutoencoderKL, CLIPTextEncoder, TAESDConfig, UNet
+from mlx_maple.models import (
+    TAESD,
+    AutoencoderKL,
+    CLIPTextEncoder,
+    CLIPVisionEncoder,
+    IPAdapter,
+    TAESDConfig,
+    UNet,
+)
 
 # Operations between the last use of an array and its memory's return. On the CPU MLX is a hundred
 # dispatches ahead of the work, two an operation and more; on CUDA the host is some batches of 20
@@ -78,7 +86,7 @@ class Phase:
     """One part of a drawing.
 
     Attributes:
-        name: "text", "encode", "step" or "decode".
+        name: "text", "look", "encode", "step" or "decode".
         weights: bytes of the networks that are in memory.
         working: bytes beside them, at most.
     """
@@ -98,12 +106,14 @@ class Request:
     """A drawing and how a model is loaded for it.
 
     Attributes:
-        configs: of the text encoders (text_encoder, text_encoder_2, or both), unet and vae.
+        configs: of the text encoders (text_encoder, text_encoder_2, or both), unet and vae, and of
+            IP-Adapters and their image encoders (ip_adapter, …, image_encoder, …).
         width: in pixels.
         height: in pixels.
         count: pictures at once.
         guided: whether a negative prompt takes part.
         from_picture: whether the drawing starts from one.
+        looks: whether it is prompted with pictures.
         dtype: of weights and activations.
         bits: of the quantised weights: 8, 4 or None.
         low_memory: whether only the network in use is held.
@@ -117,6 +127,7 @@ class Request:
     count: int = 1
     guided: bool = True
     from_picture: bool = False
+    looks: bool = False
     dtype: mx.Dtype = mx.float16
     bits: int | None = None
     low_memory: bool = False
@@ -127,6 +138,16 @@ class Request:
     def encoders(self) -> list[str]:
         """Names of the text encoders."""
         return [part for part in self.configs if part.startswith("text_encoder")]
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of the IP-Adapters."""
+        return [part for part in self.configs if part.startswith("ip_adapter")]
+
+    @property
+    def image_encoders(self) -> list[str]:
+        """Names of what looks at their pictures."""
+        return [part for part in self.configs if part.startswith("image_encoder")]
 
     @property
     def vae_dtype(self) -> mx.Dtype:
@@ -153,10 +174,14 @@ class Plan:
     """
 
     def __init__(self, request: Request) -> None:
-        self.request = request if request.backend else replace(request, backend=running_backend())
+        request = request if request.backend else replace(request, backend=running_backend())
+        self.request = request
         self._networks = _networks(self.request)
         self.components = {
-            **{part: _weight_bytes(self._networks[part]) for part in self.request.encoders},
+            **{
+                part: _weight_bytes(self._networks[part])
+                for part in (*request.encoders, *request.image_encoders, *request.adapters)
+            },
             "unet": _weight_bytes(self._networks["unet"]),
             "vae_encoder": _weight_bytes(self._networks["vae"], but="decoder"),
             "vae_decoder": _weight_bytes(self._networks["vae"], but="encoder"),
@@ -166,16 +191,20 @@ class Plan:
     def phases(self) -> list[Phase]:
         """What each part of the drawing takes, in their order."""
         request, sizes = self.request, self.components
-        names = ["text", *(["encode"] if request.from_picture else []), "step", "decode"]
+        looking = [*request.image_encoders, *request.adapters]
+        names = ["text", *(["look"] if request.looks else [])]
+        names += [*(["encode"] if request.from_picture else []), "step", "decode"]
         own = {
             "text": sum(sizes[part] for part in request.encoders),
+            "look": sum(sizes[part] for part in looking),
             "encode": sizes["vae_encoder"],
             "step": sizes["unet"],
             "decode": sizes["vae_decoder"],
         }
-        held = sum(own[name] for name in names)
+        held = sum(own[name] for name in names) + (0 if request.looks else own["look"])
         working = {
             "text": self._text,
+            "look": self._look,
             "encode": lambda: self._autoencoder(is_encoding=True),
             "step": self._step,
             "decode": lambda: self._autoencoder(is_encoding=False),
@@ -201,6 +230,30 @@ class Plan:
             for part in self.request.encoders
         )
 
+    def _look(self) -> int:
+        def peak(part: str) -> int:
+            side = self.request.configs[part].image_size
+            pixels = mx.zeros((1, side, side, 3), self.request.dtype)
+            return self._peak(part, lambda network: lambda x: tuple(network(x)), pixels)
+
+        return max((peak(part) for part in self.request.image_encoders), default=0)
+
+    def _images(self) -> list[list[mx.array]]:
+        """What the UNet is shown of each image prompt."""
+        request = self.request
+        if not request.looks:
+            return []
+        dtype, unet = request.dtype, request.configs["unet"]
+        found = []
+        for part in request.adapters:
+            tokens = request.configs[part].tokens
+            if tokens is None:  # as many as an encoder has
+                config = request.configs[request.image_encoders[0]]
+                tokens = (config.image_size // config.patch_size) ** 2 + 1
+            prompt = mx.zeros((request.batch, tokens, unet.cross_attention_dim), dtype)
+            found.append(self._networks[part].keys_values(prompt, unet))
+        return [[mx.zeros(x.shape, dtype) for x in each] for each in found]
+
     def _step(self) -> int:
         request = self.request
         config, factor = request.configs["unet"], request.configs["vae"].downscale
@@ -213,9 +266,11 @@ class Plan:
         if config.time_cond_dim is not None:
             told["guidance"] = mx.zeros((request.batch,))
 
+        images = self._images()
+
         def call(network: Any) -> Callable[..., mx.array]:
             return lambda x, time, states, *more: network(
-                x, time, states, **dict(zip(told, more, strict=True))
+                x, time, states, **dict(zip(told, more, strict=True)), image=images
             )
 
         bound = room((request.batch, rows, columns, 0), False, request.backend)
@@ -336,6 +391,8 @@ def _networks(request: Request) -> dict[str, Any]:
     """The networks of a request, made ready as they will be, with no weights in them."""
     classes: dict[str, Any] = dict.fromkeys(request.encoders, CLIPTextEncoder)
     is_taesd = isinstance(request.configs["vae"], TAESDConfig)
+    classes |= dict.fromkeys(request.image_encoders, CLIPVisionEncoder)
+    classes |= dict.fromkeys(request.adapters, IPAdapter)
     classes |= {"unet": UNet, "vae": TAESD if is_taesd else AutoencoderKL}
     found: dict[str, Any] = {}
     for part, make in classes.items():

@@ -40,6 +40,8 @@ def view(rows, prefix="", **changes):
         ("taesd", 134, 2_445_063),
         ("controlnet", 340, 361_279_120),
         ("t2i_adapter", 38, 77_369_280),
+        ("image_encoder", 520, 632_076_800),
+        ("ip_adapter", 83, 49_087_488),
     ],
 )
 def test_published_sizes(component, keys, parameters):
