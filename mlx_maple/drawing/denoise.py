@@ -63,13 +63,15 @@ def encode_prompts(sd: DiffusionModel, job: Job, notes: list[str]) -> Prompts:
 def look_at_images(sd: DiffusionModel, job: Job) -> list[ImagePrompt]:
     """What the UNet sees of the pictures that the drawing is prompted with; evaluated."""
     found = []
-    for each in job.image_prompts:
-        encoder = sd.networks[sd.image_encoders[each.adapter]]
-        made = image_prompt(each, encoder, sd.networks[each.adapter], sd.configs["unet"])
+    encoders = [sd.image_encoders[each.adapter] for each in job.image_prompts]
+    for i, each in enumerate(job.image_prompts):
+        encoder, adapter = sd.networks[encoders[i]], sd.networks[each.adapter]
+        made = image_prompt(each, encoder, adapter, sd.configs["unet"])
         mx.eval(made.wanted, made.avoided)
         found.append(made)
-        del encoder
-        sd.networks.release(each.adapter, sd.image_encoders[each.adapter])
+        del encoder, adapter
+        is_last = encoders[i] not in encoders[i + 1 :]
+        sd.networks.release(each.adapter, *(encoders[i : i + 1] if is_last else ()))
     return found
 
 

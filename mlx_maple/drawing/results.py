@@ -68,8 +68,9 @@ class Result:
         images: RGB.
         latents: (n, h, w, C) float32, the final scaled latents.
         settings: of each image, complete: ``images.save_image`` writes them into its file.
-        timings: seconds: text, encode (with an image to start from), sample, step (the mean, but
-            for the first of several), decode and total. Time in the caller's hands is not counted.
+        timings: seconds: text, look (with pictures as prompts), encode (with an image to start
+            from), sample, step (the mean, but for the first of several), decode and total. Time in
+            the caller's hands is not counted.
         notes: one line for each thing that went otherwise than asked.
     """
 
