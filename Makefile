@@ -47,7 +47,7 @@ $(VENV)/.browser: $(VENV)/.dev
 	@touch $@
 
 # k-diffusion asks for wandb and torchvision, which its samplers do not use, lycoris-lora for a
-# trainer's tools: --no-deps.
+# trainer's tools: --no-deps. tomesd and DeepCache ask for what is there.
 $(VENV)/.parity: $(VENV)/.dev
 	$(PIP) install --quiet --editable ".[$(if $(EXTRA),$(EXTRA)$(comma))dev,parity]"
 	$(PIP) install --quiet --no-deps k-diffusion==0.1.1.post1 lycoris-lora==4.1.3 tomesd==0.1.3 DeepCache==0.1.1
