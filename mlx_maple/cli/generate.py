@@ -48,6 +48,7 @@ OPTIONS = (
     *("guidance_rescale", "guidance_start", "guidance_end", "tile", "freeu", "window"),
     *("window_overlap", "token_merging", "deep_cache", "deep_cache_branch"),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
+    *("hires_prompt", "hires_negative_prompt", "mask_content"),
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
     *("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score"),
     "refiner_start",
@@ -198,6 +199,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--hires-strength", type=float, metavar="F", help="how far to leave the first, to 1")
     add("--hires-steps", type=int, metavar="N", help="steps of the second; as many if not said")
     add(
+        "--hires-prompt", metavar="TEXT", help="what the second is to draw; the same where not said"
+    )
+    add("--hires-negative-prompt", metavar="TEXT", help="likewise, what it is to stay away from")
+    add(
         "--hires-upscaler",
         metavar="WHAT",
         help="what enlarges the first: latent, lanczos, or an ESRGAN's file or name",
@@ -219,6 +224,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fit", choices=("stretch", "crop"), help="how it comes to the size that is drawn")
     add("--mask", metavar="IMAGE", help="redraw only where this is white")
     add("--mask-blur", type=float, metavar="PIXELS", help="soften the mask's edge")
+    add(
+        "--mask-content",
+        choices=("original", "fill", "noise", "nothing"),
+        help="what the drawing begins with inside the mask (default original)",
+    )
     add("--image-guidance", type=float, metavar="SCALE", help="how far an edit stays with --image")
     add("--depth-image", metavar="IMAGE", help="follow this depth map, for models that do")
     add("--from-image", metavar="IMAGE", help="draw again what is written in this picture")
