@@ -57,8 +57,8 @@ def _guidance_is_dropped() -> None:
 
     plain_model = GuidedSteps.model
 
-    def model(self, positive, negative, guidance_scale, timesteps):
-        return plain_model(self, positive, None, 1.0, timesteps)
+    def model(self, positive, negative, guidance_scale, timesteps, **options):
+        return plain_model(self, positive, None, 1.0, timesteps, **options)
 
     GuidedSteps.model = model
 

@@ -8,6 +8,7 @@ from mlx_maple.engine.compiled import GuidedSteps
 from mlx_maple.engine.count import as_on_a_gpu, count, described_recipe
 from mlx_maple.engine.prepare import prepare_unet, prepare_vae
 from mlx_maple.models import AutoencoderKL, UNet, UNetConfig, VAEConfig
+from mlx_maple.models.unet import attention_channels
 
 WIDTHS = (32, 64, 128, 128)  # a tenth of SD 1's; the structure is the same
 CONTEXT = 64
@@ -41,6 +42,23 @@ def guided_step(unet, backend, compiles=True):
     model = GuidedSteps(prepared, compiles=compiles, in_parts=False).model(*prompts, 7.5, [10.0])
     latents = mx.zeros(LATENTS)
     return count(lambda x: model(x, 10.0), latents, weights=weights(prepared)), prepared
+
+
+def test_a_picture_beside_the_prompt_costs_an_attention_and_a_sum_a_layer(unet):
+    """16 cross-attentions; the sums of a second picture join the first one's."""
+    prepared = prepare_unet(unet, described_recipe("metal"))
+    mx.eval(prepared.parameters())
+    *others, middle = attention_channels(unet.config)
+    widths = [*others[:6], middle, *others[6:]]
+    seen = [mx.zeros((1, 4, 2 * width), mx.float16) for width in widths]
+    prompts = [mx.zeros((1, 77, CONTEXT)) for _ in range(2)]
+    steps = GuidedSteps(prepared, compiles=True, in_parts=False)
+
+    def counted(pictures):
+        model = steps.model(*prompts, 7.5, [10.0], images=[(seen, seen)] * pictures)
+        return count(lambda x: model(x, 10.0), mx.zeros(LATENTS), weights=weights(prepared)).kernels
+
+    assert [counted(n) - GUIDED_STEP["metal"] for n in range(3)] == [0, 16 + 16, 16 + 16 + 16]
 
 
 @pytest.mark.parametrize("backend", GUIDED_STEP)
