@@ -393,7 +393,6 @@ function swapSize() {
 /** Ask whether the drawing fits in memory, a moment after the last change. */
 export function askForPlan() {
   clearTimeout(planTimer);
-  if (!(/** @type {HTMLDetailsElement} */ (byId("settings")).open)) return;
   planTimer = window.setTimeout(showPlan, 350);
 }
 
@@ -417,6 +416,8 @@ async function showPlan() {
     box.textContent =
       verdict + [plan.message, ...(plan.fits === false ? plan.advice : [])].join("; ");
     box.classList.toggle("problem", plan.fits === false);
+    // Where the settings are folded, what does not fit is said beside the button.
+    byId("no-room").textContent = plan.fits === false ? box.textContent : "";
   } catch (error) {
     if (mine !== planNumber) return;
     box.textContent = error instanceof FormError ? error.message : "";

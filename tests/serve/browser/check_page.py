@@ -134,6 +134,10 @@ def test_the_memory_verdict_comes_before_the_drawing(sheet):
     assert page.get_attribute("#shapes button:has-text('16:9')", "aria-pressed") == "true"
     sheet.until("/Does not fit.*3 GB$/.test(document.querySelector('#plan').textContent)")
     assert page.get_attribute("#plan", "class").endswith("problem")
+    assert not page.is_visible("#no-room")
+    sheet.fold()
+    assert "Does not fit" in page.inner_text("#no-room")  # beside the button, where it is folded
+    sheet.unfold()
     page.click("#swap")
     assert [page.input_value(f"#{name}") for name in ("width", "height")] == ["96", "168"]
 
