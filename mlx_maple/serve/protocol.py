@@ -5,6 +5,9 @@ hold something of the server; what each may hold is bounded here.
 """
 
 import asyncio
+import socket
+import struct
+from contextlib import suppress
 
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -62,8 +65,7 @@ class PatientProtocol(H11Protocol):
         if self._is_refused:
             return
         super().pause_writing()
-        self._stop_waiting_for_reader()
-        self._reader_timer = self.loop.call_later(self.limits.read_seconds, self.transport.abort)
+        self._wait_for_reader()
 
     def resume_writing(self) -> None:
         """It was read."""
@@ -75,13 +77,13 @@ class PatientProtocol(H11Protocol):
         """Go on with the next request; what the last answer left unread is dropped in time."""
         super().on_response_complete()
         if self.transport.is_closing():
-            self.loop.call_later(self.limits.read_seconds, self.transport.abort)
+            self._wait_for_reader()
 
     def timeout_keep_alive_handler(self) -> None:
-        """Close a connection that is not used; what it was sent and has not read is dropped."""
+        """Close a connection that is not used; what it does not read of the last is dropped."""
         super().timeout_keep_alive_handler()
         if self.transport.is_closing():
-            self.loop.call_later(LINGER, self.transport.abort)
+            self._wait_for_reader()
 
     def _expect_a_head(self) -> None:
         if self.conn.their_state is not h11.IDLE:
@@ -94,10 +96,28 @@ class PatientProtocol(H11Protocol):
             self._timer.cancel()
             self._timer = None
 
+    def _wait_for_reader(self, unread: int | None = None) -> None:
+        """Look in a while whether less is unread than now, or the connection ends."""
+        self._stop_waiting_for_reader()
+        now = self.transport.get_write_buffer_size()
+        if unread is not None and now >= unread > 0:
+            self._drop()
+        elif now:
+            seconds = self.limits.read_seconds
+            self._reader_timer = self.loop.call_later(seconds, self._wait_for_reader, now)
+
     def _stop_waiting_for_reader(self) -> None:
         if self._reader_timer is not None:
             self._reader_timer.cancel()
             self._reader_timer = None
+
+    def _drop(self) -> None:
+        """End the connection and what was sent over it, also what the system holds of that."""
+        line = self.transport.get_extra_info("socket")
+        if line is not None:
+            with suppress(OSError):  # it is closed already
+                line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.transport.abort()
 
     def _give_up(self) -> None:
         self._timer = None
