@@ -38,13 +38,14 @@ SLABS = 264  # parts of a map whose sums are taken apart, for large maps
 BLOCKS = 528  # that a large map is normalised by, four for each multiprocessor of a large chip
 WARP = 32
 LARGEST = (1 << 31) - 1  # numbers of a map: kernels count them in 32 bits
-FEW_KEYS = 512  # so many and fewer are attended to by our kernel, not cuDNN's
+FEW_KEYS = 1024  # so many and fewer are attended to by our kernel, not cuDNN's
 CLUSTER = 8  # blocks that own some groups of a map together, where the device has clusters
 CLUSTER_PIXELS = 1024  # of the smallest map that they pay for
 CLUSTER_CHANNELS = 32  # of a pixel that they take at least: two sectors of memory
 CLUSTER_BLOCKS = 96  # fewer in all do not fill a chip that has clusters
 HELD_BYTES = 192  # of a map that a thread keeps in its registers
 HELD_SUM_BYTES = 64  # the same where it first adds two maps up
+QUERY_WARPS = 4  # of a block of our attention, each with 16 queries
 ROWS = 4  # token rows a block normalises, one a warp
 TOLERANCE = {
     mx.float32: 2e-5,
@@ -107,7 +108,7 @@ class Plain:
         Returns:
             In the type of ``value`` a map (B, h, w, C), tokens (B N, C) or each pixel's 3x3
             neighbours in reading order (B N, 9 C), zeros beyond the border. And ``value +
-            residual``, which still owes its shift, as tokens.
+            residual`` with the skip behind it, which still owes its shift, as tokens.
         """
         batch, rows, columns = size
         own = value.shape[-1]
@@ -130,7 +131,9 @@ class Plain:
         y = (centred * scale + norm.bias).astype(value.dtype)
         y = nn.silu(y) if silu else y
         y = unfold(y, size) if wanted == "neighbours" else y
-        return y.reshape(_shape(size, channels, wanted)), total
+        return y.reshape(_shape(size, channels, wanted)), total if skip is None else x.reshape(
+            -1, channels
+        )
 
     def layer_norm(
         self, x: mx.array, weight: mx.array, bias: mx.array, shift: mx.array, eps: float
@@ -331,6 +334,8 @@ class _Form:
     def aim(self, c: str) -> str:
         """Text that points ``from`` at sample b, channels c to c + V of a map that holds them.
 
+        And ``sum_to`` at their place in the sum that is written down, whose pixels are C apart.
+
         A thread keeps its channels while it walks over pixels ``step`` numbers apart, and so keeps
         ``owed``, what is owed there, in registers.
         """
@@ -340,14 +345,19 @@ class _Form:
     const $device T* from = is_own ? value + b * N * C1 + {c} : skip + b * N * C2 + {c} - C1;
     const int step = is_own ? C1 : C2;"""
         if self.residual:
-            text += f"""
-    const $device T* other = residual + b * N * C1 + {c};
-    $device T* sum_to = total + b * N * C1 + {c};"""
+            text += f"\n    const $device T* other = residual + b * N * C1 + {c};"
+        if self.is_kept:
+            text += f"\n    $device T* sum_to = total + b * N * C + {c};"
         text += "\n    Pack<float, V> owed = {};"
         if self.shift:  # whose beginning need not be aligned for a wider access
             text += f"""
     for (int i = 0; i < V; ++i) owed.at[i] = shift[b * row_stride + row_start + {c} + i];"""
         return text
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the sum is written down: where it is not one of the terms."""
+        return self.residual or self.skip
 
     @property
     def is_summed(self) -> str:
@@ -381,9 +391,9 @@ class _Form:
         for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
           $unroll
           for (int i = 0; i < V; ++i) v[k].at[i] = T(float(v[k].at[i]) + float(w[k].at[i]));
-          put<V>(sum_to + (n + k * R) * step, v[k]);
         }}
       }}"""
+        kept = "put<V>(sum_to + (n + k * R) * C, v[k]);" if self.is_kept else ""
         return f"""
     $rolled
     for (int n = {begin}; n < {end}; n += R * AHEAD) {{
@@ -393,6 +403,7 @@ class _Form:
         if (n + k * R < {end}) v[k] = fetch<V>(from + (n + k * R) * step);{added}
       $unroll
       for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
+        {kept}
         $unroll
         for (int i = 0; i < V; ++i) {{
           const float d = float(v[k].at[i]) + owed.at[i] - origin;
@@ -418,9 +429,9 @@ class _Form:
         $unroll
         for (int i = 0; i < V; ++i)
           v[k].at[i] = T(float(v[k].at[i]) + float(w[k - near].at[i]));
-        put<V>(sum_to + ({begin} + k * R) * step, v[k]);
       }}
     }}"""
+        kept = f"put<V>(sum_to + ({begin} + k * R) * C, v[k]);" if self.is_kept else ""
         return f"""
     Pack<T, V> v[HELD];
     $unroll
@@ -428,6 +439,7 @@ class _Form:
       if ({begin} + k * R < {end}) v[k] = fetch<V>(from + ({begin} + k * R) * step);{added}
     $unroll
     for (int k = 0; k < HELD; ++k) if ({begin} + k * R < {end}) {{
+      {kept}
       $unroll
       for (int i = 0; i < V; ++i) {{
         const float d = float(v[k].at[i]) + owed.at[i] - origin;
@@ -444,15 +456,14 @@ class _Form:
     for (int k = 0; k < HELD; ++k) if ({begin} + k * R < {end}) {{
       const int m = {begin} + k * R;{self._written(c)}
     }}"""
-        source = "again" if self.residual else "from"
-        again = f"const $device T* again = {self.is_summed} ? sum_to : from;"
-        return f"""{again if self.residual else ""}{self._constants(c)}
+        source, apart = ("sum_to", "C") if self.is_kept else ("from", "step")
+        return f"""{self._constants(c)}
     $rolled
     for (int n = {begin}; n < {end}; n += R * AHEAD) {{
       Pack<T, V> v[AHEAD];
       $unroll
       for (int k = 0; k < AHEAD; ++k)
-        if (n + k * R < {end}) v[k] = fetch<V>({source} + (n + k * R) * step);
+        if (n + k * R < {end}) v[k] = fetch<V>({source} + (n + k * R) * {apart});
       $unroll
       for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
         const int m = n + k * R;{self._written(c)}
@@ -794,9 +805,9 @@ _ATTENTION = """
   const T* q_from = queries + b * TQ * q_row + h * D;
   const T* k_from = others + b * S * kv_row + kv_row - (2 * H - h) * D;
   const T* v_from = k_from + H * D;
-  const int first = $block * 64 + warp * 16, row0 = first + quad, row1 = row0 + 8;
-  bring<KEYS, D, STRIDE>(keys, k_from, kv_row, S, tid);
-  bring<KEYS, D, STRIDE>(values, v_from, kv_row, S, tid);
+  const int first = ($block * WARPS + warp) * 16, row0 = first + quad, row1 = row0 + 8;
+  bring<KEYS, D, STRIDE, WARPS>(keys, k_from, kv_row, S, tid);
+  bring<KEYS, D, STRIDE, WARPS>(values, v_from, kv_row, S, tid);
 
   const T *q0 = q_from + row0 * q_row + pair, *q1 = q0 + 8 * q_row;
   uint32_t q[DP / 16][4];
@@ -828,7 +839,7 @@ _ATTENTION = """
         multiply(s[n + 1], q[t], k[2], k[3], T());
       }
     __syncthreads();
-    bring<KEYS, D, STRIDE>(keys, k_from + next * kv_row, kv_row, S - next, tid);
+    bring<KEYS, D, STRIDE, WARPS>(keys, k_from + next * kv_row, kv_row, S - next, tid);
     if (next > S)
 #pragma unroll
       for (int n = 0; n < KEYS / 8; ++n)
@@ -876,7 +887,7 @@ _ATTENTION = """
         multiply(o[n + 1], p[t], v[2], v[3], T());
       }
     __syncthreads();
-    bring<KEYS, D, STRIDE>(values, v_from + next * kv_row, kv_row, S - next, tid);
+    bring<KEYS, D, STRIDE, WARPS>(values, v_from + next * kv_row, kv_row, S - next, tid);
   }
 #pragma unroll
   for (int i = 1; i < 4; i *= 2) {
@@ -903,12 +914,12 @@ _ATTENTION = """
 """
 
 _ATTENTION_HEADER = """
-// KEYS rows of D numbers, of which ``left`` are there, on their way to shared memory: 128 threads.
-template <int KEYS, int D, int STRIDE, typename T>
+// KEYS rows of D numbers, of which ``left`` are there, on their way to shared memory.
+template <int KEYS, int D, int STRIDE, int WARPS, typename T>
 __device__ inline void bring(T* to, const T* from, int step, int left, int tid) {
   constexpr int EACH = STRIDE / 8 - 1;
 #pragma unroll
-  for (int e = tid; e < KEYS * EACH; e += 128) {
+  for (int e = tid; e < KEYS * EACH; e += 32 * WARPS) {
     const int row = e / EACH, d = e % EACH * 8;
     const bool is_there = row < left && d < D;
     if (left > 0)
@@ -1125,8 +1136,8 @@ class Kernels:
         template = [("T", value.dtype), ("V", width)]
         ends = [norm.weight, norm.bias]
         y_shape = _shape(size, channels, wanted)
-        totals = [] if residual is None else [(batch * pixels, own)]
-        total_names = [] if residual is None else ["total"]
+        totals = [(batch * pixels, channels)] if form.is_kept else []
+        total_names = ["total"] if form.is_kept else []
         types = [value.dtype] * (1 + len(totals))
         threads = self.dialect.threads
         ahead = max(8 // width, 2)
@@ -1160,7 +1171,7 @@ class Kernels:
                 output_shapes=[y_shape, *totals],
                 output_dtypes=types,
             )
-            return outputs[0], value if residual is None else outputs[1]
+            return outputs[0], outputs[1] if form.is_kept else value
         if pixels * per_group <= ONE_BLOCK and per_group // width <= threads:
             kernel = self._kernel(
                 "group_norm" + form.suffix,
@@ -1177,7 +1188,7 @@ class Kernels:
                 output_shapes=[y_shape, *totals],
                 output_dtypes=types,
             )
-            return outputs[0], value if residual is None else outputs[1]
+            return outputs[0], outputs[1] if form.is_kept else value
         sums = self._kernel(
             "slab_sums" + _Form(form.residual, form.skip, form.shift).suffix,
             form.inputs,
@@ -1196,7 +1207,7 @@ class Kernels:
         )
         # The second pass reads the sum that the first wrote down.
         total = total[0] if total else value
-        second = _Form(False, form.skip, form.shift, silu, form.unfold)
+        second = _Form(shift=form.shift, silu=silu, unfold=form.unfold)
         apply = self._kernel(
             "slab_norm" + second.suffix,
             [*second.inputs, "partial", "weight", "bias"],
@@ -1205,8 +1216,8 @@ class Kernels:
         )
         each = -(-pixels // BLOCKS)
         (y,) = apply(
-            inputs=[total, *terms[2 if residual is not None else 1 :], partial, *ends],
-            scalars={**numbers, "eps": float(norm.eps), "each": each},
+            inputs=[total, *([] if shift is None else [shift]), partial, *ends],
+            scalars={**numbers, "C1": channels, "C2": 0, "eps": float(norm.eps), "each": each},
             template=[*template, ("THREADS", STREAM_THREADS)],
             grid=(-(-pixels // each) * STREAM_THREADS, batch, 1),
             threadgroup=(STREAM_THREADS, 1, 1),
@@ -1306,7 +1317,8 @@ class Kernels:
             _ATTENTION,
             _ATTENTION_HEADER,
         )
-        blocks = -(-tokens // 64)
+        warps = QUERY_WARPS
+        blocks = -(-tokens // (16 * warps))
         return kernel(
             inputs=[queries, others],
             scalars={
@@ -1317,9 +1329,14 @@ class Kernels:
                 "kv_row": kv_row,
                 "scale": float(scale),
             },
-            template=[("T", queries.dtype), ("D", width), ("KEYS", _keys(keys, width))],
-            grid=(blocks * 128, batch * heads, 1),
-            threadgroup=(128, 1, 1),
+            template=[
+                ("T", queries.dtype),
+                ("D", width),
+                ("KEYS", _keys(keys, width)),
+                ("WARPS", warps),
+            ],
+            grid=(blocks * 32 * warps, batch * heads, 1),
+            threadgroup=(32 * warps, 1, 1),
             output_shapes=[(batch * tokens, heads * width)],
             output_dtypes=[queries.dtype],
         )[0]

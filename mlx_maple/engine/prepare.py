@@ -8,7 +8,7 @@ with the same signatures and, within rounding, the same numbers:
   convolutions it is added to.
 - Biases are not added where they arise. A map owes them, as ``value + residual + shift``, until the
   next norm adds it all up in one pass; what a linear layer would make of them is known beforehand.
-- A skip is not joined: the norm reads from both maps, and the shortcut's product is cut in two.
+- A skip is joined by the norm, which reads both maps anyway.
 - The last product of a block and the one behind it are one, as nothing lies between them.
 - Where a map is small, the norm writes each pixel's neighbourhood and the 3x3 convolution is a
   matrix product. Where a backend's attention fuses other widths, heads are padded with zeros.
@@ -167,24 +167,6 @@ class Product(nn.Module):
         return (weight.astype(mx.float32) * row).sum(axis=-1)
 
 
-def _columns(layer: Any, start: int, end: int) -> Any:
-    """A linear layer over some of its inputs. Quantised ones are cut between their groups."""
-    part: Any = nn.Module()
-    if "scales" not in layer:
-        part.weight = mx.contiguous(layer.weight[:, start:end])
-        return part
-    group, packed = layer.group_size, 32 // layer.bits
-    part.weight = mx.contiguous(layer.weight[:, start // packed : end // packed])
-    part.scales = mx.contiguous(layer.scales[:, start // group : end // group])
-    part.biases = mx.contiguous(layer.biases[:, start // group : end // group])
-    part.group_size, part.bits = group, layer.bits
-    return part
-
-
-def _cuts_between_groups(layer: Any, at: int) -> bool:
-    return "scales" not in layer or at % layer.group_size == 0
-
-
 class Convolution(nn.Module):
     """A 3x3 convolution without its bias, which its maker's map owes."""
 
@@ -262,7 +244,6 @@ class Resnet(nn.Module):
     Args:
         block: the plain one.
         owed: (C_in,) float32: what the input's maker owes, the skip's behind it.
-        skip_channels: C of the skip that is joined to the input; 0 for none.
         start: where in a row of times this block's channels begin; None without time.
         recipe: how.
 
@@ -275,7 +256,6 @@ class Resnet(nn.Module):
         self,
         block: ResnetBlock,
         owed: mx.array,
-        skip_channels: int,
         start: int | None,
         recipe: Recipe,
     ) -> None:
@@ -288,16 +268,9 @@ class Resnet(nn.Module):
         self.shift1 = owed[None]
         if start is None:
             self.shift2 = _bias(block.conv1)[None]
-        own = owed.shape[0] - skip_channels
         if "conv_shortcut" in block:
-            shortcut = block.conv_shortcut
-            self._is_cut = bool(skip_channels) and _cuts_between_groups(shortcut, own)
-            if self._is_cut:
-                self.shortcut = Product([_columns(shortcut, 0, own)])
-                self.skip_shortcut = Product([_columns(shortcut, own, owed.shape[0])])
-            else:
-                self.shortcut = Product([shortcut])
-            made = Product([shortcut]).of(owed) + _bias(shortcut)
+            self.shortcut = Product([block.conv_shortcut])
+            made = self.shortcut.of(owed) + _bias(block.conv_shortcut)
         else:
             made = owed
         self.owed = _bias(block.conv2) + made
@@ -315,7 +288,7 @@ class Resnet(nn.Module):
         shift, start = (self.shift2, 0) if self._start is None else (times, self._start)
         assert shift is not None
         y = self._convolved(self.conv2, self.norm2, Map(y, None, x.size), shift=shift, start=start)
-        return Map(y, self._shortcut(x, skip), x.size)
+        return Map(y, self.shortcut(x.tokens) if "shortcut" in self else x.value, x.size)
 
     def _convolved(
         self,
@@ -342,15 +315,6 @@ class Resnet(nn.Module):
         )
         x.residual = None
         return conv.on_neighbours(y) if by_product else conv(y)
-
-    def _shortcut(self, x: Map, skip: Map | None) -> mx.array:
-        if "shortcut" not in self:
-            return x.value
-        if skip is None:
-            return self.shortcut(x.tokens)
-        if self._is_cut:
-            return self.skip_shortcut(skip.tokens, self.shortcut(x.tokens))
-        return self.shortcut(mx.concatenate([x.tokens, skip.tokens], axis=-1))
 
 
 class Block(nn.Module):
@@ -614,7 +578,7 @@ class PreparedUNet(nn.Module):
         for level in unet.down_blocks:
             steps = []
             for i, resnet in enumerate(level.resnets):
-                steps.append(self._resnet(resnet, owed, 0))
+                steps.append(self._resnet(resnet, owed))
                 owed = steps[-1].owed
                 if "attentions" in level:
                     steps.append(Transformer(level.attentions[i], owed, recipe))
@@ -630,7 +594,7 @@ class PreparedUNet(nn.Module):
         if "mid_block" in unet:
             middle = unet.mid_block
             for i, resnet in enumerate(middle.resnets):
-                self.mid.append(self._resnet(resnet, owed, 0))
+                self.mid.append(self._resnet(resnet, owed))
                 owed = self.mid[-1].owed
                 if i == 0 and "attentions" in middle:
                     self.mid.append(Transformer(middle.attentions[0], owed, recipe))
@@ -642,7 +606,7 @@ class PreparedUNet(nn.Module):
             for i, resnet in enumerate(level.resnets):
                 skip = kept.pop()
                 both = mx.concatenate([owed, skip])
-                steps.append(self._resnet(resnet, both, skip.shape[0]))
+                steps.append(self._resnet(resnet, both))
                 owed = steps[-1].owed
                 if "attentions" in level:
                     steps.append(Transformer(level.attentions[i], owed, recipe))
@@ -663,8 +627,8 @@ class PreparedUNet(nn.Module):
         )
         self._blocks = []
 
-    def _resnet(self, block: ResnetBlock, owed: mx.array, skip_channels: int) -> Resnet:
-        made = Resnet(block, owed, skip_channels, self.start, self._recipe)
+    def _resnet(self, block: ResnetBlock, owed: mx.array) -> Resnet:
+        made = Resnet(block, owed, self.start, self._recipe)
         self.start += block.conv1.weight.shape[0]
         self._blocks.append(block)
         return made
@@ -932,16 +896,16 @@ class Half(nn.Module):
             owed = self.steps[-1].owed
 
         def add_middle() -> None:
-            add(Resnet, half.mid_block.resnets[0], 0, None)
+            add(Resnet, half.mid_block.resnets[0], None)
             add(Pixels, half.mid_block.attentions[0])
-            add(Resnet, half.mid_block.resnets[1], 0, None)
+            add(Resnet, half.mid_block.resnets[1], None)
 
         is_encoder = isinstance(half, Encoder)
         if not is_encoder:
             add_middle()
         for level in half.down_blocks if is_encoder else half.up_blocks:
             for resnet in level.resnets:
-                add(Resnet, resnet, 0, None)
+                add(Resnet, resnet, None)
             for name in ("downsamplers", "upsamplers"):
                 if name in level:
                     add(Resample, level[name][0])

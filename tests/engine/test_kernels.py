@@ -93,8 +93,7 @@ def run(name, arrays, numbers, shapes):
         assert value.shape[-1] == numbers["C1"]
         residual = arrays.get("residual")
         if name.startswith("slab_sums"):
-            total = [] if residual is None else [sum_of(value, residual)]
-            return [mx.zeros(shapes[0]), *total]
+            return [mx.zeros(shapes[0]), *sum_of(value, residual, arrays.get("skip"))]
         shift = arrays.get("shift")
         assert shift is None or numbers["row_stride"] == (shift.shape[1] if len(shift) > 1 else 0)
         y, total = PLAIN.group_norm(
@@ -108,7 +107,7 @@ def run(name, arrays, numbers, shapes):
             silu="_silu" in name,
             wanted="neighbours" if "_unfold" in name else "map",
         )
-        return [y.reshape(shapes[0]), *([] if residual is None else [sum_of(value, residual)])]
+        return [y.reshape(shapes[0]), *sum_of(value, residual, arrays.get("skip"))]
     if name == "layer_norm":
         terms = (arrays["value"], arrays["weight"], arrays["bias"], arrays["shift"])
         assert arrays["value"].size == numbers["L"] * numbers["C"]
@@ -134,9 +133,13 @@ def run(name, arrays, numbers, shapes):
     return [total]
 
 
-def sum_of(value, residual):
-    rows = (-1, value.shape[-1])
-    return value.reshape(rows) + residual.reshape(rows)
+def sum_of(value, residual, skip):
+    """What a norm writes down beside its result."""
+    if residual is None and skip is None:
+        return []
+    terms = [t.reshape(-1, t.shape[-1]) for t in (value, residual, skip) if t is not None]
+    total = terms[0] if residual is None else terms[0] + terms[1]
+    return [total if skip is None else mx.concatenate([total, terms[-1]], axis=-1)]
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32], ids=str)

@@ -311,28 +311,14 @@ def shortcuts(ready):
     return [block for block in leaves(ready, Resnet) if "shortcut" in block]
 
 
-def test_a_shortcut_is_cut_where_the_skip_begins(sd1):
+def test_a_skip_is_joined_before_its_shortcut(sd1):
     ready = prepare_unet(sd1, RECIPE)
-    cut = [block for block in shortcuts(ready) if block._is_cut]
-    assert len(cut) == 12 and len(shortcuts(ready)) == 13  # of the way down one, which has no skip
-    given = inputs()
-    for block in cut[:1]:  # the control
-        block.skip_shortcut.weight = mx.roll(block.skip_shortcut.weight, 1, axis=1)
-    assert differs(sd1, ready, *given) > OTHER
-
-
-@pytest.mark.parametrize("bits", [8, 4])
-def test_a_quantised_shortcut_is_cut_between_groups_only(bits, monkeypatch):
-    plain = unet(**SMALL)
-    quantize(plain, bits)
-    ready = prepare_unet(plain, RECIPE)
-    found = {(block.shift1.shape[1], block._is_cut) for block in shortcuts(ready)}
-    # 64 + 64 numbers in groups of 64, 64 + 32 in groups of 32; but 32 + 32 are one group of 64.
-    assert found == {(32, False), (128, True), (96, True), (64, False)}
-    assert differs(plain, ready) < SAME
-    monkeypatch.setattr(prepare, "_cuts_between_groups", lambda layer, at: True)
-    with pytest.raises(ValueError):  # the control: half a group has no scale
-        mx.eval(prepare_unet(plain, RECIPE)(*inputs()))
+    joined = [b for b in shortcuts(ready) if b.shortcut.weight.shape[1] == b.shift1.shape[1]]
+    assert len(joined) == len(shortcuts(ready)) == 13  # of the way down one, which has no skip
+    assert differs(sd1, ready, *inputs()) < SAME
+    block = joined[1]
+    block.shortcut.weight = mx.roll(block.shortcut.weight, 1, axis=1)  # the control
+    assert differs(sd1, ready, *inputs()) > OTHER
 
 
 # Times and prompts -------------------------------------------------------------------------------
