@@ -235,8 +235,7 @@ class Studio:
             Undrawable: settings that cannot be drawn.
         """
         self._queue.check(client, self._retry_after())
-        await asyncio.to_thread(draw.check)
-        entry, how = await asyncio.to_thread(self._chosen, draw)
+        entry, how, refiner = await asyncio.to_thread(self._chosen, draw)
         pictures = dict(files or {})
         if draw.image is None and "image" not in pictures:  # else its size counts: see worker.py
             await self._check_size(draw, how)
@@ -247,7 +246,7 @@ class Studio:
             client=client,
             draw={**draw.said(), **dict.fromkeys(files or (), True), "model": entry.id},
             how=how,
-            refiner=await asyncio.to_thread(self._refiner, draw),
+            refiner=refiner,
             arguments=draw.arguments(),
             inputs={},
             previews=draw.previews and not only_watched,
@@ -289,12 +288,15 @@ class Studio:
         self._tell("job", job)
         self._next()
 
-    def _chosen(self, draw: Draw) -> tuple[Entry, dict[str, Any]]:
-        """The model that a request names and how it is loaded, when all it names is there."""
-        entry = self.catalog.find(draw.model)
+    def _chosen(self, draw: Draw) -> tuple[Entry, dict[str, Any], dict[str, Any] | None]:
+        """The model that a request names, how it and its refiner are loaded: all is looked at."""
+        draw.check()
+        entry, refiner = self.catalog.find(draw.model), None
         for kind, name in draw.networks():
             self.catalog.network(kind, name)
-        return entry, self.catalog.how(entry, beside=draw.beside(), **draw.loading())
+        if draw.refiner:
+            refiner = self.catalog.how(self.catalog.find(draw.refiner), **draw.loading())
+        return entry, self.catalog.how(entry, beside=draw.beside(), **draw.loading()), refiner
 
     async def _check_size(self, draw: Draw, how: dict[str, Any]) -> None:
         """Refuse more pixels than one job may have; the model is looked into where that counts."""
@@ -309,12 +311,6 @@ class Studio:
                     return  # whatever is wrong with the model, the job will say
                 own = defaults["width"], defaults["height"]
             draw.check_size(own)
-
-    def _refiner(self, draw: Draw) -> dict[str, Any] | None:
-        """How the model is loaded that draws the last part."""
-        if not draw.refiner:
-            return None
-        return self.catalog.how(self.catalog.find(draw.refiner), **draw.loading())
 
     async def _picture(self, text: str) -> bytes:
         """The bytes of a picture that came as text, is one of the history, or began one of it."""
@@ -387,8 +383,7 @@ class Studio:
             raise Undrawable(f"the job is {job.state}, not offered")
         self._queue.check(job.client, self._retry_after())
         draw = _again(job.draw)
-        _, job.how = await asyncio.to_thread(self._chosen, draw)
-        job.refiner = await asyncio.to_thread(self._refiner, draw)
+        _, job.how, job.refiner = await asyncio.to_thread(self._chosen, draw)
         if job.state == "offered" and not job.cancelling:
             job.state = "queued"
             self._queue.put(job.client, job)
