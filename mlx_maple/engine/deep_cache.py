@@ -129,12 +129,13 @@ def climbed(
     cut = blocks[level * (unet.config.layers_per_block + 1) + layer]
     if deep is None:
         x = unet.climb(x, skips, times, stack, steps[:cut])
+        x.settle()  # the norm behind it would leave the skip in it, too
+        deep = x.value
     else:
         skips = skips[: branch + 1]
         stack = stack[: _prompts_read(steps[cut:])]
         x = Map(deep, None, skips[-1].size)
-    out = unet.leave(unet.climb(x, skips, times, stack, steps[cut:]))
-    return out, x.value  # added up by the norm behind it
+    return unet.leave(unet.climb(x, skips, times, stack, steps[cut:])), deep
 
 
 def _prompts_read(steps: Sequence[nn.Module]) -> int:
