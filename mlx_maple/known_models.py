@@ -2,7 +2,8 @@
 
 The table is known_models.json, one entry a model; CONTRIBUTING.md says what an entry needs. Sizes
 are what is downloaded, rounded, for a 16-bit run and for a float32 run: a repository without a
-16-bit variant costs the same in both.
+16-bit variant costs the same in both. An entry names the pages that its facts were read on, and the
+facts that none was found for; a test holds sizes to what the networks of a family take.
 """
 
 import json
@@ -43,6 +44,8 @@ class KnownModel:
         note: one line for people.
         settings: that its makers recommend where they are not its family's, some of ``SETTINGS``.
         vae: the name of the autoencoder that it is best drawn with, if it is not its own.
+        sources: pages on which its facts were read.
+        unverified: facts that no page was found for: "hub", "license" or "settings".
     """
 
     name: str
@@ -55,6 +58,8 @@ class KnownModel:
     note: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     vae: str | None = None
+    sources: tuple[str, ...] = ()
+    unverified: tuple[str, ...] = ()
 
     @property
     def repo(self) -> str | None:
@@ -65,7 +70,12 @@ class KnownModel:
 @cache
 def known_models() -> tuple[KnownModel, ...]:
     """Every model of the table, in its order."""
-    return tuple(KnownModel(**entry) for entry in json.loads(TABLE.read_text("utf-8")))
+    return tuple(_known(entry) for entry in json.loads(TABLE.read_text("utf-8")))
+
+
+def _known(entry: Mapping[str, Any]) -> KnownModel:
+    lists = {key: tuple(entry[key]) for key in ("sources", "unverified") if key in entry}
+    return KnownModel(**{**entry, **lists})
 
 
 def find(name: str) -> KnownModel | None:

@@ -89,6 +89,46 @@ def test_every_entry_of_the_table_can_be_used():
     assert demo is not None and abs(demo.bytes - on_disk) < 1e6
 
 
+# Millions of parameters of the published networks, as tests/parity/true_sizes.py and
+# test_distilled_parity.py count them; SSD-1B's and Vega's UNets are what their files take.
+UNETS = {"sd1": 859.5, "sd2": 865.9, "sdxl": 2567.5, "sdxl-refiner": 2259.5}
+SMALLER = {"tiny-sd": 323.4, "small-sd": 579.4, "ssd-1b": 1331.0, "vega": 745.0}
+TEXTS = {"sd1": 123.1, "sd2": 340.4, "sdxl": 123.1 + 694.7, "sdxl-refiner": 694.7}
+VAE = 83.7
+OTHERS = {"control-canny-sdxl": 1251.0, "taesd": 2.45, "taesdxl": 2.45}
+CONTROL_SD1 = 361.3
+
+
+def expected_bytes(model) -> float:
+    """Two bytes a parameter of the networks that a whole model has."""
+    family = model.family if model.family in UNETS else model.family.partition("-")[0]
+    if model.kind == "controlnet":
+        return 2e6 * OTHERS.get(model.name, CONTROL_SD1)
+    if model.kind != "model":
+        return 2e6 * OTHERS.get(model.name, VAE)
+    return 2e6 * (SMALLER.get(model.name, UNETS[family]) + TEXTS[family] + VAE)
+
+
+def test_sizes_are_what_the_networks_take():
+    for model in known_models.known_models():
+        if model.hub is None or model.kind == "lora":
+            continue
+        halves = expected_bytes(model)
+        for nbytes in (model.bytes, model.bytes_in_float32):
+            assert min(abs(nbytes / halves - n) for n in (1, 2)) < 0.03, (model.name, nbytes)
+
+
+def test_where_facts_are_from_is_said():
+    for model in known_models.known_models():
+        if model.hub is not None:
+            assert model.sources or {"hub", "license"} <= set(model.unverified), model.name
+        assert all(page.startswith("https://") for page in model.sources)
+        assert set(model.unverified) <= {"hub", "license", "settings"}
+        assert "settings" not in model.unverified or model.settings
+    pages = [page for m in known_models.known_models() for page in m.sources]
+    assert len(pages) == len(set(pages)) > 25
+
+
 def test_pull_prints_where_the_model_is(maple, shelf):
     code, out, err = maple("models", "pull", "sd15")
     path = Path(out.strip())
