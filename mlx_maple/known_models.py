@@ -45,7 +45,7 @@ class KnownModel:
         settings: that its makers recommend where they are not its family's, some of ``SETTINGS``.
         vae: the name of the autoencoder that it is best drawn with, if it is not its own.
         sources: pages on which its facts were read.
-        unverified: facts that no page was found for: "hub", "license" or "settings".
+        unverified: facts that no page was found for: "hub", "license", "bytes", "settings".
     """
 
     name: str
