@@ -72,6 +72,7 @@ const isMine = (job) => job.client === api.clientId;
 /** @param {Job} job */
 function hear(job) {
   const before = ledger.put(job);
+  if (isLive(job) && ledger.get(job.id) !== job) return; // it has ended already
   if (isMine(job) && job.state === "running" && onStage !== job.id) takeStage(job);
   if (!isLive(job)) ended(job);
   if (job.id === onStage) showStage(job);

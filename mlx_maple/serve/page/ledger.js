@@ -34,12 +34,14 @@ export class Ledger {
   }
 
   /**
-   * Take a job as it is now.
+   * Take a job as it is now. An end is final: what comes after it, such as the answer to a cancel
+   * that an event has overtaken, is older.
    * @param {Job} job
    * @returns {Job | undefined} as it was before
    */
   put(job) {
     const before = this._jobs.get(job.id);
+    if (before && !isLive(before) && isLive(job)) return before;
     this._jobs.set(job.id, job);
     if (!isLive(job)) {
       for (const act of this._waiters.get(job.id) ?? []) act(job);

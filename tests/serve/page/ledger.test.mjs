@@ -32,5 +32,7 @@ test("an end is heard once, also by who asks late", () => {
   ledger.whenEnded("a", (job) => heard.push(`late ${job.state}`));
   assert.deepEqual(heard, ["done", "late done"]);
   assert.equal(ledger._waiters.size, 0);
+  ledger.put({ id: "a", state: "running" }); // an answer that an event has overtaken
+  assert.deepEqual([ledger.get("a").state, ledger.live()], ["done", []]);
   assert.deepEqual([ledger.tell("a"), ledger.tell("a")], [true, false]);
 });
