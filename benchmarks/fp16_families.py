@@ -16,9 +16,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
+from PIL import Image
 
 from mlx_maple.drawing import autoencode
 from mlx_maple.engine.compiled import made_ready
+from mlx_maple.images import to_image
 from mlx_maple.models import (
     AutoencoderKL,
     CLIPTextConfig,
@@ -154,6 +156,11 @@ def cosine(ours: np.ndarray, theirs: np.ndarray) -> float:
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+def pixels(picture: Image.Image) -> np.ndarray:
+    """A picture as numbers around 0."""
+    return np.asarray(picture, np.float32) - 127.5
+
+
 def safety_net(config: Mapping[str, Any], latents: mx.array) -> dict[str, Any]:
     """An autoencoder whose feature maps leave float16, decoding as a drawing does in float16.
 
@@ -164,7 +171,7 @@ def safety_net(config: Mapping[str, Any], latents: mx.array) -> dict[str, Any]:
     weights = dict(cast(list[tuple[str, mx.array]], tree_flatten(plain.parameters())))
     weights = {name: value(name, old.shape) for name, old in weights.items()}
     plain.update(tree_unflatten(list(recipe.louder_autoencoder(weights).items())))
-    expected = np.array(plain.decode(latents))
+    expected = pixels(to_image(np.array(plain.decode(latents))[0]))
     plain.set_dtype(mx.float16)
     text = {**true_sizes.NETWORKS["sd21-text"][3], "hidden_size": 64, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 1, "intermediate_size": 64}
@@ -180,8 +187,8 @@ def safety_net(config: Mapping[str, Any], latents: mx.array) -> dict[str, Any]:
     alone = np.array(sd.vae.decode(latents).astype(mx.float32))
     notes: list[str] = []
     start = time.perf_counter()
-    found = autoencode.decode(sd, latents, notes)
-    likeness = cosine(found, expected[0])
+    found = pixels(autoencode.decode(sd, latents, notes))
+    likeness = cosine(found, expected)
     is_seen = not np.isfinite(alone).all() and len(notes) == 1
     return {
         "network": NET,

@@ -19,6 +19,14 @@ def parity_record(request):
     return record
 
 
+@pytest.fixture(scope="session")
+def family_models(tmp_path_factory):
+    """The tiny models of every family, ours and diffusers': made once for all who compare them."""
+    from test_families_parity import Models
+
+    return Models(tmp_path_factory.mktemp("families"))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
     if not _ROWS:
         return

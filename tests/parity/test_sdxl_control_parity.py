@@ -32,9 +32,9 @@ STEPS = 3
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Models:
+def models(family_models) -> Models:
     torch.set_grad_enabled(False)
-    yield Models(tmp_path_factory.mktemp("families"))
+    yield family_models
     torch.set_grad_enabled(True)
 
 
