@@ -20,12 +20,16 @@ NAMES = {
     "unet": "UNet",
     "vae_encoder": "autoencoder's encoder",
     "vae_decoder": "autoencoder's decoder",
+    "taesd": "TAESD's decoder",
+    "controlnet": "ControlNet",
 }
 PHASES = {
     "text": "reading the prompt",
     "look": "looking at pictures",
     "encode": "encoding the image",
+    "control": "reading what steers",
     "step": "a step",
+    "preview": "a preview",
     "decode": "decoding",
 }
 
@@ -37,6 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--count", type=int, default=1, metavar="N", help="pictures at once")
     add("--image", action="store_true", help="from a picture")
     add("--ip-adapter", action="append", metavar="MODEL", help="prompted with a picture by this")
+    add("--controlnet", action="append", metavar="MODEL", help="steered by this; again for several")
+    add("--taesd", metavar="MODEL", help="with previews by this one")
     add("--dtype", choices=("float16", "bfloat16", "float32"), help="of weights and activations")
     add("--quantize", type=int, choices=(8, 4), help="bits to keep the weights in")
     add("--low-memory", action="store_true", help="one network at a time")
@@ -56,11 +62,19 @@ def run(args: argparse.Namespace) -> int:
         quantize=args.quantize,
         low_memory=True,
         ip_adapter=args.ip_adapter,
+        controlnet=args.controlnet,
+        taesd=args.taesd,
         cache=False,
         local_files_only=True,
     )
     request = request_of(sd, vars(args), low_memory=args.low_memory)
-    request = replace(request, from_picture=args.image, looks=bool(args.ip_adapter))
+    request = replace(
+        request,
+        from_picture=args.image,
+        looks=bool(args.ip_adapter),
+        steered=args.controlnet is not None,
+        previewed=args.taesd is not None,
+    )
     check_size(request.width, request.height)
     plan, free = Plan(request), _machine.device_memory()
     if args.json:
@@ -106,6 +120,8 @@ def request_of(
         guided=value("guidance_scale") != 1,
         from_picture=bool(arguments.get("image") is not None),
         looks=bool(arguments.get("ip_image") is not None),
+        steered=arguments.get("control_image") is not None,
+        previewed=arguments.get("preview") == "taesd",
         dtype=getattr(mx, unet.dtype),
         bits=unet.bits,
         low_memory=low_memory,

@@ -731,7 +731,8 @@ def _draw(
         if hasattr(error, "exit_code"):
             raise
         raise _refused(error, request) from None
-    _memory.check(sd, request.arguments)
+    asked = {**request.arguments, "preview": preview}
+    _memory.check(sd, asked)
     previews = _Previews(outputs, sd, request, screen) if preview else None
     result = None
     try:
@@ -742,7 +743,7 @@ def _draw(
             result = progress.result
     except RuntimeError as error:
         if is_out_of_memory(error):
-            raise _memory.refused(sd, request.arguments, error) from error
+            raise _memory.refused(sd, asked, error) from error
         raise
     finally:
         drawing.close()

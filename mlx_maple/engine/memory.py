@@ -40,6 +40,7 @@ from mlx_maple.engine.prepare import (
     prepare_unet,
     prepare_vae,
 )
+from mlx_maple.engine.prepared_control import prepare_controlnet
 from mlx_maple.engine.quantize import QUANTIZED, as_quantized
 from mlx_maple.engine.tiling import striped_bytes
 from mlx_maple.models import (
@@ -47,7 +48,11 @@ from mlx_maple.models import (
     AutoencoderKL,
     CLIPTextEncoder,
     CLIPVisionEncoder,
+    ControlNet,
+    ControlNetConfig,
     IPAdapter,
+    T2IAdapter,
+    T2IAdapterConfig,
     TAESDConfig,
     UNet,
 )
@@ -86,7 +91,7 @@ class Phase:
     """One part of a drawing.
 
     Attributes:
-        name: "text", "look", "encode", "step" or "decode".
+        name: "text", "look", "encode", "control", "step", "preview" or "decode".
         weights: bytes of the networks that are in memory.
         working: bytes beside them, at most.
     """
@@ -107,13 +112,16 @@ class Request:
 
     Attributes:
         configs: of the text encoders (text_encoder, text_encoder_2, or both), unet and vae, and of
-            IP-Adapters and their image encoders (ip_adapter, …, image_encoder, …).
+            IP-Adapters and their image encoders (ip_adapter, …, image_encoder, …),
+            and perhaps of networks that steer and of a taesd.
         width: in pixels.
         height: in pixels.
         count: pictures at once.
         guided: whether a negative prompt takes part.
         from_picture: whether the drawing starts from one.
         looks: whether it is prompted with pictures.
+        steered: whether the networks that steer do, each by a picture.
+        previewed: whether the taesd shows the steps.
         dtype: of weights and activations.
         bits: of the quantised weights: 8, 4 or None.
         low_memory: whether only the network in use is held.
@@ -128,6 +136,8 @@ class Request:
     guided: bool = True
     from_picture: bool = False
     looks: bool = False
+    steered: bool = False
+    previewed: bool = False
     dtype: mx.Dtype = mx.float16
     bits: int | None = None
     low_memory: bool = False
@@ -148,6 +158,12 @@ class Request:
     def image_encoders(self) -> list[str]:
         """Names of what looks at their pictures."""
         return [part for part in self.configs if part.startswith("image_encoder")]
+
+    @property
+    def controls(self) -> list[str]:
+        """Names of the networks that steer."""
+        kinds = ControlNetConfig | T2IAdapterConfig
+        return [part for part, config in self.configs.items() if isinstance(config, kinds)]
 
     @property
     def vae_dtype(self) -> mx.Dtype:
@@ -185,7 +201,18 @@ class Plan:
             "unet": _weight_bytes(self._networks["unet"]),
             "vae_encoder": _weight_bytes(self._networks["vae"], but="decoder"),
             "vae_decoder": _weight_bytes(self._networks["vae"], but="encoder"),
+            **{part: _weight_bytes(self._networks[part]) for part in self.request.controls},
         }
+        if self._is_previewed:
+            self.components["taesd"] = _weight_bytes(self._networks["taesd"], but="encoder")
+
+    @property
+    def _is_previewed(self) -> bool:
+        return self.request.previewed and "taesd" in self._networks
+
+    @property
+    def _is_steered(self) -> bool:
+        return self.request.steered and bool(self.request.controls)
 
     @cached_property
     def phases(self) -> list[Phase]:
@@ -193,20 +220,31 @@ class Plan:
         request, sizes = self.request, self.components
         looking = [*request.image_encoders, *request.adapters]
         names = ["text", *(["look"] if request.looks else [])]
-        names += [*(["encode"] if request.from_picture else []), "step", "decode"]
+        names += ["encode"] if request.from_picture else []
+        names += [*(["control"] if self._is_steered else []), "step"]
+        names += [*(["preview"] if self._is_previewed else []), "decode"]
+        controls = sum(sizes[part] for part in request.controls)
+        taesd = sizes.get("taesd", 0)
+        step = sizes["unet"] + (controls if self._is_steered else 0)
         own = {
             "text": sum(sizes[part] for part in request.encoders),
             "look": sum(sizes[part] for part in looking),
             "encode": sizes["vae_encoder"],
-            "step": sizes["unet"],
-            "decode": sizes["vae_decoder"],
+            "control": controls,
+            "step": step + taesd,
+            "preview": step + taesd,
+            "decode": sizes["vae_decoder"] + taesd,
         }
-        held = sum(own[name] for name in names) + (0 if request.looks else own["look"])
+        # What steers or looks is read when the model is loaded, whether it will or not.
+        held = own["text"] + own["look"] + sizes["unet"] + controls + own["decode"]
+        held += sizes["vae_encoder"] if request.from_picture else 0
         working = {
             "text": self._text,
             "look": self._look,
             "encode": lambda: self._autoencoder(is_encoding=True),
-            "step": self._step,
+            "control": self._control,
+            "step": lambda: self._stepping,
+            "preview": self._preview,
             "decode": lambda: self._autoencoder(is_encoding=False),
         }
         return [
@@ -254,7 +292,34 @@ class Plan:
             found.append(self._networks[part].keys_values(prompt, unet))
         return [[mx.zeros(x.shape, dtype) for x in each] for each in found]
 
-    def _step(self) -> int:
+    def _hint(self, part: str) -> tuple[mx.array, ...]:
+        """What a network that steers has made of its picture, as described; and the picture."""
+        network, config = self._networks[part], self.request.configs[part]
+        size = (1, self.request.height, self.request.width, config.hint_channels)
+        picture = mx.zeros(size)
+        is_adapter = isinstance(network, T2IAdapter)
+        made = network(picture) if is_adapter else [network.embed_hint(picture)]
+        return picture, *[mx.zeros(each.shape, each.dtype) for each in made]
+
+    def _control(self) -> int:
+        """The pictures that steer, read one after the other."""
+
+        def call(network: Any) -> Callable[..., Any]:
+            return network if isinstance(network, T2IAdapter) else network.embed_hint
+
+        return max(self._peak(part, call, self._hint(part)[0]) for part in self.request.controls)
+
+    def _preview(self) -> int:
+        """A picture of a step; a GPU may be at the next one."""
+        config, request = self.request.configs["taesd"], self.request
+        factor = config.downscale
+        shape = (1, request.height // factor, request.width // factor, config.latent_channels)
+        shown = self._peak("taesd", lambda taesd: taesd.decode, mx.zeros(shape))
+        is_ahead = request.backend != "cpu" and not request.low_memory
+        return shown + (self._stepping if is_ahead else 0)
+
+    @cached_property
+    def _stepping(self) -> int:
         request = self.request
         config, factor = request.configs["unet"], request.configs["vae"].downscale
         rows, columns = request.height // factor, request.width // factor
@@ -267,17 +332,39 @@ class Plan:
             told["guidance"] = mx.zeros((request.batch,))
 
         images = self._images()
+        controls = request.controls if self._is_steered else []
+        hints = {part: self._hint(part)[1:] for part in controls}
+        adapters = [part for part in controls if isinstance(self._networks[part], T2IAdapter)]
 
-        def call(network: Any) -> Callable[..., mx.array]:
-            return lambda x, time, states, *more: network(
-                x, time, states, **dict(zip(told, more, strict=True)), image=images
-            )
+        def call(unet: Any, *networks: Any) -> Callable[..., mx.array]:
+            steering = dict(zip(controls, networks, strict=True))
+
+            def step(x: mx.array, time: mx.array, states: mx.array, *more: mx.array) -> mx.array:
+                said: dict[str, Any] = dict(zip(told, more, strict=False))
+                given = iter(more[len(told) :])
+                seen = {part: [next(given) for _ in made] for part, made in hints.items()}
+                vector = [said["vector"]] if "vector" in said else []
+                latents = x[..., : config.out_channels]
+                maps = [
+                    network(latents, time, states, *seen[part], *vector)
+                    for part, network in steering.items()
+                    if part not in adapters
+                ]
+                features = [seen[part] for part in adapters]
+                for name, sets in (("control", maps), ("features", features)):
+                    if sets:
+                        said[name] = [_weighted(each) for each in zip(*sets, strict=True)]
+                return unet(x, time, states, **said, image=images)
+
+            return step
 
         bound = room((request.batch, rows, columns, 0), False, request.backend)
         if request.max_memory is not None:
             bound = max(request.max_memory - sum(self.components.values()), low_memory.AHEAD_BYTES)
-        given = (latents, mx.zeros((1,)), context, *told.values())
-        return self._peak("unet", call, *given, bound=bound)
+        pictures = [each for made in hints.values() for each in made]
+        given = (latents, mx.zeros((1,)), context, *told.values(), *pictures)
+        taken = self._peak(["unet", *controls], call, *given, bound=bound)
+        return taken + sum(each.nbytes for each in pictures)
 
     def _autoencoder(self, *, is_encoding: bool) -> int:
         request = self.request
@@ -304,35 +391,36 @@ class Plan:
 
     def _peak(
         self,
-        part: str,
-        call: Callable[[Any], Callable[..., Any]],
+        parts: str | Sequence[str],
+        call: Callable[..., Callable[..., Any]],
         *inputs: mx.array,
         bound: int | None = None,
     ) -> int:
-        """The most that a network's call takes, whose weights are described as arguments.
+        """The most that a call of networks takes, whose weights are described as arguments.
 
         Above ``bound`` MLX waits for the device; up to it, it prepares a batch more.
         """
-        network = self._networks[part]
-        parameters = tree_flatten(network.parameters())
-        assert isinstance(parameters, list)
-        names = [name for name, _ in parameters]
+        parts = [parts] if isinstance(parts, str) else parts
+        networks = [self._networks[part] for part in parts]
+        parameters = [_parameters(network) for network in networks]
 
         def described(*arrays: mx.array) -> Any:
-            weights = zip(names, arrays[len(inputs) :], strict=True)
-            network.update(tree_unflatten(list(weights)))
-            return call(network)(*arrays[: len(inputs)])
+            weights = iter(arrays[len(inputs) :])
+            for network, found in zip(networks, parameters, strict=True):
+                network.update(tree_unflatten([(name, next(weights)) for name, _ in found]))
+            return call(*networks)(*arrays[: len(inputs)])
 
         backend = self.request.backend
         trace = _Trace(backend)
-        values = [value for _, value in parameters]
+        values = [value for found in parameters for _, value in found]
         try:
             with _as_on(backend):
                 mx.export_function(trace.read, described, *inputs, *values)
         finally:
-            network.update(tree_unflatten(parameters))
+            for network, found in zip(networks, parameters, strict=True):
+                network.update(tree_unflatten(found))
         if not self.request.low_memory:
-            staged = isinstance(network, PreparedVAE)
+            staged = isinstance(networks[0], PreparedVAE)
             lag, stage = LAG[backend], STAGE_LAG
             if self.request.max_memory is not None and backend != "cpu":
                 lag, stage = BOUNDED_LAG, STAGE_LAG // 2
@@ -394,6 +482,11 @@ def _networks(request: Request) -> dict[str, Any]:
     classes |= dict.fromkeys(request.image_encoders, CLIPVisionEncoder)
     classes |= dict.fromkeys(request.adapters, IPAdapter)
     classes |= {"unet": UNet, "vae": TAESD if is_taesd else AutoencoderKL}
+    for part in request.controls:
+        is_adapter = isinstance(request.configs[part], T2IAdapterConfig)
+        classes[part] = T2IAdapter if is_adapter else ControlNet
+    if request.previewed and "taesd" in request.configs:
+        classes["taesd"] = TAESD
     found: dict[str, Any] = {}
     for part, make in classes.items():
         network = make(request.configs[part])
@@ -402,14 +495,26 @@ def _networks(request: Request) -> dict[str, Any]:
             as_quantized(network, request.bits)
             network.set_dtype(request.dtype)  # of what stays as it is
         found[part] = network
+    steer = [part for part in request.controls if classes[part] is ControlNet]
     if request.low_memory:
-        in_chunks(found["unet"])
+        for part in ("unet", *steer):
+            in_chunks(found[part])
     if request.backend != "cpu":
         recipe = _recipe(request)
         found["unet"] = prepare_unet(found["unet"], recipe)
+        for part in steer:
+            found[part] = prepare_controlnet(found[part], recipe)
         if not request.low_memory and not is_taesd:
             found["vae"] = prepare_vae(found["vae"], recipe)
     return found
+
+
+def _weighted(maps: Sequence[mx.array]) -> mx.array:
+    """The sum of what several networks add, each times its weight."""
+    total = 0.5 * maps[0]
+    for each in maps[1:]:
+        total = total + 0.5 * each
+    return total
 
 
 def _recipe(request: Request) -> Recipe:
@@ -453,9 +558,14 @@ def _kernel(
 
 def _weight_bytes(network: nn.Module, but: str = "") -> int:
     """Bytes of a network's weights, but for those below one name."""
+    found = _parameters(network)
+    return sum(value.nbytes for name, value in found if not but or not name.startswith(f"{but}."))
+
+
+def _parameters(network: nn.Module) -> list[tuple[str, Any]]:
     found = tree_flatten(network.parameters())
     assert isinstance(found, list)
-    return sum(value.nbytes for name, value in found if not but or not name.startswith(f"{but}."))
+    return found
 
 
 # What a call takes --------------------------------------------------------------------------------
