@@ -12,13 +12,14 @@ BACKEND ?= $(shell if [ "$$(uname -s)" = Darwin ]; then echo metal; \
 EXTRA    = $(if $(filter metal,$(BACKEND)),,$(BACKEND))
 comma   := ,
 
-.PHONY: help demo gallery test breakage serve-check browser parity parity-full lint types format check wheel-check docs clean
+.PHONY: help demo gallery test breakage gpu-check serve-check browser parity parity-full lint types format check wheel-check docs clean
 
 help:
 	@echo "make demo         set up, draw a picture with the model that ships here, print its path"
 	@echo "make gallery      draw the pictures of the README again"
 	@echo "make test         set up and run the tests (no network, no torch)"
 	@echo "make breakage     break one thing at a time and list the tests that fail"
+	@echo "make gpu-check    draw with every feature on the GPU and on the CPU, and compare"
 	@echo "make serve-check  call maple serve with other people's clients, attack it, kill it"
 	@echo "make browser      use the page of maple serve in a real browser (a Chromium, and node)"
 	@echo "make parity       compare live with torch, diffusers, transformers and k-diffusion"
@@ -67,6 +68,9 @@ test: $(VENV)/.dev
 
 breakage: $(VENV)/.dev
 	$(BIN)/python tests/breakage.py
+
+gpu-check: $(VENV)/.dev
+	$(BIN)/python tests/gpu_agreement.py
 
 serve-check: $(VENV)/.serve-check
 	$(BIN)/python -m pytest -q tests/serve/check_*.py

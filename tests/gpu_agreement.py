@@ -20,6 +20,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +104,8 @@ def cases() -> Iterator[Case]:
     yield "three at once", plain, {"count": 3}
     for sampler in ("euler", "euler_a", "heun", "dpmpp_2m", "dpmpp_2m_sde", "plms", "unipc", "lcm"):
         yield f"sampler {sampler}", plain, {"sampler": sampler}
-    yield "a long prompt with weights", plain, {"prompt": "a (red:1.3) apple, " * 30}
+    # Of a trained model: random states have a mean near nothing, and are divided by it.
+    yield "a long prompt with weights", {"source": None}, {"prompt": "a (red:1.3) apple, " * 30}
     yield "two prompts at once", plain, {"prompt": "a cat AND a dog :0.6"}
     yield "a prompt that changes", plain, {"prompt": "[a cat:a dog:0.5] [red|blue]"}
     yield (
@@ -198,7 +200,7 @@ def row_of(case: Case, gpu: mx.DeviceType) -> dict[str, Any]:
         row["cosine_float16"] = cosine(half.latents, wanted.latents)
         row["notes"] = sorted({*found.notes, *half.notes} - {*wanted.notes})
         is_finite = bool(np.isfinite(half.latents).all())
-        row["passed"] = row["cosine"] >= COSINE and is_finite
+        row["passed"] = row["cosine"] >= COSINE and is_finite  # NaN is not
     except Exception as error:  # whatever it is, the other rows are of use
         row["error"] = f"{type(error).__name__}: {error}"[:300]
         row["trace"] = traceback.format_exc(limit=-2)
@@ -209,7 +211,7 @@ def row_of(case: Case, gpu: mx.DeviceType) -> dict[str, Any]:
 
 def main(gpu: mx.DeviceType = mx.DeviceType.gpu) -> int:
     """Draw all cases, print a line each, and say at the end which failed."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", default="", help="cases whose name has this word in it")
     parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
     args = parser.parse_args()
@@ -229,7 +231,7 @@ def main(gpu: mx.DeviceType = mx.DeviceType.gpu) -> int:
     failed = [row["case"] for row in rows if not row["passed"]]
     print(f"{len(rows)} cases, {len(failed)} differ{': ' if failed else ''}{', '.join(failed)}")
     if args.output:
-        facts = {"device": str(mx.device_info().get("device_name", "")), "mlx": mx.__version__}
+        facts = {"device": str(mx.device_info().get("device_name", "")), "mlx": version("mlx")}
         args.output.write_text(json.dumps({**facts, "rows": rows}, indent=1) + "\n")
     return 1 if failed else 0
 
