@@ -8,6 +8,7 @@ import numpy as np
 import mlx_maple as maple
 from mlx_maple import images
 from mlx_maple.drawing.autoencode import as_bytes
+from mlx_maple.engine import low_memory
 
 
 def test_bytes_of_the_device_are_those_of_numpy():
@@ -34,3 +35,18 @@ def test_a_drawing_without_loras_lets_go_of_nothing(monkeypatch):
     assert calls == []
     sd.networks.drop("unet")
     assert calls == ["collect", "clear_cache"] and sd.unet is not held
+
+
+def test_what_is_held_is_counted_anew_only_when_it_changes(monkeypatch):
+    sd = maple.load()
+    networks, counted, count = sd.networks, [], low_memory._bytes
+    monkeypatch.setattr(
+        low_memory, "_bytes", lambda module: counted.append(module) or count(module)
+    )
+    whole = networks._held_bytes()
+    assert whole == sum(map(count, networks._held.values())) and len(counted) == 3
+    assert networks._held_bytes() == whole and len(counted) == 3
+    networks.drop("unet")
+    less = networks._held_bytes()
+    assert less == whole - count(sd.unet) and networks._held_bytes() == whole
+    assert len(counted) == 4  # the UNet that was read again
