@@ -145,7 +145,9 @@ def _answer_errors(app: FastAPI) -> None:
     @app.exception_handler(ImageError)
     @app.exception_handler(Undrawable)
     async def unusable(request: Request, error: ValueError) -> Response:
-        return error_response(request.url.path, 422, _printable(str(error).rstrip(".")))
+        message, field = _printable(str(error).rstrip(".")), getattr(error, "field", None)
+        details = [{"field": field, "message": message}] if field else []
+        return error_response(request.url.path, 422, message, details=details)
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> Response:

@@ -34,6 +34,8 @@ class Limits:
         connections_each: of one peer, so are the next two.
         streams: of events that are open.
         streams_each: likewise.
+        archives: of pictures that are made or sent.
+        archives_each: likewise.
         bodies: bytes of requests that are in memory.
         bodies_each: likewise.
         presets: that are kept.
@@ -56,6 +58,8 @@ class Limits:
     connections_each: int = 512
     streams: int = 128
     streams_each: int = 48
+    archives: int = 8
+    archives_each: int = 2
     bodies: int = 512 << 20
     bodies_each: int = 256 << 20
     presets: int = 500

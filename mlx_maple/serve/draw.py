@@ -20,7 +20,15 @@ USUAL_LARGEST = 1024, 1024  # of models: what a drawing without a size has at mo
 
 
 class Undrawable(ValueError):
-    """A request that no model could draw; one line."""
+    """A request that no model could draw; one line.
+
+    Attributes:
+        field: of the request, that it is about.
+    """
+
+    def __init__(self, message: str, field: str | None = None) -> None:
+        self.field = field
+        super().__init__(message)
 
 
 def _seed(value: Any) -> Any:
@@ -43,7 +51,8 @@ Pair = Annotated[
 
 def _factors(value: Any) -> Any:
     """FreeU's factors as numbers; a picture's settings tell them in one text."""
-    return value.split() if isinstance(value, str) and len(value) < 100 else value
+    is_text = isinstance(value, str) and len(value) < 100
+    return value.replace(",", " ").split() if is_text else value
 
 
 Factor = Annotated[float, Field(ge=0, le=10, allow_inf_nan=False)]
@@ -259,7 +268,7 @@ class Draw(BaseModel):
             ("schedule", self.schedule, SCHEDULES),
         ):
             if word is not None and word not in known:
-                raise Undrawable(f"unknown {name} {word!r}: choose from {', '.join(known)}")
+                raise Undrawable(f"unknown {name} {word!r}: choose from {', '.join(known)}", name)
         if self.sampler is not None:
             try:
                 make_plan(NoiseSchedule.from_betas(), self.sampler, self.schedule, eta=self.eta)
@@ -268,9 +277,10 @@ class Draw(BaseModel):
         if self.mask is not None and self.image is None:
             raise Undrawable("a mask needs the image that it covers")
         if self.hires_scale is not None and self.image is not None:
-            raise Undrawable("hires_scale does not go with an image")
+            raise Undrawable("hires_scale does not go with an image", "hires_scale")
         if self.zeroed_negative and self.negative_prompt:
-            raise Undrawable("zeroed_negative does not go with a negative_prompt")
+            refusal = "zeroed_negative does not go with a negative_prompt"
+            raise Undrawable(refusal, "zeroed_negative")
 
     def check_size(self, own: tuple[int, int]) -> None:
         """Refuse more pixels than one job may have.

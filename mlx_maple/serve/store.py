@@ -16,6 +16,7 @@ between, and is taken up at the next start. The store is used from one thread at
 import fcntl
 import io
 import json
+import os
 import re
 import secrets
 import sqlite3
@@ -29,6 +30,7 @@ from mlx_maple import images
 from mlx_maple.images import ImageError
 
 KEPT_JOBS = 2000  # finished jobs without pictures that are remembered
+FORGET_EACH = 100  # jobs that end without pictures, between two times that older ones are let go
 THUMBNAIL = 256  # pixels
 _PICTURE = re.compile(r"([0-9a-f]{24})-(\d{1,3})\.png")
 _INPUT = re.compile(r"[0-9a-f]{24}-[a-z_]{1,30}(-\d{1,2})?")
@@ -45,6 +47,7 @@ CREATE TABLE IF NOT EXISTS pictures (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT UNIQUE NOT NULL, job TEXT NOT NULL,
     place INTEGER NOT NULL, created REAL NOT NULL, width INTEGER NOT NULL, height INTEGER NOT NULL,
     settings TEXT NOT NULL);
+CREATE INDEX IF NOT EXISTS pictures_by_job ON pictures (job, place);
 CREATE TABLE IF NOT EXISTS presets (name TEXT PRIMARY KEY, draw TEXT NOT NULL, changed REAL);
 CREATE TABLE IF NOT EXISTS options (name TEXT PRIMARY KEY, value TEXT NOT NULL);
 """
@@ -143,6 +146,7 @@ class Store:
         self._db.execute("PRAGMA synchronous=NORMAL")
         self._db.execute("PRAGMA busy_timeout=5000")
         self._db.executescript(_SCHEMA)
+        self._left_nothing = 0  # jobs, since it was opened
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -220,8 +224,14 @@ class Store:
             raise
         for picture in pictures:  # of an earlier try, whose server was killed half way
             self._thumbnail_path(picture).unlink(missing_ok=True)
-        if not pictures:
+        if not self.pictures_of(job):  # there may be some of an earlier try
             self.drop_inputs(job)
+            self._left_nothing += 1
+            if self._left_nothing % FORGET_EACH == 0:
+                self._forget()
+        if state != "done":
+            for path in self.enlarged.glob(f"{job}-*"):
+                path.unlink(missing_ok=True)
 
     def recover(self) -> list[JobRecord]:
         """Put in order what a killed server left; returns the jobs to offer again.
@@ -287,9 +297,23 @@ class Store:
 
     # Pictures that jobs start from -----------------------------------------------------------
 
-    def keep_input(self, job: str, name: str, data: bytes) -> None:
-        """Keep a picture that a job starts from: while it waits, or its pictures are kept."""
-        images.write_whole(self.input_path(job, name), data)
+    def keep_input(self, job: str, name: str, picture: bytes | Path) -> None:
+        """Keep a picture that a job starts from: while it waits, or its pictures are kept.
+
+        One that is here already takes no room again: files of pictures never change.
+
+        Raises:
+            FileNotFoundError: its file is gone.
+        """
+        path = self.input_path(job, name)
+        if isinstance(picture, Path):
+            try:
+                return os.link(picture, path)
+            except FileNotFoundError:
+                raise
+            except OSError:  # a file system without links
+                picture = picture.read_bytes()
+        images.write_whole(path, picture)
 
     def input_path(self, job: str, name: str) -> Path:
         """Where a job's "image", "mask", "control-0" lies."""

@@ -154,6 +154,7 @@ class Studio:
         self._jobs: OrderedDict[str, Job] = OrderedDict()
         self._feeds: set[Feed] = set()
         self._streams = Bound(config.limits.streams, config.limits.streams_each)
+        self._archives = Bound(config.limits.archives, config.limits.archives_each)
         self._tasks: set[asyncio.Task[Any]] = set()
         self._submitting = asyncio.Lock()
         self._store_thread = ThreadPoolExecutor(1, "store")
@@ -236,7 +237,7 @@ class Studio:
         """
         self._queue.check(client, self._retry_after())
         entry, how, refiner = await asyncio.to_thread(self._chosen, draw)
-        pictures = dict(files or {})
+        pictures: dict[str, bytes | Path] = dict(files or {})
         if draw.image is None and "image" not in pictures:  # else its size counts: see worker.py
             await self._check_size(draw, how)
         for name, text in draw.pictures().items():
@@ -274,12 +275,16 @@ class Studio:
         await self._queued(job, {f"image-{number:02}": data for number, data in enumerate(files)})
         return job
 
-    async def _queued(self, job: Job, pictures: Mapping[str, bytes]) -> None:
+    async def _queued(self, job: Job, pictures: Mapping[str, bytes | Path]) -> None:
         """Keep what a job starts from, and put it at the end of its client's line."""
         async with self._submitting:
             self._queue.check(job.client, self._retry_after())
             for name, data in pictures.items():
-                await self.stored(self.store.keep_input, job.id, name, data)
+                try:
+                    await self.stored(self.store.keep_input, job.id, name, data)
+                except FileNotFoundError:
+                    await self.stored(self.store.drop_inputs, job.id)
+                    raise Undrawable(f"{name}: the picture's file is gone") from None
                 job.inputs[name] = str(self.store.input_path(job.id, name).absolute())
             if job.kind == "draw":
                 await self.stored(self.store.add_job, _record(job))
@@ -312,19 +317,19 @@ class Studio:
                 own = defaults["width"], defaults["height"]
             draw.check_size(own)
 
-    async def _picture(self, text: str) -> bytes:
-        """The bytes of a picture that came as text, is one of the history, or began one of it."""
+    async def _picture(self, text: str) -> bytes | Path:
+        """A picture that came as text, or the file of one that the history has, or began with."""
         if text.startswith("input:"):
             path = await self.stored(self.store.kept_input, text.removeprefix("input:"))
             if path is None:
                 raise Undrawable(f"no picture {text[6:60]!r} is kept: its drawing was deleted")
-            return await asyncio.to_thread(path.read_bytes)
+            return path
         kind, _, picture_id = text[:120].partition("picture:")
         if not kind and picture_id:
             picture = await self.stored(self.store.picture, text.removeprefix("picture:"))
             if picture is None:
                 raise Undrawable(f"no picture {text[8:60]!r} is in the history")
-            return await asyncio.to_thread(self.store.picture_path(picture).read_bytes)
+            return self.store.picture_path(picture)
         return await asyncio.to_thread(picture_bytes, text, self.config.limits.upload_pixels)
 
     async def job(self, job_id: str) -> Job | None:
@@ -345,6 +350,14 @@ class Studio:
             ended.append(self._jobs.get(record.id) or await self._remembered(record))
         shown = {job.id for job in live}
         return live + [job for job in ended if job.id not in shown]
+
+    async def remove(self, picture: Picture) -> None:
+        """Take a picture out of the history, and of the job that is remembered."""
+        await self.stored(self.store.remove_picture, picture)
+        if (job := self._jobs.get(picture.job)) is not None:
+            job.pictures = [one for one in job.pictures if one.id != picture.id]
+            if not job.pictures:
+                job.inputs = {}
 
     async def cancel(self, job: Job) -> None:
         """End a job: one that waits at once, the one that is drawn between two steps.
@@ -462,7 +475,8 @@ class Studio:
         if not self._is_ready:
             return "starting"
         stage = (self.current.progress or {}).get("stage") if self.current else None
-        if stage == "loading" or (self._is_loading and self.current is None):
+        # The default model is loaded before any job: the first may wait for it without a word.
+        if stage == "loading" or (self._is_loading and stage is None):
             return "loading"
         return "idle" if self.current is None else "drawing"
 
@@ -603,12 +617,18 @@ class Studio:
         Raises:
             Busy: too many are.
         """
-        if not self._streams.take(peer):
-            raise Busy("too many streams of events are open: close some", 5)
-        try:
+        with _taken(self._streams, peer, "too many streams of events are open: close some"):
             yield
-        finally:
-            self._streams.give(peer)
+
+    @contextmanager
+    def archive(self, peer: str) -> Iterator[None]:
+        """An archive of pictures that is made and sent: it lies on the disk for so long.
+
+        Raises:
+            Busy: too many are.
+        """
+        with _taken(self._archives, peer, "too many archives are being sent: try again later"):
+            yield
 
     @asynccontextmanager
     async def listening(self, job: str | None = None) -> AsyncIterator[Feed]:
@@ -686,6 +706,16 @@ class Studio:
         for future in self._asked.values():
             if not future.done():
                 future.set_exception(Unready("failed", how))
+
+
+@contextmanager
+def _taken(bound: Bound, peer: str, refusal: str) -> Iterator[None]:
+    if not bound.take(peer):
+        raise Busy(refusal, 5)
+    try:
+        yield
+    finally:
+        bound.give(peer)
 
 
 def _record(job: Job) -> JobRecord:

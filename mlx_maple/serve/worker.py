@@ -64,7 +64,7 @@ class Worker:
         # Each model and what it draws with beside its own; the latest used last.
         self._models: OrderedDict[str, tuple[StableDiffusion, dict[str, Any]]] = OrderedDict()
         self._job = ""
-        self._is_cancelled = False
+        self._cancelled = ""  # the job that was asked to end last
         self._watched_until = 0.0
         self._later: list[dict[str, Any]] = []  # what came in while a job was drawn
 
@@ -101,8 +101,8 @@ class Worker:
             self._say("failed", job="", error={"code": code, "message": line})
 
     def _on_cancel(self, *, job: str) -> None:
-        """End a job, if it is the one that is drawn."""
-        self._is_cancelled |= job == self._job
+        """End a job: the one that is drawn, or the next, where another model is loaded yet."""
+        self._cancelled = job
 
     def _on_watch(self, *, job: str, seconds: float) -> None:
         """Someone looks at a job's previews for some seconds more."""
@@ -154,7 +154,7 @@ class Worker:
 
     def _do(self, job: str, work: Callable[[], dict[str, Any]]) -> None:
         """Do one job; whatever goes wrong is told, and ends only it."""
-        self._job, self._is_cancelled = job, False
+        self._job = job
         try:
             outcome = work()
         except Cancelled as end:
@@ -272,7 +272,7 @@ class Worker:
                 getattr(self, f"_on_{kind}")(**message)
             else:
                 self._later.append(message)
-        if self._is_cancelled:
+        if self._job and self._job == self._cancelled:
             seen = None if progress is None else progress.preview()
             raise Cancelled(None if seen is None else _base64(seen, "PNG"))
 

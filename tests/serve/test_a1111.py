@@ -9,6 +9,8 @@ import pytest
 from known import QUICK, wait_until
 from PIL import Image
 
+from mlx_maple.serve.api.a1111 import Img2Img, _mask_blur
+
 ASKED = {k: v for k, v in QUICK.items()}
 
 
@@ -39,6 +41,13 @@ def test_text_to_image(client):
     assert info["infotexts"][0].startswith("a red maple leaf\nSteps: 2, Sampler: Euler a")
     assert pictures[0].info["parameters"] == info["infotexts"][0]
     assert body["parameters"]["cfg_scale"] == 3
+
+
+def test_one_blur_counts_before_those_of_each_axis():
+    for asked, blur in (({}, 4), ({"mask_blur": 9}, 9), ({"mask_blur_x": 2, "mask_blur_y": 2}, 2)):
+        assert _mask_blur(Img2Img(**asked)) == blur
+    # As clients send it that fill in all that A1111 documents.
+    assert _mask_blur(Img2Img(mask_blur=0, mask_blur_x=4, mask_blur_y=4)) == 0
 
 
 @pytest.mark.parametrize(

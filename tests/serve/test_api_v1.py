@@ -295,7 +295,9 @@ def test_presets_are_kept(client):
     kept = client.put("/api/v1/presets/my own", json={"steps": 4, "sampler": "euler"})
     assert kept.json()["draw"] == {"prompt": "", "steps": 4, "sampler": "euler"}
     assert [p["name"] for p in client.get("/api/v1/presets").json()["presets"]] == ["my own"]
-    assert client.put("/api/v1/presets/x", json={"image": "aGVsbG8="}).status_code == 422
+    guide = {"name": "x", "image": "aGVsbG8="}
+    for pictures in ({"image": "aGVsbG8="}, {"depth_image": "aGVsbG8="}, {"controls": [guide]}):
+        assert client.put("/api/v1/presets/x", json=pictures).status_code == 422
     assert client.delete("/api/v1/presets/my own").status_code == 204
     assert client.delete("/api/v1/presets/my own").status_code == 404
 
@@ -333,6 +335,41 @@ def test_the_history_pages_and_forgets(client, drawn):
     assert client.get(gone["thumbnail"]).headers["content-type"] == "image/jpeg"
     assert client.delete(f"/api/v1/pictures/{gone['id']}").status_code == 204
     assert client.get(gone["url"]).status_code == 404
+
+
+def test_a_deleted_picture_is_in_no_job(client, finished):
+    job = finished(submitted(client, count=2))
+    first, second = job["pictures"]
+    client.delete(f"/api/v1/pictures/{first['id']}")
+    (left,) = client.get(f"/api/v1/jobs/{job['id']}").json()["pictures"]
+    assert left["id"] == second["id"]
+
+
+def test_a_picture_of_the_history_takes_no_room_again(client, studio, finished):
+    (source,) = finished(submitted(client))["pictures"]
+    path = studio.store.pictures / f"{source['id']}.png"
+    job = finished(submitted(client, image=f"picture:{source['id']}"))
+    kept = client.get(f"/api/v1/jobs/{job['id']}/inputs/image")
+    assert kept.content == path.read_bytes() and path.stat().st_nlink == 2
+    path.unlink()  # by hand: the history does not know
+    gone = client.post("/api/v1/jobs", json={**QUICK, "image": f"picture:{source['id']}"})
+    assert gone.status_code == 422 and "is gone" in gone.json()["error"]["message"]
+    client.delete(f"/api/v1/pictures/{source['id']}")
+    again = finished(submitted(client, image=f"input:{job['id']}-image"))
+    assert again["state"] == "done", again["error"]
+
+
+def test_archives_are_bounded(client, studio, drawn):
+    asked = {"ids": [drawn[1]["pictures"][0]["id"]]}
+    with studio.archive("testclient"), studio.archive("testclient"):
+        assert client.post("/api/v1/pictures/zip", json=asked).status_code == 429
+    for _ in range(3):  # each has ended when its answer has
+        assert client.post("/api/v1/pictures/zip", json=asked).status_code == 200
+
+
+def test_what_does_not_go_together_names_its_field(client):
+    answer = client.post("/api/v1/jobs", json={**QUICK, "hires_scale": 2, "image": "input:x"})
+    assert [each["field"] for each in answer.json()["error"]["details"]] == ["hires_scale"]
 
 
 def test_a_picture_without_settings_says_so(client):

@@ -78,3 +78,8 @@ def test_an_unnamed_size_counts_as_the_models_own(values, own, fits):
     else:
         with pytest.raises(Undrawable, match="pixels in one job"):
             draw.check_size(own)
+
+
+@pytest.mark.parametrize("factors", ["1.5 1.6 0.9 0.2", "1.5,1.6,0.9,0.2", "1.5, 1.6, 0.9, 0.2"])
+def test_factors_are_told_in_one_text(factors):
+    assert Draw(prompt="", freeu=factors).freeu == [1.5, 1.6, 0.9, 0.2]

@@ -95,6 +95,8 @@ def test_models_swap_and_a_controlnet_steers(client):
     vae = {"override_settings": {**model["override_settings"], "sd_vae": "other"}}
     _, info = picture(client, prompt="a leaf", **vae)
     assert info["sd_vae_name"] == "other"
+    (last,) = client.get("/api/v1/pictures?limit=1").json()["pictures"]
+    assert last["draw"]["vae"] == "other"  # else it would be drawn again with another
     again, info = picture(client, prompt="a leaf", **model)
     assert info["sd_vae_name"] is None and np.array_equal(plain, again)
     # None of it was another model in memory.

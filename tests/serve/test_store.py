@@ -6,6 +6,7 @@ from PIL import Image
 
 from mlx_maple import images
 from mlx_maple.metadata import Settings
+from mlx_maple.serve import store as module
 from mlx_maple.serve.store import InUse, JobRecord, Picture, Store, new_id
 
 
@@ -114,6 +115,43 @@ def test_inputs_live_as_long_as_their_job_waits_or_its_pictures_are_kept(store):
     store.remove_picture(pictures[1])
     assert store.kept_input(f"{done.id}-image") is None
     assert store.kept_input(f"{other.id}-image")
+
+
+def test_what_a_job_left_half_way_goes_with_its_end(store):
+    """Enlarged pictures; not what pictures started from that an earlier try had drawn."""
+    job, again = record(), record(count=2)
+    (store.enlarged / f"{job.id}-image-00.png").write_bytes(b"")
+    store.finish(job.id, "failed", {}, [])
+    assert not any(store.enlarged.iterdir())
+    store.add_job(again)
+    store.keep_input(again.id, "image", b"picture")
+    drawn(store, again.id, 0)
+    assert [left.id for left in store.recover()] == [again.id]  # its second picture is missing
+    store.finish(again.id, "cancelled", {}, [])
+    assert store.kept_input(f"{again.id}-image")
+
+
+def test_jobs_that_left_nothing_are_let_go_while_it_runs(store, monkeypatch):
+    monkeypatch.setattr(module, "KEPT_JOBS", 3)
+    monkeypatch.setattr(module, "FORGET_EACH", 5)
+    for _ in range(11):
+        job = record()
+        store.add_job(job)
+        store.finish(job.id, "cancelled", {}, [])
+    assert len(store.recent_jobs(99)) == 4 and store.job(job.id)
+
+
+def test_an_input_from_the_history_is_kept_without_links_too(store, monkeypatch):
+    source = store.pictures / "source.png"
+    source.write_bytes(b"picture")
+
+    def refused(*paths):
+        raise OSError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", refused)
+    job = record()
+    store.keep_input(job.id, "image", source)
+    assert store.kept_input(f"{job.id}-image").read_bytes() == b"picture"
 
 
 def test_a_name_of_an_input_leads_to_no_other_file(store):

@@ -71,7 +71,7 @@ def test_a_job_is_cancelled_also_where_who_asked_has_left(tmp_path):
     within(tmp_path, act)
 
 
-@pytest.mark.parametrize("stage", ["loading", "sample"])
+@pytest.mark.parametrize("stage", ["loading", "sample", None])
 def test_a_cancelled_job_does_not_wait_for_its_model(tmp_path, monkeypatch, stage):
     """A worker that loads does not listen: it is replaced. One that draws is not."""
     monkeypatch.setattr(module, "CANCEL_SECONDS", 0.05)
@@ -84,12 +84,13 @@ def test_a_cancelled_job_does_not_wait_for_its_model(tmp_path, monkeypatch, stag
         running, after = job(), job()
         studio.current = running
         studio._jobs[running.id] = studio._jobs[after.id] = running
-        running.state, running.progress = "running", {"stage": stage}
+        running.state, running.progress = "running", stage and {"stage": stage}
+        studio._is_loading = stage is None  # the default model, before the first job
         studio._queue.put(after.client, after)
         await studio.cancel(running)
         assert running.cancelling and running.state == "running"  # which the state says meanwhile
         await asyncio.sleep(0.2)
-        if stage == "loading":
+        if stage != "sample":
             assert stopped == [{"at_once": True}]
             assert running.state == "cancelled" and running.error is None
             assert studio.current is after and sent[-1] == "draw"

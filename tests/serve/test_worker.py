@@ -104,6 +104,27 @@ def test_a_job_is_cancelled_while_its_model_is_converted(line, tmp_path, monkeyp
     assert told(ours)[-1]["kind"] == "cancelled" and not done
 
 
+def test_a_job_that_waits_for_another_model_is_cancelled_too(line, tmp_path, monkeypatch):
+    """The default model is loaded before any job, and what comes in meanwhile is read there."""
+    from mlx_maple import loading
+
+    worker, ours = line
+
+    def load(progress, **how):
+        progress(0, 1, "converting")
+        raise OSError("no such model")
+
+    monkeypatch.setattr(loading, "load", load)
+    monkeypatch.setattr(worker, "_make_room", lambda how: None)
+    job = order(tmp_path)
+    for kind, values in (("draw", job), ("cancel", {"job": job["job"]})):
+        ours.send_bytes(json.dumps({"kind": kind, **values}).encode())
+    worker._on_load(model={**HOW, "source": "other"})
+    (message,) = worker._later
+    worker._on_draw(**{name: value for name, value in message.items() if name != "kind"})
+    assert told(ours)[-1]["kind"] == "cancelled"
+
+
 def test_errors_name_files_without_their_folders(line, tmp_path, monkeypatch):
     worker, ours = line
     torn = tmp_path / "torn"

@@ -178,9 +178,9 @@ class Img2Img(_Asked):
 
     init_images: list[str] | None = Field(None, max_length=8)
     mask: str | None = None
-    mask_blur: float | None = Field(4, ge=0, le=64)
-    mask_blur_x: float | None = Field(None, ge=0, le=64)
-    mask_blur_y: float | None = Field(None, ge=0, le=64)
+    mask_blur: float | None = Field(None, ge=0, le=64)
+    mask_blur_x: float | None = Field(4, ge=0, le=64)
+    mask_blur_y: float | None = Field(4, ge=0, le=64)
     inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
     inpainting_fill: int | None = Field(0, ge=0, le=3)
     inpaint_full_res: bool | None = True
@@ -253,12 +253,12 @@ async def img2img(request: Request, asked: Img2Img) -> Drawn:
 
 
 def _mask_blur(asked: Img2Img) -> float | None:
-    across, down = (
-        asked.mask_blur if side is None else side for side in (asked.mask_blur_x, asked.mask_blur_y)
-    )
-    if across != down:
+    """One blur for both axes; where it is said it counts before those of each, as there."""
+    if asked.mask_blur is not None:
+        return asked.mask_blur
+    if asked.mask_blur_x != asked.mask_blur_y:
         raise ApiError(422, "mask_blur_x: one blur for both axes is offered", field="mask_blur_x")
-    return across
+    return asked.mask_blur_x
 
 
 def _inputs(asked: Img2Img, pixels: int) -> dict[str, bytes]:

@@ -240,7 +240,8 @@ async def _result(studio: Studio, request: Request, job: Job, asked: Generation)
     if job.state != "done":
         error = job.error or {"code": "failed", "message": "the drawing was cancelled"}
         raise ApiError(STATUS.get(error["code"], 500), error["message"], code=error["code"])
-    kind = asked.output_format or "png"
+    # An address is that of the file in the history.
+    kind = "png" if asked.response_format == "url" else asked.output_format or "png"
     data = []
     for picture in job.pictures:
         if asked.response_format == "url":

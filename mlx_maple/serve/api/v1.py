@@ -29,7 +29,7 @@ from mlx_maple.serve.uploads import picture_bytes
 
 FEATURES = [
     *("txt2img", "img2img", "inpaint", "previews", "variations", "loras", "controlnet", "vae"),
-    *("hires", "tile", "windows", "prompt_weights", "token_merging", "deep_cache"),
+    *("token_merging", "deep_cache"),
     *("hires", "tile", "windows", "prompt_weights", "freeu", "refiner", "taesd", "depth", "sizes"),
     *("quantize", "low_memory", "unet", "image_prompts"),
 ]
@@ -432,11 +432,18 @@ async def pictures(
     )
 
 
+async def _archive(request: Request) -> AsyncIterator[None]:
+    """Room for one more archive, until it is sent."""
+    with studio_of(request).archive(peer_of(request.scope)):
+        yield
+
+
 @router.post(
     "/pictures/zip",
     tags=["pictures"],
     response_class=Response,
     responses={200: {"content": {"application/zip": {}}}},
+    dependencies=[Depends(_archive)],
 )
 async def zipped(request: Request, asked: schemas.Ids) -> Response:
     """Pictures in one archive."""
@@ -533,8 +540,7 @@ async def thumbnail(request: Request, picture_id: PictureId) -> FileResponse:
 async def remove_picture(request: Request, picture_id: PictureId) -> None:
     """Take a picture out of the history, and its file off the disk."""
     found = await _picture(request, picture_id)
-    studio = studio_of(request)
-    await studio.stored(studio.store.remove_picture, found)
+    await studio_of(request).remove(found)
 
 
 def shown_picture(picture: StoredPicture) -> schemas.Picture:
@@ -576,8 +582,7 @@ def draw_again(settings: dict[str, Any]) -> dict[str, Any]:
     if settings.get("control"):  # it takes the pictures again
         for name in [name for name in draw if name.startswith("control")]:
             del draw[name]
-    if settings.get("model"):
-        draw["model"] = settings["model"]
+    draw |= {name: settings[name] for name in ("model", "unet", "vae") if settings.get(name)}
     if settings.get("refiner"):
         draw["refiner"], draw["refiner_start"] = settings["refiner"], settings.get("refiner_start")
     if settings.get("zeroed_negative"):
@@ -626,7 +631,7 @@ async def put_preset(
     request: Request, name: PresetName, draw: schemas.PresetDraw
 ) -> schemas.Preset:
     """Keep settings under a name."""
-    if draw.image or draw.mask:
+    if draw.pictures():
         raise ApiError(422, "a preset holds no pictures")
     studio = studio_of(request)
     said = draw.said()

@@ -11,6 +11,8 @@ const LISTED = /** @type {const} */ ([
   ["controls", "control"],
   ["image_prompts", "ip_image"],
 ]);
+/** What a picture does not know of its drawing, or by its file's name only. */
+const LOADED = ["model", "unet", "vae", "taesd", "refiner", "quantize", "low_memory", "dtype"];
 
 /**
  * The drawing that a picture came of; the server keeps what it started from.
@@ -30,7 +32,7 @@ export async function drawingOf(picture) {
   const { inputs } = job;
   const kept = (/** @type {string} */ name) => `input:${job.id}-${name}`;
   const asked = /** @type {Draw} */ (job.draw);
-  if (asked.model) draw.model = asked.model; // the picture knows the file's name only
+  for (const name of LOADED) if (asked[name] !== undefined) draw[name] = asked[name];
   for (const name of PICTURES.filter((one) => asked[one])) {
     if (!inputs.includes(name)) return { draw, lost: true };
     draw[name] = kept(name);

@@ -39,11 +39,17 @@ function fields() {
 
 /** Connect the form, and fill its choices from the server. */
 export async function setUpForm() {
-  byId("seed-dice").addEventListener("click", () => (input("seed").value = rollSeed()));
+  byId("seed-dice").addEventListener("click", () => {
+    input("seed").value = rollSeed();
+    setLock(true); // what is shown is drawn with
+  });
   byId("seed-lock").addEventListener("click", () => setLock(!isPressed(byId("seed-lock"))));
   input("seed").addEventListener("input", () => setLock(input("seed").value.trim() !== ""));
   byId("swap").addEventListener("click", swapSize);
-  byId("reset").addEventListener("click", () => fill({ prompt: input("prompt").value }));
+  byId("reset").addEventListener("click", () => {
+    fill({ prompt: input("prompt").value });
+    fillGuides({ prompt: "" });
+  });
   select("sampler").addEventListener("change", showSchedules);
   select("model").addEventListener("change", () => void showModel());
   byId("form").addEventListener("change", () => {
@@ -269,7 +275,7 @@ export function fill(draw, { keepSeed = true } = {}) {
   for (const field of fields()) {
     if (field.name === "model") continue;
     const value = draw[field.name];
-    field.value = value === undefined || value === null ? "" : String(value);
+    field.value = Array.isArray(value) ? value.join(" ") : String(value ?? "");
     if (value !== undefined && value !== null && field.value === "")
       left.push(`${field.name} ${value}`);
     delete rest[field.name];

@@ -66,6 +66,26 @@ export function expand(text, lists, random) {
 }
 
 /**
+ * A text that becomes this one, whatever braces and names it holds: it was drawn with them.
+ * @param {string} text
+ */
+export function literal(text) {
+  return isDynamic(text) ? text.replace(/[{}]|_(?=_)/g, "\\$&") : text;
+}
+
+/**
+ * The texts of a drawing that leave nothing to choose.
+ * @param {{prompt: string, negative_prompt?: string | null}} draw
+ * @returns {{prompt: string, negative_prompt?: string}}
+ */
+export function literals({ prompt, negative_prompt }) {
+  return {
+    prompt: literal(prompt),
+    ...(negative_prompt && { negative_prompt: literal(negative_prompt) }),
+  };
+}
+
+/**
  * Every prompt that a text may become, each once, the first ones first.
  * @param {string} text
  * @param {Lists} lists

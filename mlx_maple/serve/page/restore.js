@@ -4,6 +4,7 @@ import * as api from "./api.js";
 import { drawingOf } from "./again.js";
 import { byId } from "./dom.js";
 import { fill, fillPictures } from "./form.js";
+import { literals } from "./prompts.js";
 import { toast } from "./say.js";
 import { sourceOfFile } from "./sources.js";
 import { setStart } from "./start.js";
@@ -15,7 +16,8 @@ const LOST = "the picture that it started from is kept no more";
 /** What a picture was drawn with, its own pictures too. @param {Picture} picture */
 export async function useSettings(picture) {
   const { draw, lost } = await drawingOf(picture);
-  const left = [...fill({ ...draw, count: undefined }), ...(lost ? [LOST] : [])];
+  const filled = { ...draw, ...literals(draw), count: undefined };
+  const left = [...fill(filled), ...(lost ? [LOST] : [])];
   fillPictures(draw);
   toast(
     left.length
@@ -40,7 +42,8 @@ export async function useFile(file) {
     begin();
     return toast("No settings are written in this picture: it is the one to start from.");
   }
-  const left = [...fill({ ...info.draw, count: undefined }), ...info.notes];
+  const filled = { ...info.draw, ...literals(info.draw), count: undefined };
+  const left = [...fill(filled), ...info.notes];
   if (info.draw.strength === undefined) fillPictures(info.draw); // it was drawn from nothing
   toast(
     left.length

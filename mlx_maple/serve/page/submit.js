@@ -51,8 +51,17 @@ export function drawing() {
  */
 export function expanded(draw, { everything = false } = {}) {
   const negative = draw.negative_prompt ?? "";
-  if (!isDynamic(draw.prompt) && !isDynamic(negative)) return [draw];
   const lists = wordLists();
+  if (!isDynamic(draw.prompt) && !isDynamic(negative)) {
+    const plain = (/** @type {string} */ text) => expand(text, lists, () => 0); // without backslashes
+    return [
+      {
+        ...draw,
+        prompt: plain(draw.prompt),
+        ...(negative && { negative_prompt: plain(negative) }),
+      },
+    ];
+  }
   const prompts = everything ? expandAll(draw.prompt, lists, MOST_JOBS) : null;
   const count = prompts ? prompts.length : (draw.count ?? 1);
   return Array.from({ length: count }, (_, i) => {

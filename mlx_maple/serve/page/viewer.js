@@ -2,8 +2,11 @@
 
 import { drawingOf } from "./again.js";
 import { button, byId, dialog, image, make } from "./dom.js";
+import { FIELDS } from "./fields.js";
 import { fill } from "./form.js";
 import { removePicture } from "./gallery.js";
+import { fillGuides } from "./guides.js";
+import { literals } from "./prompts.js";
 import { useSettings } from "./restore.js";
 import { complain, toast } from "./say.js";
 import { rollSeed } from "./seeds.js";
@@ -12,6 +15,7 @@ import { editMask, setStart } from "./start.js";
 import { guarded, submit } from "./submit.js";
 import { settingRows } from "./words.js";
 
+/** @typedef {import("./types.js").Draw} Draw */
 /** @typedef {import("./types.js").Picture} Picture */
 
 const VARIATION = 0.2; // near enough to be the same picture, far enough to differ
@@ -125,9 +129,26 @@ export async function vary(picture) {
 
 /** @param {Picture} picture */
 export async function startFrom(picture) {
-  fill({ ...picture.draw, count: undefined }, { keepSeed: false });
+  fill(onwards(picture), { keepSeed: false });
+  fillGuides({ prompt: "" });
   setStart({ ...sourceOf(`picture:${picture.id}`) });
   byId("prompt").focus();
+}
+
+/**
+ * Its drawing, to go on from it. A second, larger drawing goes with no picture to start from: the
+ * size is what it came to.
+ * @param {Picture} picture
+ * @returns {Draw}
+ */
+function onwards({ draw, width, height }) {
+  const all = { ...draw, ...literals(draw), count: undefined };
+  if (draw.hires_scale === undefined) return all;
+  // One too large to be asked for is left to the server, which follows the picture.
+  const fits = Math.max(width, height) <= (FIELDS.width.high ?? Infinity);
+  const kept = Object.entries(all).filter(([name]) => !name.startsWith("hires_"));
+  const size = fits ? { width, height } : { width: undefined, height: undefined };
+  return /** @type {Draw} */ ({ ...Object.fromEntries(kept), ...size });
 }
 
 /** @param {Picture} picture */

@@ -6,6 +6,7 @@ import {
   expandAll,
   isDynamic,
   linesIn,
+  literal,
   namesIn,
   PromptError,
 } from "../../../mlx_maple/serve/page/prompts.js";
@@ -71,6 +72,13 @@ test("what cannot be expanded says why", () => {
   says("__e__", { e: [] }, /empty/);
   says("__a__", { a: ["__b__"], b: ["__a__"] }, /leads back/);
   assert.throws(() => expandAll("__a__", { a: ["x __a__"] }, 5), PromptError);
+});
+
+test("the words of a picture are drawn again as they are", () => {
+  for (const text of ["{masterpiece}, a {red|blue} leaf", "a __animal__ in {x", "a_b __ c", "plain"])
+    assert.equal(expand(literal(text), {}, () => 0), text);
+  assert.equal(literal("a } b {"), "a } b {"); // nothing to choose: as it is
+  assert.equal(expand("\\{red\\}", {}, () => 0), "{red}");
 });
 
 test("every combination, each once and not more than asked for", () => {
