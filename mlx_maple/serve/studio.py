@@ -394,10 +394,10 @@ class Studio:
         """
         if job.state != "offered" or job.cancelling:
             raise Undrawable(f"the job is {job.state}, not offered")
-        self._queue.check(job.client, self._retry_after())
         draw = _again(job.draw)
         _, job.how, job.refiner = await asyncio.to_thread(self._chosen, draw)
         if job.state == "offered" and not job.cancelling:
+            self._queue.check(job.client, self._retry_after())
             job.state = "queued"
             self._queue.put(job.client, job)
             await self.stored(self.store.set_state, job.id, "queued")

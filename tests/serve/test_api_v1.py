@@ -380,6 +380,17 @@ def test_a_picture_without_settings_says_so(client):
     assert answer.status_code == 422 and answer.json()["error"]["code"] == "no_settings"
 
 
+def test_a_comment_that_is_no_settings_is_none(client):
+    """Cameras and screenshots have some: the page starts from such a picture."""
+    chunks = PngImagePlugin.PngInfo()
+    chunks.add_text("parameters", "Screenshot")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG", pnginfo=chunks)
+    image = base64.b64encode(buffer.getvalue()).decode()
+    answer = client.post("/api/v1/png-info", json={"image": image})
+    assert answer.status_code == 422 and answer.json()["error"]["code"] == "no_settings"
+
+
 @pytest.mark.parametrize(
     "said", ['{"prompt": "\\ud800 leaf"}', '{"prompt": "a leaf", "loras": "x:9999999"}']
 )

@@ -603,7 +603,10 @@ async def png_info(request: Request, asked: schemas.PngInfoRequest) -> schemas.P
         texts = images.texts_of(image)
         if not texts:
             raise ApiError(422, "no settings are written in this picture", code="no_settings")
-        recipe = images.recipe_of(image)
+        try:
+            recipe = images.recipe_of(image)
+        except ImageError as error:  # a camera's comment, for one
+            raise ApiError(422, str(error).rstrip("."), code="no_settings") from None
         said = {k: v for k, v in dataclasses.asdict(recipe.settings).items() if v not in (None, "")}
         parameters = texts.get("parameters") or metadata.to_parameters(recipe.settings)
         return schemas.PngInfo(

@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { button, byId, icon, image, make } from "./dom.js";
 import { isLive, Ledger } from "./ledger.js";
 import { announce, complain, toast } from "./say.js";
-import { dropWaiting, whenWaiting } from "./submit.js";
+import { dropWaiting, whenQueued, whenWaiting } from "./submit.js";
 import { elapsed, progressWords } from "./words.js";
 
 /** @typedef {import("./types.js").Job} Job */
@@ -45,6 +45,8 @@ export function setUpJobs(listeners) {
     notQueued = count;
     showQueue();
   });
+  // Its event is newer where it came first; where the events are lost for a while it is known all the same.
+  whenQueued((job) => ledger.get(job.id) ?? hear(job));
   api.listen({ job: hear, preview: hearPreview, connected, lost });
 }
 
@@ -207,6 +209,21 @@ export function showPictures(pictures, job) {
     ),
   );
   if (job) byId("telling").textContent = elapsed(job);
+}
+
+/**
+ * Take a picture that was deleted off the easel.
+ * @param {string} id
+ */
+export function dropPicture(id) {
+  const left = shownPictures.filter((picture) => picture.id !== id);
+  if (left.length === shownPictures.length) return;
+  showPictures(left);
+  if (left.length) return;
+  byId("shown-open").hidden = true;
+  byId("shown-actions").hidden = true;
+  byId("telling").textContent = "";
+  showWelcome("The picture is deleted.");
 }
 
 /** @param {number} place */

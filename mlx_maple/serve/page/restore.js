@@ -40,7 +40,9 @@ export async function useFile(file) {
   } catch (error) {
     if (!(error instanceof api.ApiError) || error.code !== "no_settings") throw error;
     begin();
-    return toast("No settings are written in this picture: it is the one to start from.");
+    return toast(
+      "No settings that can be read are in this picture: it is the one to start from.",
+    );
   }
   const filled = { ...info.draw, ...literals(info.draw), count: undefined };
   const left = [...fill(filled), ...info.notes];

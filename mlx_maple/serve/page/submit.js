@@ -24,6 +24,14 @@ export function whenWaiting(hear) {
   onWaiting = hear;
 }
 
+/** @type {(job: Job) => void} */
+let onQueued = () => {};
+
+/** @param {(job: Job) => void} hear each job that the server has taken */
+export function whenQueued(hear) {
+  onQueued = hear;
+}
+
 /** Let go of the jobs that are not in the server's queue yet. */
 export function dropWaiting() {
   round++;
@@ -129,6 +137,7 @@ export async function submit(draws, onJob = () => {}) {
       const job = await patiently(draw, () => mine === round);
       if (!job) break;
       tellWaiting(-1);
+      onQueued(job);
       jobs.push(job);
       onJob(job, place);
     }

@@ -6,6 +6,7 @@ import { FIELDS } from "./fields.js";
 import { fill } from "./form.js";
 import { removePicture } from "./gallery.js";
 import { fillGuides } from "./guides.js";
+import { dropPicture } from "./jobs.js";
 import { literals } from "./prompts.js";
 import { useSettings } from "./restore.js";
 import { complain, toast } from "./say.js";
@@ -79,7 +80,9 @@ function deleteShown() {
     deleteWords().textContent = "Really delete it?";
     return;
   }
+  const { id } = all[place];
   removePicture(all[place]).then(() => {
+    dropPicture(id);
     dialog("viewer").close();
     toast("The picture is deleted.");
   }, complain);
