@@ -698,6 +698,11 @@ def schedule_labels() -> dict[str, str]:
     return dict(_SCHEDULES)
 
 
+def schedule_word(label: str) -> str | None:
+    """Our word for A1111's name of a schedule; None for an unknown one."""
+    return _SCHEDULE_WORDS.get(label.lower())
+
+
 _LABELS = {row.ours: row for row in reversed(_SAMPLERS)}
 _LABELS |= {name.lower(): row for row in _SAMPLERS for name in (row.label, *row.aliases)}
 _SCHEDULE_WORDS = {label.lower(): ours for ours, label in _SCHEDULES.items()}

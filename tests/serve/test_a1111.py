@@ -9,7 +9,7 @@ import pytest
 from known import QUICK, wait_until
 from PIL import Image
 
-from mlx_maple.serve.api.a1111 import Img2Img, _mask_blur
+from mlx_maple.serve.api.a1111 import Img2Img, _mask_blur, _unit_image
 
 ASKED = {k: v for k, v in QUICK.items()}
 
@@ -64,6 +64,18 @@ def test_samplers_by_their_names(client, sampler, scheduler, ours):
     settings = client.get("/api/v1/pictures?limit=1").json()["pictures"][0]["settings"]
     assert (settings["sampler"], settings["schedule"]) == ours
     assert settings["noise"] == "nvidia"
+
+
+def test_a_schedule_counts_without_a_sampler_too(client):
+    drawn(client, steps=3, scheduler="Trailing")
+    settings = client.get("/api/v1/pictures?limit=1").json()["pictures"][0]["settings"]
+    assert settings["schedule"] == "trailing"
+
+
+def test_what_a_unit_looks_at():
+    units = ({"image": "a"}, {"input_image": "a"}, {"image": {"image": "a", "mask": None}}, {})
+    for unit in units:
+        assert _unit_image(Img2Img(init_images=["a" if unit == {} else "b"]), unit) == "a"
 
 
 def test_options_decide(client):
@@ -151,6 +163,19 @@ def test_progress_and_interruption(client):
             {"alwayson_scripts": {"controlnet": {"args": [{"module": "dw_openpose"}]}}},
             404,
             "dw_openpose",
+        ),
+        ("txt2img", {"scheduler": "sundial"}, 404, "Scheduler not found"),
+        (
+            "txt2img",
+            {"alwayson_scripts": {"controlnet": {"args": [{"model": "x"}]}}},
+            422,
+            "needs an image",
+        ),
+        (
+            "txt2img",
+            {"alwayson_scripts": {"controlnet": {"args": [{"image": PIXEL, "mask": PIXEL}]}}},
+            422,
+            "mask",
         ),
         ("txt2img", {"batch_size": 16, "n_iter": 16}, 422, "count"),
         ("txt2img", {"steps": 10**6}, 422, "steps"),

@@ -358,21 +358,38 @@ def _controls(asked: _Asked) -> dict[str, list[dict[str, Any]]]:
         module = str(unit.get("module") or "none").lower()
         if unit.get("control_mode") not in (None, 0, "Balanced"):
             raise ApiError(422, "control_mode: Balanced is offered here", field="alwayson_scripts")
+        is_adapter = module.startswith("ip-adapter")
+        if not is_adapter and module not in PREPROCESSORS:
+            raise ApiError(404, f"module {module[:80]!r} not found", field="alwayson_scripts")
         common = {
             "name": unit.get("model"),
-            "image": unit.get("image") or unit.get("input_image"),
+            "image": _unit_image(asked, unit),
             "start": unit.get("guidance_start", 0.0),
             "end": unit.get("guidance_end", 1.0),
         }
         weight = unit.get("weight", 1.0)
-        if module.startswith("ip-adapter"):
+        if is_adapter:
             image_prompts.append({**common, "scale": weight})
-        elif module in PREPROCESSORS:
-            controls.append({**common, "weight": weight, "preprocess": PREPROCESSORS[module]})
         else:
-            raise ApiError(404, f"module {module[:80]!r} not found", field="alwayson_scripts")
+            controls.append({**common, "weight": weight, "preprocess": PREPROCESSORS[module]})
     found = {"controls": controls, "image_prompts": image_prompts}
     return {name: units for name, units in found.items() if units}
+
+
+def _unit_image(asked: _Asked, unit: dict[str, Any]) -> str:
+    """What a unit looks at; where it has nothing of its own, the picture that is drawn from."""
+    image, masks = unit.get("image") or unit.get("input_image"), [unit.get("mask")]
+    if isinstance(image, dict):
+        masks.append(image.get("mask"))
+        image = image.get("image")
+    if any(masks) or unit.get("effective_region_mask"):
+        refusal = "mask: a ControlNet unit of its own mask is not offered here"
+        raise ApiError(422, refusal, field="alwayson_scripts")
+    if not image and isinstance(asked, Img2Img) and asked.init_images:
+        image = asked.init_images[0]
+    if not isinstance(image, str):
+        raise ApiError(422, "a ControlNet unit needs an image", field="alwayson_scripts")
+    return image
 
 
 async def _with_styles(studio: Studio, asked: Any) -> Any:
@@ -426,6 +443,10 @@ def _translated(asked: _Asked, options: dict[str, Any], extra: dict[str, Any]) -
         values |= words
         if asked.eta is not None and _has_eta(words["sampler"]):
             values["eta"] = asked.eta
+    elif asked.scheduler and asked.scheduler.lower() != "automatic":  # of the model's own sampler
+        values["schedule"] = metadata.schedule_word(asked.scheduler)
+        if values["schedule"] is None:
+            raise ApiError(404, f"Scheduler not found: {asked.scheduler}", field="scheduler")
     try:
         return Draw(**values)
     except ValidationError as error:
