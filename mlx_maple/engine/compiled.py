@@ -36,7 +36,8 @@ class GuidedSteps:
     Args:
         unet: made ready.
         compiles: whether to compile; see ``compile_works``.
-        one_by_one: run the two halves one after the other: half the memory, at the cost of time.
+        one_by_one: run the two halves one after the other, each as a function of its own: half the
+            memory, at the cost of time.
         in_parts: let the device begin with the first level while this side describes the others.
     """
 
@@ -135,6 +136,12 @@ class GuidedSteps:
         self, latents: mx.array, row: mx.array, prompt: list[Keys], scale: mx.array | None
     ) -> mx.array:
         """One step: of latents, a time's row, a prompt and, where it is guided, how far."""
+        if scale is not None and self.one_by_one:
+            first, second = halves(latents.shape[0], row, prompt)
+            avoided = self._whole(latents, *first, None)
+            # MLX would start both at once: the second half waits for the first.
+            later = mx.depends([latents], [avoided])[0]
+            return avoided + scale * (self._whole(later, *second, None) - avoided)
         if not self.in_parts:
             return self._whole(latents, row, prompt, scale)
         parts = self.begin(latents, row, prompt, scale is not None)
@@ -144,16 +151,8 @@ class GuidedSteps:
     def _step(
         self, latents: mx.array, row: mx.array, prompt: list[Keys], scale: mx.array | None
     ) -> mx.array:
-        if scale is None or not self.one_by_one:
-            maps = self.unet.begin(twice(latents, scale is not None), row, prompt)
-            return guided_sum(self.unet.finish(maps, row, prompt), scale)
-        count = latents.shape[0]
-        rows = (row, row) if row.shape[0] == 1 else (row[:count], row[count:])
-        avoided = self.unet.predict(latents, rows[0], rows_of(prompt, slice(count)))
-        # MLX would start both at once: the second half waits for the first.
-        later = mx.depends([latents], [avoided])[0]
-        wanted = self.unet.predict(later, rows[1], rows_of(prompt, slice(count, None)))
-        return guided_sum(mx.concatenate([avoided, wanted]), scale)
+        maps = self.unet.begin(twice(latents, scale is not None), row, prompt)
+        return guided_sum(self.unet.finish(maps, row, prompt), scale)
 
     def again(self) -> "GuidedSteps":
         """Others for the same network, to be traced anew: for a change of what it does."""
@@ -197,9 +196,27 @@ def _some(keys: Keys, which: Sequence[int]) -> Keys:
     return [keys[0], *[keys[1 + number] for number in which]]
 
 
-def rows_of(prompt: list[Keys], rows: slice) -> list[Keys]:
-    """A part of a batch's keys and values."""
-    return [k[rows] if isinstance(k, mx.array) else [each[rows] for each in k] for k in prompt]
+Half = tuple[mx.array, list[Keys]]
+
+
+def halves(count: int, row: mx.array, prompt: list[Keys]) -> tuple[Half, Half]:
+    """The row of a time and the prompt for what is avoided, and both for what is wanted.
+
+    Each is for a call of its own: in one compiled function MLX would find that both halves turn
+    the same stored weights into numbers, and keep all of them for the second.
+
+    Args:
+        count: pictures.
+        row: one for all samples, or one for each.
+        prompt: keys and values of both.
+    """
+    parts = slice(count), slice(count, None)
+    rows = (row, row) if row.shape[0] == 1 else (row[parts[0]], row[parts[1]])
+    keys = [
+        [k[part] if isinstance(k, mx.array) else [each[part] for each in k] for k in prompt]
+        for part in parts
+    ]
+    return (rows[0], keys[0]), (rows[1], keys[1])
 
 
 def twice(latents: mx.array, is_guided: bool) -> mx.array:

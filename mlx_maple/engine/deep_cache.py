@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_maple.engine.compiled import GuidedSteps, Step, guided_sum, rows_of, twice
+from mlx_maple.engine.compiled import GuidedSteps, Step, guided_sum, halves, twice
 from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, Resnet, Transformer
 from mlx_maple.models import UNet
 from mlx_maple.models.deep_cache import full, place, shallow
@@ -161,7 +161,18 @@ class CachedSteps:
     def step(self, interval: int) -> Step:
         """A step for one model, which keeps its features; see ``GuidedSteps.model``."""
         calls = 0
-        deep: mx.array | None = None
+        deep: Any = None  # or that of both halves
+
+        def one(
+            kept: mx.array | None,
+            latents: mx.array,
+            row: mx.array,
+            prompt: list[Keys],
+            scale: mx.array | None,
+        ) -> tuple[mx.array, mx.array]:
+            if kept is not None:
+                return self._shallow(kept, latents, row, prompt, scale), kept
+            return self._full(latents, row, prompt, scale)
 
         def run(
             latents: mx.array, row: mx.array, prompt: list[Keys], scale: mx.array | None
@@ -169,10 +180,16 @@ class CachedSteps:
             nonlocal calls, deep
             is_full = calls % interval == 0
             calls += 1
-            if not is_full:
-                return self._shallow(deep, latents, row, prompt, scale)
-            if not self._steps.in_parts:
-                out, deep = self._full(latents, row, prompt, scale)
+            if scale is not None and self._steps.one_by_one:
+                kept = (None, None) if is_full else deep
+                first, second = halves(latents.shape[0], row, prompt)
+                avoided, deep_avoided = one(kept[0], latents, *first, None)
+                later = mx.depends([latents], [avoided])[0]
+                wanted, deep_wanted = one(kept[1], later, *second, None)
+                deep = deep_avoided, deep_wanted
+                return avoided + scale * (wanted - avoided)
+            if not is_full or not self._steps.in_parts:
+                out, deep = one(None if is_full else deep, latents, row, prompt, scale)
                 return out
             parts = self._steps.begin(latents, row, prompt, scale is not None)
             mx.async_eval(parts)
@@ -202,23 +219,9 @@ class CachedSteps:
         scale: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         unet = self._steps.unet
-
-        def run(
-            deep: mx.array | None, latents: mx.array, row: mx.array, prompt: list[Keys]
-        ) -> tuple[mx.array, mx.array]:
-            maps = unet.begin(latents, row, prompt)
-            return climbed(unet, self.branch, deep, maps, row, prompt)
-
-        if scale is None or not self._steps.one_by_one:
-            out, deep = run(deep, twice(latents, scale is not None), row, prompt)
-            return guided_sum(out, scale), deep
-        count = latents.shape[0]
-        rows = (row, row) if row.shape[0] == 1 else (row[:count], row[count:])
-        deeps = (None, None) if deep is None else mx.split(deep, 2)
-        avoided, first = run(deeps[0], latents, rows[0], rows_of(prompt, slice(count)))
-        later = mx.depends([latents], [avoided])[0]
-        wanted, second = run(deeps[1], later, rows[1], rows_of(prompt, slice(count, None)))
-        return guided_sum(mx.concatenate([avoided, wanted]), scale), mx.concatenate([first, second])
+        maps = unet.begin(twice(latents, scale is not None), row, prompt)
+        out, deep = climbed(unet, self.branch, deep, maps, row, prompt)
+        return guided_sum(out, scale), deep
 
 
 def cached_step(steps: GuidedSteps, cache: DeepCache) -> Step:
