@@ -109,7 +109,13 @@ export function listen(hear) {
   source.addEventListener("error", () => {
     hear.lost();
     // A server that was away long makes some browsers give up.
-    if (source.readyState === EventSource.CLOSED) setTimeout(() => listen(hear), 3000);
+    if (source.readyState !== EventSource.CLOSED) return;
+    setTimeout(() => listen(hear), 3000);
+    // Nor do they say why: it may ask for another token now.
+    get("/session").then(
+      ({ token_needed, signed_in }) => token_needed && !signed_in && onUnauthorized(),
+      () => {},
+    );
   });
 }
 

@@ -215,6 +215,7 @@ export function read() {
   for (const field of fields()) {
     const text = field.value;
     if (field.closest("[data-field][hidden]") || (field.disabled && field.name === "eta")) continue;
+    if (field.name === "seed" && !isPressed(byId("seed-lock"))) continue; // the last drawing's
     const words = labelOf(field.name);
     if (field instanceof HTMLInputElement && field.type === "number") {
       if (field.validity.badInput) throw new FormError(field.name, `${words}: not a number`);

@@ -59,6 +59,13 @@ async function connected() {
       if (!isLive(job) && !ledger.get(job.id)) ledger.tell(job.id);
       hear(job);
     }
+    const listed = new Set(list.jobs.map((/** @type {Job} */ job) => job.id));
+    for (const job of ledger.live().filter(({ id }) => !listed.has(id))) {
+      // It has ended long since, or the server knows it no more.
+      api.get(`/jobs/${job.id}`).then(hear, (error) => {
+        if (error.status === 404) hear({ ...job, state: "cancelled", progress: null });
+      });
+    }
   } catch (error) {
     complain(error);
   }
@@ -170,6 +177,8 @@ function showStage(job) {
     showWelcome("The drawing was cancelled.");
   } else if (job.state === "done") {
     byId("telling").textContent = elapsed(job);
+  } else {
+    byId("telling").textContent = "It waits in the queue."; // again: the server was started anew
   }
   if (!byId("shown-open").hidden) byId("welcome").hidden = true;
 }

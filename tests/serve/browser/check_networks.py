@@ -161,6 +161,12 @@ def test_models_and_networks_that_came_since(sheet, stocked):
     job = sheet.drawn("a leaf", width=64, height=64, steps=1, vae="other", sampler="euler")
     settings = job["pictures"][0]["settings"]
     assert (settings["model"], settings["vae"], settings["sampler"]) == ("noisy", "other", "euler")
+    page.click("#reset")
+    assert page.input_value("#vae") == ""
+    page.locator("#gallery button").first.click()
+    page.click("#use")
+    sheet.until(f"document.querySelector('#model').value === '{NOISY}'")
+    assert page.input_value("#vae") == "other"
 
 
 def test_a_picture_as_a_prompt(sheet):

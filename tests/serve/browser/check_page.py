@@ -97,7 +97,9 @@ def test_a_kept_seed_draws_the_same_picture_and_a_loose_one_another(sheet):
     assert third["pictures"][0]["seed_text"] != "7"
     assert third["pictures"][0]["seed_text"] == sheet.page.input_value("#seed")
     sheet.page.click("#seed-dice")
-    assert sheet.page.input_value("#seed") != third["pictures"][0]["seed_text"]
+    rolled = sheet.page.input_value("#seed")
+    assert rolled != third["pictures"][0]["seed_text"]
+    assert sheet.drawn()["pictures"][0]["seed_text"] == rolled
 
 
 def test_what_cannot_be_drawn_is_said_at_its_field(sheet):
@@ -199,6 +201,15 @@ def test_a_larger_second_drawing_and_what_else_is_advanced(sheet):
     shown = page.inner_text("#viewer-settings")
     assert "Seamless edges" in shown and "256 × 256" in shown and "lanczos" in shown
 
+    # Going on from it is no third, still larger drawing.
+    page.click("#to-start")
+    sheet.until("document.querySelector('#start-strip').hidden === false")
+    [draw] = sheet.asked_for(1, "#draw")
+    assert (draw["width"], draw["height"], draw["tile"]) == (256, 256, "x")
+    assert not any(name.startswith("hires") for name in draw)
+    sheet.settled()
+    assert page.inner_text("#problem") == ""
+
 
 # Pictures ----------------------------------------------------------------------------------------
 
@@ -222,6 +233,20 @@ def test_a_pictures_settings_can_be_used_again(sheet):
     again = sheet.ended(told.value.json()["id"])
     one, two = (sheet.picture(done["pictures"][0]) for done in (job, again))
     assert np.array_equal(pixels(one), pixels(two))
+
+
+def test_the_words_of_a_picture_are_no_choices(sheet):
+    """Whoever drew it over HTTP may have meant the braces."""
+    prompt = "a {red|blue} leaf"
+    draw = {"prompt": prompt, "steps": 1, "width": 64, "height": 64}
+    job = sheet.context.request.post("/api/v1/jobs", data=draw).json()
+    sheet.ended(job["id"])
+    page = sheet.page
+    page.locator("#gallery button").first.click()
+    page.click("#use")
+    sheet.until("/red/.test(document.querySelector('#prompt').value)")
+    [again] = sheet.asked_for(1, "#draw")
+    assert again["prompt"] == prompt
 
 
 def test_varied_pictures_keep_the_seed(sheet):
@@ -445,6 +470,7 @@ def test_deleted_pictures_are_gone(sheet):
     picture = job["pictures"][0]
     page.wait_for_selector(f"[data-picture='{picture['id']}']", state="detached")
     assert sheet.context.request.get(picture["url"]).status == 404
+    sheet.until("document.querySelector('#shown-actions').hidden")  # it leaves the easel too
 
 
 def test_search_in_the_history(sheet):
@@ -545,6 +571,7 @@ def test_presets_are_kept_by_the_server(sheet, open_sheet, server):
         other.page.input_value(f"#{n}") for n in ("steps", "guidance_scale", "negative_prompt")
     ]
     assert values == ["9", "4.5", "fog"]
+    assert other.page.input_value("#seed") == ""  # only one that is kept is part of it
     assert other.page.input_value("#prompt") == "a boat"
     assert other.drawn("a boat")["draw"]["steps"] == 2  # what is typed over it holds
     other.page.click("#preset-delete")
