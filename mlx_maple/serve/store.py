@@ -329,12 +329,13 @@ class Store:
         for path in self.inputs.glob(f"{job}-*"):
             path.unlink(missing_ok=True)
 
-    def inputs_of(self, job: str) -> dict[str, str]:
-        """The files of the pictures that a job starts from, by argument."""
-        return {
-            path.name.partition("-")[2]: str(path.absolute())
-            for path in sorted(self.inputs.glob(f"{job}-*"))
-        }
+    def inputs_of(self, job: str, names: Sequence[str]) -> dict[str, str]:
+        """The files of the pictures that a job starts from, by argument, as far as they are kept.
+
+        They are asked for by their names: of many thousand files none is looked for.
+        """
+        paths = {name: self.input_path(job, name) for name in names}
+        return {name: str(path.absolute()) for name, path in paths.items() if path.is_file()}
 
     # Pictures ----------------------------------------------------------------------------------
 

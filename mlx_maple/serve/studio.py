@@ -439,7 +439,7 @@ class Studio:
             draw=record.draw,
             how={},
             arguments=_again(record.draw).arguments(),
-            inputs=self.store.inputs_of(record.id),
+            inputs=self.store.inputs_of(record.id, _input_names(record.draw)),
             created=record.created,
             state="offered",
         )
@@ -452,7 +452,7 @@ class Studio:
             draw=record.draw,
             how={},
             arguments={},
-            inputs=await self.stored(self.store.inputs_of, record.id),
+            inputs=await self.stored(self.store.inputs_of, record.id, _input_names(record.draw)),
             created=record.created,
             started=record.started,
             finished=record.finished,
@@ -738,6 +738,14 @@ def _again(said: Mapping[str, Any]) -> Draw:
         if name in draw:
             draw[name] = [{**each, "image": "kept"} for each in draw[name]]
     return Draw(**draw)
+
+
+def _input_names(said: Mapping[str, Any]) -> list[str]:
+    """What the pictures are called that the request started from which ``Draw.said`` tells of."""
+    found = [name for name in PICTURES if said.get(name)]
+    for several, name in LISTED.items():
+        found += [f"{name}-{number}" for number in range(len(said.get(several) or ()))]
+    return found
 
 
 def _progress(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 from mlx_maple.loading import load
 from mlx_maple.pipeline import StableDiffusion
 from mlx_maple.serve.draw import LISTED, Control, Draw, ImagePrompt, Undrawable
+from mlx_maple.serve.studio import _input_names
 
 ARRAYS = {"latents", "step_noise"}  # which JSON is no way to send
 
@@ -83,3 +84,11 @@ def test_an_unnamed_size_counts_as_the_models_own(values, own, fits):
 @pytest.mark.parametrize("factors", ["1.5 1.6 0.9 0.2", "1.5,1.6,0.9,0.2", "1.5, 1.6, 0.9, 0.2"])
 def test_factors_are_told_in_one_text(factors):
     assert Draw(prompt="", freeu=factors).freeu == [1.5, 1.6, 0.9, 0.2]
+
+
+def test_what_is_kept_of_a_request_names_its_pictures():
+    """By these names they are found again after a restart."""
+    one = {"name": "x", "image": "aGk="}
+    draw = Draw(prompt="", image="aGk=", mask="aGk=", controls=[one, one], image_prompts=[one])
+    assert sorted(_input_names(draw.said())) == sorted(draw.pictures())
+    assert _input_names(Draw(prompt="").said()) == []
