@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from mlx_maple.serve.worker import MOST_BYTES
@@ -45,7 +46,7 @@ class WorkerLink:
         self._ended = ended
         self._process: subprocess.Popen[bytes] | None = None
         self._link: Connection | None = None
-        self._sending = threading.Lock()
+        self._outbox: SimpleQueue[bytes | None] = SimpleQueue()
 
     @property
     def is_running(self) -> bool:
@@ -58,16 +59,13 @@ class WorkerLink:
         return None if self._process is None else self._process.pid
 
     def send(self, kind: str, **values: Any) -> None:
-        """Send a message; a worker that is not there is started first."""
+        """Send a message; a worker that is not there is started first.
+
+        In a thread: a worker that loads does not read, and a long prompt fills the line.
+        """
         if self._link is None:
             self._start()
-        data = json.dumps({"kind": kind, **values}).encode()
-        try:
-            assert self._link is not None
-            with self._sending:
-                self._link.send_bytes(data)
-        except OSError:
-            pass  # it is gone: the thread that listens tells
+        self._outbox.put(json.dumps({"kind": kind, **values}).encode())
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
@@ -83,8 +81,11 @@ class WorkerLink:
         finally:
             theirs.close()
         link = Connection(ours.detach())
-        self._process, self._link = process, link
+        self._process, self._link, self._outbox = process, link, SimpleQueue()
         loop = asyncio.get_running_loop()
+        threading.Thread(
+            target=_send_all, args=(link, self._outbox), name="to worker", daemon=True
+        ).start()
         threading.Thread(
             target=self._listen, args=(loop, process, link), name="worker", daemon=True
         ).start()
@@ -113,6 +114,7 @@ class WorkerLink:
         self._ended(_how(process.returncode))
 
     def _forget(self) -> None:
+        self._outbox.put(None)
         if self._link is not None:
             self._link.close()
         self._process = self._link = None
@@ -126,6 +128,7 @@ class WorkerLink:
         process = self._process
         if process is None:
             return
+        self._outbox.put(None)
         if self._link is not None:
             # Wakes the thread that listens, too; closing alone would not.
             with socket.socket(fileno=os.dup(self._link.fileno())) as duplicate:
@@ -133,6 +136,15 @@ class WorkerLink:
         self._process = self._link = None
         patience = 0.0 if at_once else PATIENCE
         threading.Thread(target=_reap, args=(process, patience), name="reap", daemon=True).start()
+
+
+def _send_all(link: Connection, outbox: "SimpleQueue[bytes | None]") -> None:
+    """Send what comes, in its order, until there is no more of it or nobody to hear it."""
+    while (data := outbox.get()) is not None:
+        try:
+            link.send_bytes(data)
+        except OSError:
+            return  # it is gone: the thread that listens tells
 
 
 def _reap(process: subprocess.Popen[bytes], patience: float = PATIENCE) -> None:

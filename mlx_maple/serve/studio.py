@@ -420,7 +420,7 @@ class Studio:
         """Someone looks: previews of the job for some seconds.
 
         Told once for each progress that is heard, and not while a model is loaded: the worker reads
-        between two steps only, and a line that is full would hold up the whole server.
+        between two steps only, and what it has not read piles up.
         """
         if job is not self.current or job.previews or job.progress is job.watched:
             return

@@ -1,6 +1,8 @@
 """Jobs between their request and their end, with a worker that only listens."""
 
 import asyncio
+import os
+import threading
 from contextlib import ExitStack
 
 import anyio
@@ -99,6 +101,35 @@ def test_a_cancelled_job_does_not_wait_for_its_model(tmp_path, monkeypatch, stag
         studio.current = None
 
     within(tmp_path, act)
+
+
+def test_a_worker_that_does_not_read_holds_up_nobody(tmp_path, monkeypatch):
+    """One that loads a model; a long prompt is more than its line holds."""
+
+    class Deaf:
+        returncode = 0
+
+        def __init__(self, command, *, pass_fds, **values):
+            self.line = os.dup(pass_fds[0])
+
+        def wait(self, patience=None):
+            return 0
+
+    monkeypatch.setattr("subprocess.Popen", Deaf)
+    sent = []
+
+    async def run():
+        link = WorkerLink(tmp_path, lambda message: None, lambda how: None)
+        link.send("draw", prompt="a leaf" * 1_000_000)
+        link.send("cancel")
+        sent.append(link._process)
+        link.stop()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()), daemon=True)
+    thread.start()
+    thread.join(20)
+    assert sent and not thread.is_alive()
+    os.close(sent[0].line)
 
 
 def test_questions_are_bounded(tmp_path):
