@@ -198,6 +198,18 @@ def test_progress_and_interruption(client):
         ("extra-single-image", {"image": "aGVsbG8=", "upscaler_1": "Lanczos"}, 422, "picture"),
         ("extra-single-image", {"image": PIXEL, "upscaler_1": "/etc/passwd"}, 404, "Upscaler"),
         ("extra-single-image", {"image": PIXEL, "gfpgan_visibility": 1}, 422, "face"),
+        (
+            "extra-batch-images",
+            {
+                "imageList": [{"data": PIXEL, "name": "a"}] * 2,
+                "upscaler_1": "Lanczos",
+                "resize_mode": 1,
+                "upscaling_resize_w": 8000,
+                "upscaling_resize_h": 4000,
+            },
+            422,
+            "together",
+        ),
     ],
 )
 def test_errors_in_its_form(client, path, values, status, words):

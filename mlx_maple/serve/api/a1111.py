@@ -924,8 +924,9 @@ async def _enlarged(request: Request, asked: _Extras, texts: Sequence[str]) -> l
 
     def read() -> list[bytes]:
         found = [picture_bytes(text, pixels) for text in texts]
-        for data in found:
-            how.target(images.check_header(data, pixels))
+        sizes = [how.target(images.check_header(data, pixels)) for data in found]
+        if (total := sum(width * height for width, height in sizes)) > pixels:
+            raise ValueError(f"{total:,} pixels together; {pixels:,} at most: send fewer at once")
         return found
 
     try:
