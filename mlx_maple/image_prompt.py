@@ -28,6 +28,7 @@ ENCODER = "image_encoder"  # likewise
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PICTURES = 16  # for one adapter
+LONGEST = 64  # times as long as it is wide is a picture whose ends are not looked at
 
 
 def numbered(prefix: str, number: int) -> str:
@@ -119,7 +120,11 @@ def describe_image_prompts(requests: Sequence[ImageRequest], names: Mapping[str,
 
 def clip_pixels(picture: Image.Image, side: int) -> NDArray[np.float32]:
     """What CLIP is shown of a picture: its middle, (S, S, 3), less the mean, by the deviation."""
-    width, height = picture.size
+    # Its short side is brought to S: of one pixel, a few thousand long, that would be gigabytes.
+    width, height = (min(length, LONGEST * min(picture.size)) for length in picture.size)
+    if (width, height) != picture.size:
+        left, top = (picture.width - width) // 2, (picture.height - height) // 2
+        picture = picture.crop((left, top, left + width, top + height))
     short = min(width, height)
     # Whole pixels, rounded down, as there.
     size = [int(side * length / short) if length != short else side for length in (width, height)]

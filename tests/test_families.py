@@ -117,6 +117,10 @@ def test_nothing_at_all_is_not_an_empty_text(models):
     ]
     assert np.abs(rescaled[0].latents - empty.latents).max() < 1e-3
     assert np.abs(rescaled[1].latents - none.latents).max() < 1e-3
+    # A second drawing that is told what to avoid avoids that.
+    larger = {**SMALL, "negative_prompt": None, "hires_scale": 1, "hires_steps": 1}
+    same, told = (sd("a leaf", **larger, hires_negative_prompt=text) for text in (None, "snow"))
+    assert not np.array_equal(same.latents, told.latents)
     nothing = zeroed(Conditioning(context=mx.ones((1, 2, 3)), pooled=mx.ones((1, 4))))
     assert not np.array(nothing.context).any() and not np.array(nothing.pooled).any()
 

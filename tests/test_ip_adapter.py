@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_model
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from maple_convert import convert, open_model
@@ -166,6 +167,21 @@ def test_clip_sees_the_middle_of_a_picture():
     assert seen.shape == (16, 16, 3) and seen.dtype == np.float32
     assert np.allclose(seen, clip_pixels(wide.crop((64, 0, 192, 128)), 16), atol=0.1)
     assert np.abs(seen - clip_pixels(photo(), 16)).max() > 0.5
+
+
+def test_a_line_of_pixels_is_not_enlarged_as_a_whole(monkeypatch):
+    """It would be 3,584,000 pixels long: a file of some hundred bytes takes gigabytes."""
+    made, resize = [], Image.Image.resize
+
+    def watched(self, size, *how):
+        made.append(size[0] * size[1])
+        return resize(self, size, *how)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    line = Image.fromarray(np.random.default_rng(1).integers(0, 256, (16_000, 1, 3), np.uint8))
+    seen = clip_pixels(line, 224)
+    assert made == [64 * 224 * 224]
+    assert np.array_equal(seen, clip_pixels(line.crop((0, 7990, 1, 8010)), 224))
 
 
 # Files --------------------------------------------------------------------------------------------

@@ -53,8 +53,10 @@ def encode_prompts(sd: DiffusionModel, job: Job, notes: list[str]) -> Prompts:
             end = " ".join(text.split())
             end = end if len(end) <= LEFT_OUT else f"{end[:LEFT_OUT]}…"
             notes.append(f"the {name} is too long; left out: {end}")
+    settings = job.settings[0]
+    is_said = job.is_second and settings.hires_negative_prompt is not None
     # The refiner was not trained so: with it an empty text is avoided, as in diffusers.
-    if job.settings[0].zeroed_negative and sd.info.family != REFINER:
+    if settings.zeroed_negative and not is_said and sd.info.family != REFINER:
         prompts = prompts.avoiding_nothing(zeroed)
     mx.async_eval(prompts.arrays())
     return prompts
