@@ -456,4 +456,6 @@ class StableDiffusion(DiffusionModel):
             second = {"scale": hires_scale, "strength": hires_strength, "steps": hires_steps}
             texts = {"prompt": hires_prompt, "negative_prompt": hires_negative_prompt}
             job = with_second(self, job, second, texts, hires_upscaler)
+        elif hires_prompt is not None or hires_negative_prompt is not None:
+            notes.append("no hires_scale: nothing is drawn again, by a prompt of its own or not")
         return run(self, job)

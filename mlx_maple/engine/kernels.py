@@ -1300,6 +1300,7 @@ class Kernels:
         width = kv_row // (3 if is_self else 2) // heads
         is_half = queries.dtype in (mx.float16, mx.bfloat16)
         is_ours = width > CUDA_MAX_WIDTH or keys <= FEW_KEYS
+        is_ours = is_ours and max(queries.size, others.size) <= LARGEST
         if self.name != "cuda" or not is_half or width % 8 or width > 160 or not is_ours:
             return Plain().attention(
                 queries,

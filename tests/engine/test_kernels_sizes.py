@@ -48,3 +48,6 @@ def test_as_many_numbers_of_tokens_go_to_plain(kernels, calls, rows, is_ours):
     calls.clear()
     y = kernels.gate(empty(rows, 1024), row)
     assert y.shape == (rows, 512) and bool(calls) == (is_ours and kernels.has_gate)
+    calls.clear()
+    y = kernels.attention(empty(rows, 1024), empty(77, 2048), 1, 8, scale=1, backend=kernels.name)
+    assert y.shape == (rows, 1024) and bool(calls) == (is_ours and kernels.name == "cuda")

@@ -163,6 +163,8 @@ def test_the_second_drawing_can_have_prompts_of_its_own(sd):
     assert not np.array_equal(same.latents, avoided.latents)
     again = sd("a leaf", **arguments, hires_prompt="a leaf", hires_negative_prompt="")
     assert np.array_equal(same.latents, again.latents)
+    without = sd("a leaf", **{**arguments, "hires_scale": None}, hires_prompt="a ship")
+    assert any("no hires_scale" in note for note in without.notes)
     settings = other.settings[0]
     assert (settings.prompt, settings.hires_prompt) == ("a leaf", "a ship")
     assert from_parameters(to_parameters(settings)).settings.hires_prompt == "a ship"
