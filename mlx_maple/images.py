@@ -30,7 +30,8 @@ READ_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")  # n
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}  # written, by ending
 FITS = ("stretch", "crop")
 MASK_BLUR = 4.0  # pixels; A1111's default
-FILL_RADII = (256, 64, 16, 4, 2)  # pixels that surroundings spread into what is masked
+# Pixels that surroundings spread into what is masked, and how often each lies over those before.
+FILL_BLURS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2))
 QUALITY = 95  # of JPEG and WebP
 
 _USER_COMMENT = int(ExifTags.Base.UserComment)
@@ -456,21 +457,25 @@ def latent_mask(mask: FloatArray, factor: int) -> FloatArray:
 def filled(image: Image.Image, mask: FloatArray) -> Image.Image:
     """A picture whose masked parts are made of what lies around them, ever finer to the edge.
 
+    As A1111's "fill" (@v1.10.1 modules/masking.py), within some levels of 255. Where nothing at all
+    is known it is black there, and grey here.
+
     Args:
         image: RGB.
         mask: (H, W), 1 where nothing of the picture is to be seen.
     """
     known = image.convert("RGBA")
     known.putalpha(Image.fromarray(np.rint(255 * (1 - mask)).astype(np.uint8)))
-    result = Image.new("RGB", image.size, (128, 128, 128))
-    for radius in FILL_RADII:
-        # Premultiplied: what is hidden has no colour that could spread.
-        spread = known.convert("RGBa").filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
-        # Far from the edge little arrives; what does is all that is known there.
-        opacity = spread.getchannel("A").point([min(255, 16 * alpha) for alpha in range(256)])
-        result.paste(spread.convert("RGB"), mask=opacity)
-    result.paste(image, mask=known.getchannel("A"))
-    return result
+    # Premultiplied: what is hidden has no colour that could spread.
+    visible = known.convert("RGBa")
+    result = Image.new("RGBA", image.size, (128, 128, 128, 0))  # grey where nothing arrives at all
+    for radius, times in FILL_BLURS:
+        spread = visible.filter(ImageFilter.GaussianBlur(radius)).convert("RGBA")
+        hidden = [(1 - alpha / 255) ** times for alpha in range(256)]
+        spread.putalpha(spread.getchannel("A").point([round(255 * (1 - h)) for h in hidden]))
+        result.alpha_composite(spread)
+    result.alpha_composite(known)
+    return result.convert("RGB")
 
 
 def composited(drawn: Image.Image, original: Image.Image, mask: FloatArray) -> Image.Image:
