@@ -236,12 +236,16 @@ def memory_plan(report: Mapping[str, Any]) -> str:
             row["case"],
             gigabytes(row["plan"]),
             gigabytes(row["measured"]),
-            f"{row['plan'] / row['measured'] - 1:+.1%}",
+            f"{row['plan'] / row['measured'] - 1:+.1%}" if row["measured"] else None,
             gigabytes(row.get("target")),
         ]
         for row in report["cases"]
     ]
     first = report["cases"][0]
+    missing = dict.fromkeys(
+        n for row in report["cases"] if not row["measured"] for n in row["notes"]
+    )
+    commit = f", commit {first['commit']}" if "commit" in first else ""
     return "\n\n".join(
         [
             """## Memory
@@ -250,7 +254,8 @@ The peak of drawing one guided picture with SD 1.5's architecture and random wei
 count, against what `maple doctor --plan` says beforehand; the plan's constants for CUDA were set by
 these figures. GB are 1e9 bytes.""",
             table(["", "planned", "measured", "off by", "target"], rows),
-            f"{first['device']}, MLX {first['mlx']} ({first['backend']}).",
+            *(f"Where no figure stands: {note}." for note in missing),
+            f"{first['device']}, MLX {first['mlx']} ({first['backend']}){commit}.",
             command("python benchmarks/memory_plan.py", "a GPU, or minutes"),
         ]
     )

@@ -13,6 +13,9 @@ matrix products with the scores (B, K, T, S) between them: half a gigabyte for o
 """
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -150,8 +153,23 @@ def is_fused(tokens: int, width: int, dtype: mx.Dtype, backend: str | None = Non
     return False
 
 
+_described: ContextVar[str | None] = ContextVar("described", default=None)
+
+
+@contextmanager
+def described_as_on(backend: str) -> Iterator[None]:
+    """While this lasts, what is described is meant for a backend, wherever this is."""
+    token = _described.set(backend)
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
 def running_backend() -> str:
     """Where MLX works by default: "metal", "cuda" or "cpu"."""
+    if (described := _described.get()) is not None:
+        return described
     if mx.default_device().type == mx.DeviceType.cpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"

@@ -33,6 +33,7 @@ STAND_INS = {  # the primitive that stands for a fused operation, and its name
     "ArcSinh": "LayerNorm",
     "ArcCosh": "RMSNorm",
     "ErfInv": "CustomKernel",
+    "ArcCos": "Dequantize",
 }
 
 # (name of an operation in mx.fast, its arguments, its options)
@@ -123,14 +124,16 @@ def as_on_a_gpu(seen: Seen | None = None) -> Iterator[None]:
 
         return call
 
-    kept = {name: getattr(mx.fast, name) for name in _FUSED}
-    for name, stand_in in _FUSED.items():
-        setattr(mx.fast, name, watched(name, stand_in))
+    kept = [
+        (place, name, getattr(place, name)) for place, names in _FUSED.items() for name in names
+    ]
+    for place, name, _ in kept:
+        setattr(place, name, watched(name, _FUSED[place][name]))
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(mx.fast, name, function)
+        for place, name, function in kept:
+            setattr(place, name, function)
 
 
 def _attention(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
@@ -172,12 +175,27 @@ def described_kernel(**making: Any) -> Callable[..., list[mx.array]]:
     return call
 
 
-_FUSED: dict[str, Callable[..., Any]] = {
-    "scaled_dot_product_attention": _attention,
-    "layer_norm": _layer_norm,
-    "rms_norm": _rms_norm,
-    "metal_kernel": described_kernel,
-    "cuda_kernel": described_kernel,
+def _dequantize(
+    w: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    group_size: int,
+    bits: int,
+    **options: Any,
+) -> mx.array:
+    empty = mx.broadcast_to(_nothing(scales.dtype), (*w.shape[:-1], w.shape[-1] * 32 // bits))
+    return mx.arccos(_after(empty, [w, scales, biases]))
+
+
+_FUSED: dict[Any, dict[str, Callable[..., Any]]] = {
+    mx: {"dequantize": _dequantize},
+    mx.fast: {
+        "scaled_dot_product_attention": _attention,
+        "layer_norm": _layer_norm,
+        "rms_norm": _rms_norm,
+        "metal_kernel": described_kernel,
+        "cuda_kernel": described_kernel,
+    },
 }
 
 

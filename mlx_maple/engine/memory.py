@@ -27,6 +27,7 @@ from mlx_maple.engine import low_memory
 from mlx_maple.engine.attention import (
     LOW_MEMORY_SCORE_BYTES,
     SCORE_BYTES,
+    described_as_on,
     in_chunks,
     running_backend,
 )
@@ -58,9 +59,9 @@ from mlx_maple.models import (
 )
 
 # Operations between the last use of an array and its memory's return. On the CPU MLX is a hundred
-# dispatches ahead of the work, two an operation and more; on CUDA the host is some batches of 20
+# dispatches ahead of the work, two an operation and more; on CUDA the host is two batches of 20
 # ahead of the device; on Metal a command buffer holds 40 to 50.
-LAG = {"cpu": 48, "cuda": 100, "metal": 50}
+LAG = {"cpu": 48, "cuda": 40, "metal": 50}
 BOUNDED_LAG = 20  # where a drawing waits for the device
 # A batch also ends when its operations have read so many numbers.
 TOUCHED = {"cuda": 1000 << 20, "metal": 50 << 20}
@@ -537,7 +538,7 @@ def _as_on(backend: str) -> Iterator[None]:
     before = mx.default_device()
     mx.set_default_device(mx.Device(mx.DeviceType.cpu))  # a description is the same everywhere
     try:
-        with as_on_a_gpu():
+        with as_on_a_gpu(), described_as_on(backend):
             yield
     finally:
         mx.set_default_device(before)

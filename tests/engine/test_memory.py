@@ -281,3 +281,31 @@ def test_a_module_keeps_its_weights_through_a_plan():
     for network in plan._networks.values():
         assert isinstance(network, nn.Module)
     assert memory._weight_bytes(plan._networks["unet"]) == plan.components["unet"]
+
+
+def test_what_is_dequantised_is_one_operation_that_returns_its_memory():
+    """On CUDA weights of few bits become numbers at use; the CPU takes that apart in ten steps."""
+    request = Request(
+        configs={
+            "text_encoder": CLIPTextConfig(num_hidden_layers=1),
+            "unet": UNetConfig(
+                block_out_channels=(64, 512, 768),
+                layers_per_block=1,
+                transformer_layers=(0, 1, 1),
+                num_attention_heads=(8, 8, 8),
+            ),
+            "vae": VAEConfig(block_out_channels=(32, 32, 32, 32)),
+        },
+        width=128,
+        height=128,
+        dtype=mx.float16,
+        low_memory=True,
+        backend="cuda",
+    )
+    working = {}
+    for bits in (None, 4):
+        phases = Plan(replace(request, bits=bits)).phases
+        working[bits] = next(phase.working for phase in phases if phase.name == "step")
+    largest = 768 * 9 * 1536 * 2  # of a convolution's weights, in bytes
+    # Some of the largest at once, while a batch runs and the next is prepared; never all, 280 MB.
+    assert largest < working[4] - working[None] < 5 * largest
