@@ -9,9 +9,9 @@ MLX multiplies by quantised matrices, but has no quantised convolution, and conv
 the 860 million weights of a Stable Diffusion 1 UNet. They are stored as the matrix (O, kh * kw * I)
 and become what they were when they are used, one at a time.
 
-So do matrices on CUDA: MLX's products there (0.32.4) are compiled for 17 to 47 seconds a kind at
-their first use, and are wrong for rows of 64 numbers in one group (the kernel for Hopper: errors of
-500 times the standard deviation, and NaN).
+So do matrices anywhere but on Metal. MLX's products on CUDA (0.32.4) are compiled for 17 to 47
+seconds a kind at their first use, and are wrong for rows of 64 numbers in one group (the kernel for
+Hopper: errors of 500 times the standard deviation, and NaN); those on a CPU know no BLAS.
 
 What stays as it is: norms, biases and embedding tables (a vector is used as it is, and the tables
 are read, not multiplied); the first and the last convolution of a network (0.003 % of its weights,
@@ -40,7 +40,7 @@ def matmul(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, group_size: int, bits: int
 ) -> mx.array:
     """Multiply by a W that ``mx.quantize`` made, x W^T: (..., n) to (..., O)."""
-    if running_backend() == "cuda":
+    if running_backend() != "metal":
         return x @ mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits).T
     return mx.quantized_matmul(x, weight, scales, biases, group_size=group_size, bits=bits)
 

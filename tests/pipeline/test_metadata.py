@@ -456,6 +456,7 @@ def test_arguments_are_those_of_generate():
     assert FULL.arguments().keys() <= taken
     facts = {"control", "injected", "model", "model_hash", "unet", "vae", "dtype", "bits"}
     facts |= {"version"}
+    facts |= {"image_prompts"}  # say what was looked at, not the pictures
     facts |= {"zeroed_negative"}  # is said by a negative prompt of None
     assert {field.name for field in fields(Settings)} - facts <= taken
 
