@@ -7,13 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_maple.engine import kernel_sources as sources
 from mlx_maple.engine import kernels as module
 from mlx_maple.engine import nvrtc
 from mlx_maple.engine.kernels import (
     Kernels,
     Norm,
     Plain,
-    _Form,
     _MetalKernel,
     disagreement,
     kernels_for,
@@ -403,7 +403,7 @@ def test_which_attention_is_ours(width, keys, dtype, is_ours):
 # Texts -------------------------------------------------------------------------------------------
 
 FLAGS = ("residual", "skip", "shift", "silu", "unfold")
-FORMS = [_Form(*flags) for flags in itertools.product((False, True), repeat=len(FLAGS))]
+FORMS = [sources.Form(*flags) for flags in itertools.product((False, True), repeat=len(FLAGS))]
 FOREIGN = {  # words of the other language
     "cuda": r"threadgroup|metal::|simd_sum|\bdevice\b|thread_position",
     "metal": r"__\w+__|threadIdx|blockIdx|__shfl|\brsqrtf\b|__expf|\berff\b|asm",
@@ -423,9 +423,9 @@ def texts(backend) -> dict[str, str]:
 
     kernels = kernels_of(backend, make)
     for form in FORMS:
-        kernels._kernel("a" + form.suffix, form.inputs, [], module._one_block_norm(form))
-        kernels._kernel("b" + form.suffix, form.inputs, [], module._slab_sums(form))
-        kernels._kernel("c" + form.suffix, form.inputs, [], module._slab_norm(form))
+        kernels._kernel("a" + form.suffix, form.inputs, [], sources.one_block_norm(form))
+        kernels._kernel("b" + form.suffix, form.inputs, [], sources.slab_sums(form))
+        kernels._kernel("c" + form.suffix, form.inputs, [], sources.slab_norm(form))
     x, row = mx.zeros((1, 4, 16), mx.float16), mx.zeros((16,))
     kernels.layer_norm(x, row, row, row, 1e-5)
     kernels.gate(x, row)
