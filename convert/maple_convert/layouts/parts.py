@@ -13,6 +13,7 @@ of any dtype.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -275,16 +276,24 @@ class View:
         self.prefix = prefix
         self.under = under
         self.folder = folder
-        self.tensors = {
-            under + name[len(prefix) :]: info
-            for name, info in tensors.items()
-            if name.startswith(prefix)
-        }
-        self._places: set[str] = set()
+        self.tensors: dict[str, TensorInfo] = (
+            {
+                under + name[len(prefix) :]: info
+                for name, info in tensors.items()
+                if name.startswith(prefix)
+            }
+            if prefix or under
+            else dict(tensors)
+        )
+
+    @cached_property
+    def _places(self) -> set[str]:
+        found: set[str] = set()
         for name in self.tensors:
             segments = name.split(".", _DEEPEST)[:_DEEPEST]
             for end in range(1, len(segments)):
-                self._places.add(".".join(segments[:end]))
+                found.add(".".join(segments[:end]))
+        return found
 
     def key(self, name: str) -> str:
         """The file's own name of a tensor of this view."""
