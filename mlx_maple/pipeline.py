@@ -167,8 +167,8 @@ class StableDiffusion(DiffusionModel):
             steps: 1 to 1000.
             guidance_scale: how far to follow the prompt; 1 is unguided and takes half the time.
             guidance_rescale: 0 to 1, how far guidance is brought back to the spread of the
-                prediction without it, against colours that are too strong; a step takes two
-                networks' calls instead of one of both.
+                prediction without it, against colours that are too strong; on a CPU a step takes
+                two calls of the network then instead of one of both halves.
             guidance_start: share of the steps before which the prompt alone decides.
             guidance_end: likewise after which; it saves half of those steps' time.
             tile: the axes along which the picture continues at the opposite edge: "x", "y", "xy".

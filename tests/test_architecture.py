@@ -36,7 +36,7 @@ ALLOWED: dict[str, set[str]] = {
     "forms": {"models", "metadata"},
     "upscalers": {"models", "images", "enlarge", "model_folders", "maple_convert"},
     "image_encoders": {"model_folders", "maple_convert"},
-    "engine": {"models"},
+    "engine": {"models", "sampling"},
     "conditioning": {"models", "text"},
     "guidance": {"conditioning", "text", "sampling"},
     "sizes": {"conditioning", "models"},

@@ -120,10 +120,16 @@ def guided_unet(
     sd: DiffusionModel, job: Job, prompts: Prompts, shown: Shown = NOTHING, *, first: int = 0
 ) -> Model:
     """What the sampler asks: (n, h, w, C) latents and a timestep to guided predictions."""
+    settings = job.settings[0]
+    share = settings.guidance_rescale or 0.0
+    # A window's spread is not the picture's. And on a CPU pictures stay what they were: there BLAS
+    # rounds both halves in one batch otherwise than each alone.
+    is_within = prompts.is_single and settings.window is None and not sd.is_on_cpu
+    within, behind = (share, 0.0) if is_within else (0.0, share)
 
     def pair(positive: Conditioning, negative: Conditioning | None, scale: float) -> Model:
         if shown.image_guidance is None or negative is None:
-            return _pair(sd, job, shown, positive, negative, scale)
+            return _pair(sd, job, shown, positive, negative, scale, within)
         return image_guided(
             _pair(sd, job, shown, positive, None, 1.0),
             _pair(sd, job, shown, avoided := replace(negative, is_avoided=True), None, 1.0),
@@ -131,8 +137,6 @@ def guided_unet(
             scale,
             shown.image_guidance,
         )
-
-    settings = job.settings[0]
 
     def in_windows(*asked: Any) -> Model:
         if settings.window is None:
@@ -145,7 +149,7 @@ def guided_unet(
         in_windows,
         job.guidance_scale,
         job.plan.model_calls,
-        guidance_rescale=settings.guidance_rescale or 0.0,
+        guidance_rescale=behind,
         interval=(settings.guidance_start, settings.guidance_end),
         first=first,
     )
@@ -204,6 +208,7 @@ def _pair(
     positive: Conditioning,
     negative: Conditioning | None,
     scale: float,
+    guidance_rescale: float = 0.0,
 ) -> Model:
     """The UNet for a batch, following one prompt and avoiding another.
 
@@ -227,6 +232,7 @@ def _pair(
             avoided,
             scale,
             timesteps,
+            guidance_rescale=guidance_rescale,
             vectors=told,
             step=None if cache is None else cached_step(steps, cache),
             images=_images(shown, positive, job.count),
@@ -251,6 +257,7 @@ def _pair(
                 avoided,
                 scale,
                 sd.dtype_of("unet"),
+                guidance_rescale=guidance_rescale,
                 # In turn where memory is short; but see above for the CPU.
                 together=sd.is_on_cpu or not sd.networks.is_low_memory,
                 vectors=None if first is None else (first, second),

@@ -20,13 +20,14 @@ from mlx_maple.engine.kernels import Size
 from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, PreparedVAE, Recipe, prepare_unet
 from mlx_maple.engine.prepared_control import prepare_controlnet
 from mlx_maple.models import AutoencoderKL, ControlNet, UNet
+from mlx_maple.sampling.denoiser import rescale
 
 ROOM = 256 << 20  # bytes that may be in use beside the networks, and for each cell of the latents
 ROOM_PER_CELL = 88 << 10
 
 # (latents (B, h, w, C) at the network's input scale, timestep) -> guided prediction, float32
 Model = Callable[[mx.array, float], mx.array]
-# (latents, row of its time, prompt, scale or None) -> guided prediction, float32
+# (latents, row of its time, prompt, scale of ``away`` or None) -> guided prediction, float32
 Step = Callable[[mx.array, mx.array, list[Keys], mx.array | None], mx.array]
 
 
@@ -68,6 +69,8 @@ class GuidedSteps:
         negative: mx.array | None,
         guidance_scale: float,
         timesteps: Iterable[float],
+        *,
+        guidance_rescale: float = 0.0,
         vectors: tuple[mx.array, mx.array | None] | None = None,
         images: Sequence[tuple[list[mx.array], list[mx.array]]] = (),
         shows: Callable[[float], Sequence[int]] | None = None,
@@ -82,6 +85,7 @@ class GuidedSteps:
             negative: likewise, or None for an unguided drawing.
             guidance_scale: 1 is unguided.
             timesteps: that will be asked for.
+            guidance_rescale: share of the result that is brought back to the spread of p.
             vectors: (B, V) of the prompts and of what is avoided, for networks that take one.
             images: of each image prompt, for the prompts and for what is avoided, the keys and
                 values (B, S, 2 C) of every cross-attention.
@@ -117,7 +121,8 @@ class GuidedSteps:
         if known:  # made now, and all at once
             rows = dict(zip(known, rows_at(known), strict=True))
             mx.eval(prompt, list(rows.values()))
-        scale = mx.array(guidance_scale, dtype=mx.float32)
+        far = [guidance_scale, guidance_rescale] if guidance_rescale else guidance_scale
+        scale = mx.array(far, dtype=mx.float32)
         every = tuple(range(len(images)))
         forms = {every: prompt}  # by what is seen of the images
 
@@ -141,7 +146,7 @@ class GuidedSteps:
             avoided = self._whole(latents, *first, None)
             # MLX would start both at once: the second half waits for the first.
             later = mx.depends([latents], [avoided])[0]
-            return avoided + scale * (self._whole(later, *second, None) - avoided)
+            return away(avoided, self._whole(later, *second, None), scale)
         if not self.in_parts:
             return self._whole(latents, row, prompt, scale)
         parts = self.begin(latents, row, prompt, scale is not None)
@@ -225,12 +230,25 @@ def twice(latents: mx.array, is_guided: bool) -> mx.array:
 
 
 def guided_sum(out: mx.array, scale: mx.array | None) -> mx.array:
-    """In float32 n + scale * (p - n) of both halves, [n, p]; or what there is."""
+    """In float32 what ``away`` makes of both halves, [n, p]; without a scale what there is."""
     out = out.astype(mx.float32)
     if scale is None:
         return out
     avoided, wanted = mx.split(out, 2)
-    return avoided + scale * (wanted - avoided)
+    return away(avoided, wanted, scale)
+
+
+def away(avoided: mx.array, wanted: mx.array, scale: mx.array) -> mx.array:
+    """Guide from n, what is avoided, to p and beyond it: n + scale * (p - n), float32.
+
+    Args:
+        avoided: n.
+        wanted: p.
+        scale: (), or (2,) with the share of the result that is brought back to the spread of p.
+    """
+    if not scale.ndim:
+        return avoided + scale * (wanted - avoided)
+    return rescale(avoided + scale[0] * (wanted - avoided), wanted, scale[1])
 
 
 def made_ready(

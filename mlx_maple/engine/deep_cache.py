@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_maple.engine.compiled import GuidedSteps, Step, guided_sum, halves, twice
+from mlx_maple.engine.compiled import GuidedSteps, Step, away, guided_sum, halves, twice
 from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, Resnet, Transformer
 from mlx_maple.models import UNet
 from mlx_maple.models.deep_cache import full, place, shallow
@@ -187,7 +187,7 @@ class CachedSteps:
                 later = mx.depends([latents], [avoided])[0]
                 wanted, deep_wanted = one(kept[1], later, *second, None)
                 deep = deep_avoided, deep_wanted
-                return avoided + scale * (wanted - avoided)
+                return away(avoided, wanted, scale)
             if not is_full or not self._steps.in_parts:
                 out, deep = one(None if is_full else deep, latents, row, prompt, scale)
                 return out

@@ -161,7 +161,7 @@ def guided(
     return double
 
 
-def rescale(guided_out: mx.array, wanted: mx.array, share: float) -> mx.array:
+def rescale(guided_out: mx.array, wanted: mx.array, share: float | mx.array) -> mx.array:
     """``guided_out`` with ``share`` of it brought to the std of ``wanted``, image by image.
 
     Reference: Lin et al. 2023, equations 15 and 16; diffusers rescale_noise_cfg.

@@ -76,6 +76,26 @@ def test_a_guided_step_is_that_of_the_samplers(plain, ready, compiles, one_by_on
 
 
 @pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_guided_step_is_brought_back_to_the_prompts_own_spread(
+    plain, ready, compiles, one_by_one
+):
+    """Each picture to its own: they differ in how far guidance spreads them."""
+    steps = GuidedSteps(ready, compiles=compiles, one_by_one=one_by_one)
+    positive, negative = prompts(2)
+    x = latents(2) * mx.array([1.0, 3.0]).reshape(2, 1, 1, 1)
+    for share in (0.7, 1.0):
+        model = steps.model(positive, negative, 7.5, TIMES, guidance_rescale=share)
+        wanted = guided(plain, positive, negative, 7.5, mx.float32, guidance_rescale=share)
+        found = model(x, 13.0)
+        assert found.dtype == mx.float32
+        assert error(found, wanted(x, 13.0)) < SAME
+    other = steps.model(positive, negative, 7.5, TIMES, guidance_rescale=0.7)(x, 13.0)
+    assert error(other, found) > OTHER  # the control; and so is a drawing without
+    assert error(steps.model(positive, negative, 7.5, TIMES)(x, 13.0), found) > OTHER
+
+
+@pytest.mark.parametrize("compiles", [False, True])
 @pytest.mark.parametrize(("has_negative", "scale"), [(True, 1), (True, 1.0), (False, 7.5)])
 def test_without_guidance_the_network_runs_once(plain, ready, has_negative, scale, compiles):
     positive, negative = prompts(2)

@@ -16,6 +16,7 @@ LATENTS = (1, 64, 64, 4)
 # Measured; a lower number is an improvement to be written down here, a higher one a regression.
 GUIDED_STEP = {"metal": 377, "cuda": 371}
 DECODER = {"metal": 87, "cuda": 87}
+RESCALE = 9  # of a guided step, more
 PUBLISHED_STEP = 2019
 
 
@@ -35,11 +36,12 @@ def unet():
     return half(UNet(UNetConfig(block_out_channels=WIDTHS, cross_attention_dim=CONTEXT)))
 
 
-def guided_step(unet, backend, compiles=True):
+def guided_step(unet, backend, compiles=True, **told):
     prepared = prepare_unet(unet, described_recipe(backend))
     mx.eval(prepared.parameters())
     prompts = (mx.zeros((1, 77, CONTEXT)) for _ in range(2))
-    model = GuidedSteps(prepared, compiles=compiles, in_parts=False).model(*prompts, 7.5, [10.0])
+    steps = GuidedSteps(prepared, compiles=compiles, in_parts=False)
+    model = steps.model(*prompts, 7.5, [10.0], **told)
     latents = mx.zeros(LATENTS)
     return count(lambda x: model(x, 10.0), latents, weights=weights(prepared)), prepared
 
@@ -66,6 +68,12 @@ def test_a_guided_step_of_sd1s_structure(unet, backend):
     counted, _ = guided_step(unet, backend)
     assert counted.kernels <= GUIDED_STEP[backend], dict(counted.by_name)
     assert counted.by_name["CustomKernel"] > 100  # norms are ours, and were seen
+
+
+@pytest.mark.parametrize("backend", GUIDED_STEP)
+def test_a_rescaled_step_takes_a_few_more(unet, backend):
+    counted, plain = (guided_step(unet, backend, guidance_rescale=r)[0].kernels for r in (0.7, 0.0))
+    assert 0 < counted - plain <= RESCALE
 
 
 @pytest.mark.parametrize("backend", DECODER)

@@ -42,11 +42,11 @@ def prompts():
     return (normal(2, 9, CONTEXT, seed=seed) for seed in (5, 6))
 
 
-def expected(plain, cache, scale=7.5):
+def expected(plain, cache, **options):
     """What the plain network says in each call, by the definition: features of call 0 and 3."""
     positive, negative = prompts()
     calls = CachedCalls(cache, lambda: plain)
-    model = guided(calls, positive, negative, scale, mx.float32)
+    model = guided(calls, positive, negative, 7.5, mx.float32, **options)
     found = []
     for call, time in enumerate(TIMES):
         calls.begin()
@@ -54,16 +54,19 @@ def expected(plain, cache, scale=7.5):
     return found
 
 
-@pytest.mark.parametrize(("branch", "compiles"), [(0, True), (1, False), (3, True)])
-def test_steps_are_those_of_the_plain_network(plain, ready, branch, compiles):
+@pytest.mark.parametrize(
+    ("branch", "compiles", "told"),
+    [(0, True, {}), (1, False, {"guidance_rescale": 0.7}), (3, True, {"guidance_rescale": 0.7})],
+)
+def test_steps_are_those_of_the_plain_network(plain, ready, branch, compiles, told):
     cache = DeepCache(INTERVAL, branch)
     positive, negative = prompts()
-    wanted = expected(plain, cache)
-    without = guided(plain, positive, negative, 7.5, mx.float32)
+    wanted = expected(plain, cache, **told)
+    without = guided(plain, positive, negative, 7.5, mx.float32, **told)
     for options in ({}, {"in_parts": False}, {"one_by_one": True}):
         steps = GuidedSteps(ready, compiles=compiles, **options)
         step = cached_step(steps, cache)
-        model = steps.model(positive, negative, 7.5, TIMES, step=step)
+        model = steps.model(positive, negative, 7.5, TIMES, step=step, **told)
         for call, time in enumerate(TIMES):
             found = model(latents(call), time)
             assert error(found, wanted[call]) < SAME

@@ -5,7 +5,10 @@ import numpy as np
 import pytest
 
 from mlx_maple.conditioning import Conditioning, weighted
+from mlx_maple.engine.compiled import GuidedSteps
+from mlx_maple.engine.prepare import prepare_unet
 from mlx_maple.guidance import Prompts, Wanted, guided_model
+from mlx_maple.pipeline import StableDiffusion
 from mlx_maple.text.editing import phases
 from mlx_maple.text.prompt import encode_prompt
 
@@ -193,6 +196,27 @@ def test_guidance_switches_in_a_drawing(sd, leaf):
     assert not np.array_equal(partly, unguided) and not np.array_equal(partly, leaf)
     with pytest.raises(ValueError, match="lies after guidance_end"):
         sd("a", guidance_start=0.8, guidance_end=0.5)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_gpu_rescales_within_its_guided_step(build, monkeypatch, one_by_one):
+    arguments = {"guidance_rescale": 0.7, "count": 2, "sampler": "euler", "steps": 2}
+    windows = {"width": 128, "height": 64, "window": 64}  # whose spreads are not the picture's
+    sd, batches = build(), []
+    expected = [drawn(sd, "a leaf", **arguments, **more) for more in ({}, windows)]
+    ready = prepare_unet(sd.unet)
+    ready.steps = GuidedSteps(ready, compiles=False, one_by_one=one_by_one)
+    begin = ready.begin
+    ready.begin = lambda x, *given: (batches.append(x.shape[0]), begin(x, *given))[1]
+    sd.unet = ready
+    monkeypatch.setattr(StableDiffusion, "is_on_cpu", False)
+    for more, latents in zip(({}, windows), expected, strict=True):
+        found = drawn(sd, "a leaf", **arguments, **more)
+        assert np.allclose(found, latents, rtol=0, atol=1e-3)
+        if not more:
+            assert batches == ([2] * 4 if one_by_one else [4] * 2)
+    without = drawn(sd, "a leaf", **{**arguments, "guidance_rescale": 0.0})
+    assert not np.allclose(without, expected[0], rtol=0, atol=1e-2)  # the control
 
 
 def test_a_closed_picture_is_the_same_wherever_its_edge_is(sd):
