@@ -173,10 +173,11 @@ class Other:
         for place in self.places:
             if view.holds(place):
                 return place
-        if self.ends or self.begins:
-            for name in view.tensors:
-                if name.endswith(self.ends or ("\0",)) or name.startswith(self.begins or ("\0",)):
-                    return name
+        for start in self.begins:
+            if view.begins(start):
+                return next(name for name in view.tensors if name.startswith(start))
+        if self.ends:
+            return next((name for name in view.tensors if name.endswith(self.ends)), None)
         return None
 
 
@@ -448,29 +449,27 @@ class Section:
     view: View
 
 
-def find_sections(path: Path, tensors: Mapping[str, TensorInfo], folder: str = "") -> list[Section]:
+def find_sections(whole: View) -> list[Section]:
     """The components of one file, each in one spelling below one prefix.
 
     Args:
-        path: the file.
-        tensors: what it holds.
-        folder: its folder within a model's, in front of names shown to people.
+        whole: all that the file holds.
 
     Raises:
         UnsupportedCheckpoint: if a component is there twice, or in two spellings.
     """
-    views = {prefix: View(path, tensors, prefix, folder=folder) for prefix in files.PREFIXES}
+    views = {prefix: whole.below(prefix) for prefix in files.PREFIXES}
     found = files.find(views)
     sections: dict[str, Section] = {}
     for where, prefix in found:
         if where.component in sections:
             first = sections[where.component]
             raise UnsupportedCheckpoint(
-                path,
+                whole.path,
                 f"holds two of {where.component}: {_spelt(first.spelling, first.view.prefix)} and "
                 f"{_spelt(where.spelling, prefix)}",
             )
-        view = View(path, tensors, prefix, where.under) if where.under else views[prefix]
+        view = whole.below(prefix, where.under) if where.under else views[prefix]
         spelling = where.spelling
         if where.component in ("unet", "controlnet") and unet.has_linear_doors(view, spelling):
             spelling += LINEAR
@@ -482,19 +481,16 @@ def _spelt(spelling: str, prefix: str) -> str:
     return f"{spelling} names below {prefix!r}" if prefix else f"{spelling} names without a prefix"
 
 
-def gather(
-    path: Path, sections: Sequence[Section], tensors: Mapping[str, TensorInfo] | None = None
-) -> Facts:
+def gather(path: Path, sections: Sequence[Section], whole: View | None = None) -> Facts:
     """The facts of a file's or folder's components.
 
     Args:
         path: the file or folder.
         sections: the components found in it.
-        tensors: everything that a single file holds; None for a folder.
+        whole: all that a single file holds; None for a folder.
     """
     facts = Facts(path)
-    if tensors is not None:
-        whole = View(path, tensors)
+    if whole is not None:
         for kind, places in _TEXT_PLACES.items():
             for place in filter(whole.holds, places):
                 facts.text.add(kind)
@@ -549,24 +545,24 @@ def _read_ip_adapter(view: View, spelling: str) -> list[str]:
 _READERS = {"image_encoder": _read_image_encoder, "ip_adapter": _read_ip_adapter}
 
 
-def refuse_others(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+def refuse_others(whole: View) -> None:
     """Name what is no plain model, before anything of a model is asked of it.
 
     Raises:
         UnsupportedCheckpoint: if any of ``OTHERS`` is there.
     """
-    whole = View(path, tensors)
     if ip_adapter.is_face_id(whole):
-        raise UnsupportedCheckpoint(path, ip_adapter.FACE_ID)
+        raise UnsupportedCheckpoint(whole.path, ip_adapter.FACE_ID)
     found = ((other, other.evidence(whole)) for other in OTHERS)
     names = [f"{other.name} ({one_line(name, 80)})" for other, name in found if name is not None]
     if names:
-        raise UnsupportedCheckpoint(path, f"this is {' and '.join(names)}")
+        raise UnsupportedCheckpoint(whole.path, f"this is {' and '.join(names)}")
 
 
-def refuse_unknown(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
+def refuse_unknown(whole: View) -> None:
     """Say what a file holds in which no component was found."""
-    facts = gather(path, [], tensors)
+    path, tensors = whole.path, whole.tensors
+    facts = gather(path, [], whole)
     if facts.text:
         identify(facts)
     names = [one_line(name, 60) for name in list(tensors)[:3]]

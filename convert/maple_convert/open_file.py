@@ -28,14 +28,15 @@ def open_file(path: Path, stack: ExitStack, ema: bool) -> SourceModel:
     """Open a checkpoint of a whole model or of some of its components."""
     checkpoint = stack.enter_context(open_checkpoint(path))
     tensors = checkpoint.tensors
-    detect.refuse_others(path, tensors)
-    sections = detect.find_sections(path, tensors)
+    everything = View(path, tensors)
+    detect.refuse_others(everything)
+    sections = detect.find_sections(everything)
     if not sections:
-        detect.refuse_unknown(path, tensors)
+        detect.refuse_unknown(everything)
     if {section.component for section in sections} == {"text_encoder", "image_encoder"}:
         sections = [section for section in sections if section.component == "image_encoder"]
     halves = [section for section in sections if section.component in TAESD_HALVES]
-    facts = detect.gather(path, sections, tensors)
+    facts = detect.gather(path, sections, everything)
     if halves and len(sections) == 1:
         return _open_taesd_pair(checkpoint, halves[0], stack)
     family, title = detect.identify(facts)
@@ -282,7 +283,7 @@ def _open_taesd_pair(checkpoint: Checkpoint, section: Section, stack: ExitStack)
             path, f"this is the {half} of TAESD; its {other_half} ({wanted}) must lie beside it"
         )
     second = stack.enter_context(open_checkpoint(other))
-    others = detect.find_sections(other, second.tensors)
+    others = detect.find_sections(View(other, second.tensors))
     if [TAESD_HALVES.get(s.component) for s in others] != [other_half]:
         raise UnsupportedCheckpoint(other, f"this is not the {other_half} of TAESD")
     pair = {half: (checkpoint, section), other_half: (second, others[0])}

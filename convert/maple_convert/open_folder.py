@@ -16,7 +16,7 @@ import numpy as np
 from maple_convert import detect, maple_folder, quantized
 from maple_convert.detect import Section
 from maple_convert.errors import InvalidCheckpoint, UnreadableFile, UnsupportedCheckpoint, one_line
-from maple_convert.layouts import LAYOUTS, NATIVE, diffusers_config
+from maple_convert.layouts import LAYOUTS, NATIVE, View, diffusers_config
 from maple_convert.layouts.diffusers_config import UNKNOWN
 from maple_convert.layouts.parts import LINEAR
 from maple_convert.readers import open_checkpoint, read_json
@@ -186,9 +186,10 @@ def _open_part(
     model.files += files_of(weights)
     model.notes += checkpoint.notes
     settings = _read_object(folder / "config.json")
-    detect.refuse_others(weights, checkpoint.tensors)
     shown = "" if folder == model.path else f"{folder.name}/"
-    sections = detect.find_sections(weights, checkpoint.tensors, shown)
+    everything = View(weights, checkpoint.tensors, folder=shown)
+    detect.refuse_others(everything)
+    sections = detect.find_sections(everything)
     if [section.component for section in sections] != [known.component]:
         found = " and ".join(section.component for section in sections) or "none of that"
         raise InvalidCheckpoint(weights, f"should hold a {kind} and holds {found}")

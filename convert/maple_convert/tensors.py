@@ -4,6 +4,7 @@ numpy has no bfloat16 and no 8-bit floats, and most of the converter only moves 
 here is a numpy array of *storage* type plus the name of the type it means: bfloat16 lies in uint16.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +41,7 @@ class TensorInfo:
     @property
     def size(self) -> int:
         """Number of elements."""
-        size = 1
-        for n in self.shape:
-            size *= n
-        return size
+        return math.prod(self.shape)
 
     @property
     def nbytes(self) -> int:

@@ -298,3 +298,24 @@ def test_emoji_trial_is_the_same_in_both_layouts(weights):
     assert one["text_encoder"].pop(table).shape == (49408, 128)
     assert other["text_encoder"].pop(table).shape == (6545, 128)
     assert tiny.same_bits(one, other)
+
+
+# Views of a file
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    names=st.lists(st.text("ab.", min_size=1, max_size=6), max_size=8),
+    prefix=st.sampled_from(["", "a.", "b.a", "ab."]),
+    under=st.sampled_from(["", "a.", "a.b."]),
+    place=st.text("ab.", max_size=5),
+)
+def test_what_a_view_finds_is_what_lies_below_it(names, prefix, under, place):
+    """Against the sentence itself, name by name; views of one file share one sorted list."""
+    tensors = {name: TensorInfo("float32", (n,)) for n, name in enumerate(names)}
+    found = View(Path("x"), tensors).below(prefix, under)
+    below = [under + name[len(prefix) :] for name in tensors if name.startswith(prefix)]
+    assert list(found.tensors) == below
+    assert [found.key(name) for name in below] == [n for n in tensors if n.startswith(prefix)]
+    assert found.begins(place) == any(name.startswith(place) for name in below)
+    assert found.holds(place) == any(name.startswith(place + ".") for name in below)

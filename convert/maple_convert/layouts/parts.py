@@ -11,6 +11,7 @@ A weight's layout only rearranges bytes, so every transform is exactly inverse a
 of any dtype.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -256,12 +257,14 @@ def _join(place: str, name: str) -> str:
 class View:
     """The tensors below one prefix of a file, as the walks that read an architecture see them.
 
+    All views of one file share its names, sorted: a place is looked up by bisection, and a view
+    under which nothing lies costs nothing, however many names a file holds.
+
     Attributes:
         path: the file, for messages.
         prefix: what was taken off every name.
         under: what the tables put before the names that the file leaves out.
         folder: the component's folder in front of names shown to people, as "unet/".
-        tensors: name without the prefix to what the file says of the tensor.
     """
 
     def __init__(
@@ -271,29 +274,30 @@ class View:
         prefix: str = "",
         under: str = "",
         folder: str = "",
+        *,
+        names: Sequence[str] | None = None,
     ) -> None:
         self.path = path
         self.prefix = prefix
         self.under = under
         self.folder = folder
-        self.tensors: dict[str, TensorInfo] = (
-            {
-                under + name[len(prefix) :]: info
-                for name, info in tensors.items()
-                if name.startswith(prefix)
-            }
-            if prefix or under
-            else dict(tensors)
-        )
+        self._all = tensors
+        self._names: Sequence[str] = sorted(tensors) if names is None else names
+
+    def below(self, prefix: str, under: str = "") -> "View":
+        """Another view of the same file."""
+        return View(self.path, self._all, prefix, under, self.folder, names=self._names)
 
     @cached_property
-    def _places(self) -> set[str]:
-        found: set[str] = set()
-        for name in self.tensors:
-            segments = name.split(".", _DEEPEST)[:_DEEPEST]
-            for end in range(1, len(segments)):
-                found.add(".".join(segments[:end]))
-        return found
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name without the prefix to what the file says of the tensor, in the file's order."""
+        if not self.prefix and not self.under:
+            return self._all
+        return {
+            self.under + name[len(self.prefix) :]: info
+            for name, info in self._all.items()
+            if name.startswith(self.prefix)
+        }
 
     def key(self, name: str) -> str:
         """The file's own name of a tensor of this view."""
@@ -303,9 +307,19 @@ class View:
         """The same for people, with its folder."""
         return self.folder + self.key(name)
 
+    def begins(self, start: str) -> bool:
+        """Whether any tensor's name begins with ``start``."""
+        if self.under.startswith(start):
+            start = self.under
+        if not start.startswith(self.under):
+            return False
+        wanted = self.key(start)
+        at = bisect_left(self._names, wanted)
+        return at < len(self._names) and self._names[at].startswith(wanted)
+
     def holds(self, place: str) -> bool:
         """Whether any tensor lies below ``place``."""
-        return place in self._places
+        return self.begins(f"{place}.")
 
     def count(self, place: str) -> int:
         """How many of ``place.0``, ``place.1``, … follow one another without a gap."""
@@ -329,6 +343,3 @@ class View:
                 self.path, f"{self.key(name)} has shape {info.shape}, expected {ndim} axes"
             )
         return info.shape[axis]
-
-
-_DEEPEST = 10  # no published name is nested deeper; a stranger's may be

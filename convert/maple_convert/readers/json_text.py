@@ -11,6 +11,7 @@ MAX_BYTES = 32 << 20  # the largest tokenizer.json of a published pipeline is ab
 MAX_COMMAS = 2_000_000  # bounds what parsing may allocate: lists take twenty times their text
 MAX_DEPTH = 32
 MAX_DIGITS = 40  # Python's own bound is 4,300 digits, parsed in quadratic time
+_DIGITS_ALIKE = bytes(ord("0") if byte in b"0123456789" else byte for byte in range(256))
 
 
 class JSONFault(Exception):
@@ -43,12 +44,14 @@ def parse_object(text: bytes) -> dict[str, Any]:
     """One JSON object from UTF-8 bytes; JSONFault otherwise."""
     if text.count(b",") > MAX_COMMAS:
         raise JSONFault("lists too many things")
+    # Looking at every number costs as much as reading it: only where one may be too long.
+    may_be_long = b"0" * (MAX_DIGITS + 1) in text.translate(_DIGITS_ALIKE)
     try:
         value: object = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=_without_duplicates,
             parse_constant=_no_constant,
-            parse_int=_short_int,
+            parse_int=_short_int if may_be_long else None,
         )
     except RecursionError as error:
         raise JSONFault("is JSON nested too deep") from error
@@ -65,14 +68,15 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 def _check_depth(value: object) -> None:
     level: list[Any] = [value]
+    kinds: tuple[Any, Any] = dict, list
+    a_dict, a_list = kinds  # of type Any, or pyright asks for what is in each
     for _ in range(MAX_DEPTH):
-        inner: list[Any] = []
-        for item in level:
-            if isinstance(item, dict):
-                inner.extend(cast("dict[str, Any]", item).values())
-            else:
-                inner.extend(item)
-        level = [item for item in inner if isinstance(item, dict | list)]
+        level = [
+            inner
+            for item in level
+            for inner in (item.values() if type(item) is a_dict else item)
+            if type(inner) is a_list or type(inner) is a_dict
+        ]
         if not level:
             return
     raise JSONFault(f"is JSON nested deeper than {MAX_DEPTH}")

@@ -18,6 +18,7 @@ The safetensors library itself is not used to read: its numpy binding has no bfl
 file into memory. Tests hold this reader against it, on good and on damaged files.
 """
 
+import math
 from typing import Any, cast
 
 from maple_convert.errors import InvalidCheckpoint, UnsupportedCheckpoint, quoted
@@ -28,6 +29,7 @@ from maple_convert.tensors import STORAGE, TensorInfo
 
 MAX_HEADER = 100_000_000  # the format's own limit
 MAX_NDIM = 32  # numpy 1's limit
+FIELDS = frozenset({"dtype", "shape", "data_offsets"})  # of an entry, each once
 DTYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -40,6 +42,11 @@ DTYPES = {
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+}
+# What a type's tensors are here, the bytes of an element, and how it is spelt if not plainly.
+TYPES: dict[str, tuple[str, int, Encoding | None]] = {
+    **{name: (kind, STORAGE[kind].itemsize, None) for name, kind in DTYPES.items()},
+    **{name: (how.dtype, how.nbytes, how) for name, how in EIGHT_BITS.items()},
 }
 NOT_COMPUTED = frozenset("U16 U64 C64 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4".split())
 # ComfyUI's 8-bit files whose weights need a scale that lies beside each.
@@ -117,29 +124,27 @@ def _entry(file: SourceFile, name: str, entry: Any) -> tuple[TensorInfo, int, in
         return InvalidCheckpoint(file.path, f"tensor {quoted(name)}: {reason}")
 
     fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
-    if set(fields) != {"dtype", "shape", "data_offsets"}:
+    if fields.keys() != FIELDS:
         raise malformed("its entry does not have exactly dtype, shape and data_offsets")
     if not _encodable(name):
         raise malformed("its name is not valid Unicode")
     dtype = fields["dtype"]
-    encoding = EIGHT_BITS.get(dtype) if isinstance(dtype, str) else None
-    if not isinstance(dtype, str) or (dtype not in DTYPES and encoding is None):
+    known = TYPES.get(dtype) if isinstance(dtype, str) else None
+    if known is None:
         if isinstance(dtype, str) and dtype in NOT_COMPUTED:
             reason = (
                 f"tensor {quoted(name)} has type {dtype}, which is not supported: convert it to F16"
             )
             raise UnsupportedCheckpoint(file.path, reason)
         raise malformed(f"unknown type {quoted(dtype)}")
+    kind, itemsize, encoding = known
     shape, offsets = _sizes(fields["shape"]), _sizes(fields["data_offsets"])
     if shape is None or len(shape) > MAX_NDIM:
         raise malformed("its shape is not a short list of non-negative integers")
     if offsets is None or len(offsets) != 2:
         raise malformed("its data_offsets are not two non-negative integers")
     begin, end = offsets
-    kind = DTYPES[dtype] if encoding is None else encoding.dtype
-    expected = STORAGE[kind].itemsize if encoding is None else encoding.nbytes
-    for n in shape:
-        expected *= n
+    expected = itemsize * math.prod(shape)
     if end - begin != expected:
         found = f"its range has {end - begin} bytes, its type and shape need {expected}"
         raise malformed(found)
@@ -150,12 +155,16 @@ def _sizes(value: Any) -> tuple[int, ...] | None:
     """A list of integers from 0 to 2**63 - 1 as a tuple; None for anything else."""
     if not isinstance(value, list):
         return None
-    sizes = cast("list[Any]", value)
-    good = all(type(n) is int and 0 <= n < 1 << 63 for n in sizes)  # bool is an int, not a size
-    return tuple(sizes) if good else None
+    sizes = tuple(cast("list[Any]", value))
+    for n in sizes:
+        if type(n) is not int or not 0 <= n < 1 << 63:  # bool is an int, not a size
+            return None
+    return sizes
 
 
 def _encodable(name: str) -> bool:
+    if name.isascii():
+        return True
     try:
         name.encode("utf-8")
     except UnicodeEncodeError:

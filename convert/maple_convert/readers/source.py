@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -79,9 +79,8 @@ class SourceFile:
         self._file.close()
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where one tensor lies in its file.
+class Placement(NamedTuple):
+    """Where one tensor lies in its file; a tuple, for files of very many.
 
     Attributes:
         info: type and shape.
