@@ -63,6 +63,9 @@ from mlx_maple.models import (
 # ahead of the device; on Metal a command buffer holds 40 to 50.
 LAG = {"cpu": 48, "cuda": 40, "metal": 50}
 BOUNDED_LAG = 20  # where a drawing waits for the device
+# Where it waits for the CPU: MLX counts every tenth dispatch as a task and sees none running in
+# between, so up to that many operations are under way at a bound all the same. How many is a race.
+UNSEEN_LAG = 5
 # A batch also ends when its operations have read so many numbers.
 TOUCHED = {"cuda": 1000 << 20, "metal": 50 << 20}
 STAGE_LAG = 12  # of an autoencoder that works in stages: two residual blocks' operations
@@ -427,8 +430,9 @@ class Plan:
                 lag, stage = BOUNDED_LAG, STAGE_LAG // 2
             usual = trace.peak(stage if staged else lag)
             return usual if bound is None else max(usual, min(trace.peak(2 * LAG[backend]), bound))
-        if backend == "cpu":  # which waits where more than the bound would be taken
-            return max(trace.peak(0), min(trace.peak(LAG[backend]), low_memory.AHEAD_BYTES))
+        if backend == "cpu":  # which waits where more than the bound was taken before an operation
+            bounded = low_memory.AHEAD_BYTES + trace.largest
+            return min(trace.peak(LAG[backend]), max(trace.peak(UNSEEN_LAG), bounded))
         return trace.peak(2 * low_memory.BATCH)  # one batch runs while the next is prepared
 
 
@@ -676,6 +680,19 @@ class _Trace:
                 source.buffer, shape, source.in_order and _keeps_order(name, source, shape)
             )
         return _Array(_Buffer(_nbytes(shape, dtype)), shape)
+
+    @property
+    def largest(self) -> int:
+        """The most that one operation takes for what it makes and for itself."""
+        return max(
+            operation.workspace
+            + sum(
+                each.buffer.nbytes
+                for each in operation.outputs
+                if not operation.is_view and each.buffer.is_ours
+            )
+            for operation in self._operations
+        )
 
     def peak(self, lag: int) -> int:
         """The most that is taken at any time, if memory returns ``lag`` operations late."""

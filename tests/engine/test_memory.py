@@ -171,10 +171,15 @@ STEERED = {
 
 
 @pytest.mark.parametrize(
-    ("what", "low_memory"), [("steered", False), ("steered", True), ("previewed", False)]
+    ("what", "low_memory"),
+    [("steered", False), ("steered", True), ("previewed", False), ("previewed", True)],
 )
 def test_what_steers_and_previews_is_planned(what, low_memory):
-    """Within 15 percent, which a plan without it misses where it decides the peak."""
+    """Within 15 percent, which a plan without it misses where it decides the peak.
+
+    In low-memory mode a preview takes more than MLX's bound: it looks before an operation, whose
+    own memory then comes on top.
+    """
     left_out = "taesd" if what == "steered" else "controlnet"
     parts = {part: pair for part, pair in STEERED.items() if not part.startswith(left_out)}
 
