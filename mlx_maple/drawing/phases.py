@@ -25,7 +25,7 @@ from mlx_maple.drawing.jobs import Job
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.previews import Previews
 from mlx_maple.drawing.results import Progress, Result
-from mlx_maple.drawing.starts import Outside, Streams, start, streams_of
+from mlx_maple.drawing.starts import Outside, Streams, content_noise, start, streams_of
 from mlx_maple.drawing.worn import put_on
 from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
@@ -97,7 +97,8 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     if job.picture is not None:
         yield from clock.away(Progress(index=0, total=total, stage="encode"))
         picture = job.picture
-        if job.mask is not None and job.settings[0].mask_content == "fill":
+        # As in A1111, which fills also what it then covers with noise or nothing.
+        if job.mask is not None and job.settings[0].mask_content != "original":
             picture = images.filled(picture, job.mask)
         posterior = encode(sd, picture, notes)
         sd.networks.release("vae")
@@ -165,9 +166,10 @@ def _sampled(
     blend, begun = None, clean
     if job.mask is not None and clean is not None:
         inside = mx.array(images.latent_mask(job.mask, sd.configs["vae"].downscale)) > 0
-        # As in A1111, whose "latent noise" is the starting noise again.
-        if (content := job.settings[0].mask_content) in ("noise", "nothing"):
-            begun = mx.where(inside, noise if content == "noise" else 0.0, clean)
+        if (content := job.settings[0].mask_content) == "noise":
+            begun = mx.where(inside, content_noise(job, noise), clean)
+        elif content == "nothing":
+            begun = mx.where(inside, 0.0, clean)
         if not shown.holds_mask:
             outside = Outside(job.plan, inside, noise, clean)
             model, blend = outside.watched(model), outside.kept

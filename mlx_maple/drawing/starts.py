@@ -45,6 +45,22 @@ def start(
     )
 
 
+def content_noise(job: Job, noise: mx.array) -> mx.array:
+    """What "noise" puts inside a mask, (n, h, w, C): the starting noise, but without a variation.
+
+    A1111's "latent noise" is drawn by the seeds alone (modules/processing.py @v1.10.1, class
+    StableDiffusionProcessingImg2Img: ``create_random_tensors`` without subseeds). Differs: its
+    later batches of one request take the first batch's seeds, against its own record of them.
+    """
+    if job.latents is not None or not job.settings[0].variation_strength:
+        return noise
+    plain = []
+    for settings in job.settings:
+        assert settings.noise is not None and settings.seed is not None
+        plain.append(initial_noise(settings.noise, settings.seed, job.shape[1:]))
+    return mx.array(np.stack(plain))
+
+
 class Streams:
     """One picture's random numbers: for the posterior, for the start, and what the steps draw."""
 

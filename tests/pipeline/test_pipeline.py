@@ -447,6 +447,48 @@ def test_nothing_in_a_mask_begins_with_the_noise_of_its_level(sd):
     assert not np.allclose(seen[0][:1, :, :8], expected[:, :, :8], atol=1e-2)
 
 
+def test_noise_in_a_mask_is_the_seeds_own_whatever_varies_the_start(sd, monkeypatch):
+    """As in A1111: the seeds alone draw it, while the start is turned towards another noise."""
+    arguments = {"image": picture(), "mask": right_half(), "mask_blur": 0, "strength": 0.5}
+    arguments |= {"mask_content": "noise", "sampler": "ddim", "steps": 4, "guidance_scale": 1}
+    job = checked(sd, arguments)
+    seen = []
+
+    def spy(self, latents, timesteps, context, *more):
+        seen.append(np.array(latents))
+        return mx.zeros_like(latents)
+
+    monkeypatch.setattr(UNet, "__call__", spy)
+    sd("a", **arguments, seed=1, count=2, variation_seed=9, variation_strength=0.4)
+    own = initial_noise("torch", 1, (8, 16, 4))  # with a variation the seed stays in a batch
+    for i in range(2):
+        varied = initial_noise("torch", 1, (8, 16, 4), variation_seed=9 + i, variation_strength=0.4)
+        expected, wrong = (
+            np.array(job.plan.initial(mx.array(varied[None]), mx.array(inside[None])))
+            for inside in (own, varied)
+        )
+        assert np.allclose(seen[i][:, :, 8:], expected[:, :, 8:], atol=1e-5)
+        assert not np.allclose(seen[i][:, :, 8:], wrong[:, :, 8:], atol=1e-2)
+
+
+@pytest.mark.parametrize("content", MASK_CONTENTS)
+def test_what_is_not_kept_is_filled_before_it_is_encoded(sd, monkeypatch, content):
+    """The encoder sees beyond the mask's edge, also where noise or nothing covers the inside."""
+    encoded = []
+
+    def spy(self, pixels):
+        encoded.append(np.array(pixels))
+        return plain(self, pixels)
+
+    plain = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", spy)
+    arguments = {"image": picture(), "mask": right_half(), "mask_blur": 0, "seed": 1, "steps": 2}
+    sd("a", mask_content=content, **arguments)
+    kept = np.allclose(encoded[0][0], images.to_pixels(picture()), atol=1e-5)
+    assert kept == (content == "original")
+    assert np.allclose(encoded[0][0, :, :56], images.to_pixels(picture())[:, :56], atol=1e-5)
+
+
 # Previews ----------------------------------------------------------------------------------------
 
 
