@@ -56,6 +56,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "guidance_end=0.5": {"guidance_end": 0.5},
     "guidance_rescale=0.7": {"guidance_rescale": 0.7},
     "freeu=(1.2, 1.4, 0.9, 0.2)": {"freeu": (1.2, 1.4, 0.9, 0.2)},
+    "tile=xy": {"tile": "xy"},
     "token_merging=0.3": {"token_merging": 0.3},
     "token_merging=0.5": {"token_merging": 0.5},
     "deep_cache=2": {"deep_cache": 2},
@@ -168,7 +169,6 @@ def random_model() -> StableDiffusion:
         **{name: part(name) for name in parts},
         tokenizer=Tokenizer.bundled(),
         noise_schedule=NoiseSchedule.from_betas(),
-        renew={name: lambda name=name: part(name) for name in parts},  # FreeU reads it anew
     )
 
 

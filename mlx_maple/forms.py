@@ -1,60 +1,48 @@
-"""Other forms of a model's networks, for one drawing: closed at their edges, or with FreeU.
+"""Forms of a model's networks, for one drawing: what is asked for, and a network brought into it.
 
-Both change what plain layers do, which the form that a GPU draws with has rearranged. There the
-networks are read once more and left plain: such a drawing takes longer.
+A form is arithmetic alone: no network is read again for it, and one that was made ready for a GPU
+stays so (engine/prepared_forms.py).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
+from mlx_maple.engine import prepared_forms
+from mlx_maple.engine.prepare import PreparedUNet, PreparedVAE
 from mlx_maple.metadata import check_number
-from mlx_maple.models import TAESD, AutoencoderKL, UNet
-from mlx_maple.models.freeu import Factors, set_freeu
-from mlx_maple.models.seamless import AXES, wrap
+from mlx_maple.models import forms as plain_forms
+from mlx_maple.models.forms import PLAIN as PLAIN
+from mlx_maple.models.forms import Form
+from mlx_maple.models.freeu import Factors
+from mlx_maple.models.seamless import AXES
 
-PARTS = ("unet", "vae")  # that have other forms
-HAVE_FORMS = (UNet, AutoencoderKL, TAESD)
-
-
-@dataclass(frozen=True)
-class Form:
-    """How networks are to be.
-
-    Attributes:
-        tile: the axes along which pictures continue at the opposite edge; None is none.
-        freeu: the factors of FreeU, or None.
-    """
-
-    tile: str | None = None
-    freeu: Factors | None = None
-
-    def apply(self, network: Any) -> Any:
-        """Bring a plain network into this form, in place."""
-        if isinstance(network, HAVE_FORMS):
-            wrap(network, self.tile)
-        if isinstance(network, UNet):
-            set_freeu(network, self.freeu)
-        return network
+PARTS = ("unet", "vae")  # of a model, that have other forms
 
 
-PLAIN = Form()
+def set_form(network: Any, form: Form) -> None:
+    """Bring a network into a form, in place, whether it was made ready or not."""
+    if isinstance(network, PreparedUNet | PreparedVAE):
+        prepared_forms.set_form(network, form)
+    else:
+        plain_forms.set_form(network, form)
 
 
-def read_form(tile: Any, freeu: Any) -> Form:
+def read_form(tile: Any, freeu: Any, token_merging: Any = 0.0) -> Form:
     """What was asked for, checked.
 
     Args:
         tile: one of ``seamless.AXES``, or None.
         freeu: four numbers, or a text of them, or None.
+        token_merging: share of the tokens.
 
     Raises:
         ValueError: in one line, for anything else.
     """
     if tile is not None and tile not in AXES:
         raise ValueError(f"unknown tile {tile!r}: choose from {', '.join(AXES)}.")
+    merging = check_number("token_merging", token_merging)
     if freeu is None:
-        return Form(tile)
+        return Form(tile, None, merging)
     values = freeu.split() if isinstance(freeu, str) else freeu
     if not isinstance(values, Sequence) or len(values) != 4:
         raise ValueError("freeu takes four numbers: b1, b2, s1 and s2.")
@@ -62,7 +50,8 @@ def read_form(tile: Any, freeu: Any) -> Form:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError):
         raise ValueError("freeu takes four numbers: b1, b2, s1 and s2.") from None
-    return Form(tile, Factors(*(check_number("freeu", number) for number in numbers)))
+    factors = Factors(*(check_number("freeu", number) for number in numbers))
+    return Form(tile, factors, merging)
 
 
 def freeu_text(form: Form) -> str | None:

@@ -308,7 +308,7 @@ class StableDiffusion(DiffusionModel):
         end = check_number("guidance_end", guidance_end)
         if start > end:
             raise ValueError(f"guidance_start {start:g} lies after guidance_end {end:g}.")
-        check_form(self, form := read_form(tile, freeu))
+        check_form(self, form := read_form(tile, freeu, token_merging))
         own_layer = self.text_encoders.clip_skip
         skipped = whole("clip_skip", own_layer if clip_skip is None else clip_skip)
         parts = self.text_encoders.tokenizers
@@ -361,7 +361,7 @@ class StableDiffusion(DiffusionModel):
             guidance_end=end,
             tile=form.tile,
             freeu=freeu_text(form),
-            token_merging=check_number("token_merging", token_merging),
+            token_merging=form.merging,
             **read_deep_cache(self, deep_cache, deep_cache_branch, window, refiner),
             **read_windows(self, window, window_overlap, tile),
             image_guidance_scale=image_guidance,

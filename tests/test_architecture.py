@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "images": {"metadata"},
     "adapters": {"models"},
     "adapter_files": {"adapters", "model_folders", "maple_convert"},
-    "forms": {"models", "metadata"},
+    "forms": {"engine", "models", "metadata"},
     "upscalers": {"models", "images", "enlarge", "model_folders", "maple_convert"},
     "image_encoders": {"model_folders", "maple_convert"},
     "engine": {"models", "sampling"},

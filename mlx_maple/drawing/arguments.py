@@ -15,8 +15,8 @@ from mlx_maple.control import Control, steers_alike
 from mlx_maple.drawing.jobs import Job, Picture, StepNoise
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.results import FloatArray
-from mlx_maple.forms import PARTS, PLAIN, Form
 from mlx_maple.metadata import Settings, check_number
+from mlx_maple.models.forms import Form
 from mlx_maple.models.unet import attention_channels
 from mlx_maple.sampling import SAMPLERS, Plan, make_plan
 from mlx_maple.sizes import Sizes, read_pair
@@ -106,11 +106,6 @@ def check_form(sd: DiffusionModel, form: Form) -> None:
     """Raise unless the networks can be brought into a form."""
     if form.tile is not None and sd.is_low_memory:
         raise ValueError("tile does not go with low-memory mode: stripes have edges.")
-    is_held = sd.is_on_cpu and not sd.is_low_memory
-    by_hand = [part for part in PARTS if not sd.networks.can_load(part)]
-    if form != PLAIN and by_hand and not is_held:
-        listed = " and ".join(by_hand)
-        raise ValueError(f"tile and freeu need a model that `load` made: {listed} is not.")
 
 
 def check_refiner(sd: DiffusionModel, refiner: DiffusionModel) -> None:

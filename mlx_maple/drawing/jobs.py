@@ -12,9 +12,9 @@ from mlx_maple.adapters import Chosen
 from mlx_maple.control import Control
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.results import FloatArray
-from mlx_maple.forms import Form
 from mlx_maple.image_prompt import ImageRequest
 from mlx_maple.metadata import Settings
+from mlx_maple.models.forms import Form
 from mlx_maple.sampling import Plan
 from mlx_maple.sizes import Sizes
 from mlx_maple.text.language import Prompt

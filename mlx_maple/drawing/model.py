@@ -18,9 +18,7 @@ from mlx_maple.drawing.results import Component, Info
 from mlx_maple.engine import quantize
 from mlx_maple.engine.compiled import made_ready
 from mlx_maple.engine.low_memory import Networks, Reload
-from mlx_maple.engine.prepare import PreparedUNet
-from mlx_maple.engine.token_merging import set_token_merging
-from mlx_maple.forms import HAVE_FORMS, PARTS, PLAIN, Form
+from mlx_maple.forms import PARTS, PLAIN, set_form
 from mlx_maple.image_prompt import ENCODER, PREFIX, numbered
 from mlx_maple.models import (
     TAESD,
@@ -32,6 +30,7 @@ from mlx_maple.models import (
     T2IAdapter,
     UNet,
 )
+from mlx_maple.models.forms import Form
 from mlx_maple.sampling import NoiseSchedule
 from mlx_maple.text.prompt import encode_prompt
 from mlx_maple.text.tokenizer import Tokenizer
@@ -193,16 +192,16 @@ class DiffusionModel:
         components = {part: _component(module) for part, module in present.items()}
         self._compiles = compile
         self._form = PLAIN  # that networks have just now
-        self._merging = 0.0  # share of its tokens that the UNet merges just now
         self._thread = threading.current_thread()  # that what was not read yet is bound to
         self._has_moved = False  # from there to others: nothing is bound any longer
         reload = dict(reload or {})
-        held = {n: m if n in reload else self._ready(m, False) for n, m in present.items()}
+        held = {n: m if n in reload else self._ready(n, m, False) for n, m in present.items()}
         reloads = {
-            n: lambda load=load: self._ready(load(), True, True) for n, load in reload.items()
+            n: lambda n=n, load=load: self._ready(n, load(), True, True)
+            for n, load in reload.items()
         }
         renewals = {
-            n: lambda load=load: self._ready(load(), False, True)
+            n: lambda n=n, load=load: self._ready(n, load(), False, True)
             for n, load in (renew or {}).items()
         }
         self.networks = Networks(held, reloads, renewals)
@@ -240,7 +239,7 @@ class DiffusionModel:
 
     @text_encoder.setter
     def text_encoder(self, module: CLIPTextEncoder) -> None:
-        self.networks["text_encoder"] = self._ready(module)
+        self.networks["text_encoder"] = self._ready("text_encoder", module)
 
     @property
     def text_encoder_2(self) -> CLIPTextEncoder | None:
@@ -249,7 +248,7 @@ class DiffusionModel:
 
     @text_encoder_2.setter
     def text_encoder_2(self, module: CLIPTextEncoder) -> None:
-        self.networks["text_encoder_2"] = self._ready(module)
+        self.networks["text_encoder_2"] = self._ready("text_encoder_2", module)
 
     @property
     def unet(self) -> UNet:
@@ -258,7 +257,7 @@ class DiffusionModel:
 
     @unet.setter
     def unet(self, module: UNet) -> None:
-        self.networks["unet"] = self._ready(module)
+        self.networks["unet"] = self._ready("unet", module)
 
     @property
     def vae(self) -> AutoencoderKL:
@@ -267,7 +266,7 @@ class DiffusionModel:
 
     @vae.setter
     def vae(self, module: AutoencoderKL) -> None:
-        self.networks["vae"] = self._ready(module)
+        self.networks["vae"] = self._ready("vae", module)
 
     @property
     def taesd(self) -> TAESD | None:
@@ -276,21 +275,20 @@ class DiffusionModel:
 
     @taesd.setter
     def taesd(self, module: TAESD | None) -> None:
-        self.networks["taesd"] = self._ready(module)
+        self.networks["taesd"] = self._ready("taesd", module)
 
-    def _ready(self, network: Any, low_memory: bool | None = None, consumes: bool = False) -> Any:
-        """A network as the device that runs draws fastest with."""
+    def _ready(
+        self, part: str, network: Any, low_memory: bool | None = None, consumes: bool = False
+    ) -> Any:
+        """A network as the device that runs draws fastest with, in the form of the others."""
         if network is None:
             return None
-        if self._form != PLAIN and isinstance(network, HAVE_FORMS):
-            ready = self._form.apply(network)  # what a GPU is prepared for has no other form
-        else:
-            low_memory = self.networks.is_low_memory if low_memory is None else low_memory
-            ready = made_ready(
-                network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
-            )
-        if isinstance(ready, UNet | PreparedUNet) and self._merging:
-            set_token_merging(ready, self._merging)
+        low_memory = self.networks.is_low_memory if low_memory is None else low_memory
+        ready = made_ready(
+            network, compiles=self._compiles, low_memory=low_memory, consumes=consumes
+        )
+        if part in PARTS and self._form != PLAIN:
+            set_form(ready, self._form)
         if self._has_moved:
             mx.eval(ready.parameters())
         return ready
@@ -337,9 +335,11 @@ class DiffusionModel:
         for part, (module, load) in found.networks.items():
             components[part] = _component(module)
             low = self.is_low_memory
-            ready = module if low else self._ready(module, False)
+            ready = module if low else self._ready(part, module, False)
             self.networks.exchange(
-                part, ready, lambda load=load, low=low: self._ready(load(), low, True)
+                part,
+                ready,
+                lambda part=part, load=load, low=low: self._ready(part, load(), low, True),
             )
         self.vae_name, self.latent_rgb_factors = found.vae_name, found.latent_rgb_factors
         self.control_names = dict(found.control_names)
@@ -366,18 +366,9 @@ class DiffusionModel:
         if form == self._form:
             return
         self._form = form
-        for part in PARTS:
-            if self.is_on_cpu and not self.is_low_memory:
-                form.apply(self.networks[part])
-            else:
-                self.networks.drop(part)  # it is read again, in this form, when it is used
-
-    def set_token_merging(self, ratio: float) -> None:
-        """Have the UNet merge this share of its tokens from now on; 0 is none."""
-        self._merging = ratio
-        unet = self.networks.held("unet")
-        if isinstance(unet, UNet | PreparedUNet):
-            set_token_merging(unet, ratio)
+        for network in map(self.networks.held, PARTS):
+            if network is not None:
+                set_form(network, form)
 
     def dtype_of(self, part: str) -> mx.Dtype:
         """What the network of this name computes in."""

@@ -31,6 +31,7 @@ from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
 from mlx_maple.image_prompt import ImagePrompt
+from mlx_maple.models.forms import Form
 
 BOUND = (
     "MLX lets weights be read in the thread alone that opened them: draw there, or evaluate "
@@ -43,14 +44,15 @@ def run(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
     sd.come_here()
     with sd.networks.drawing(_room(sd, job)):
         try:
-            yield from _phases(sd, job)
+            yield from _in_its_form(sd, job, _phases(sd, job))
         except RuntimeError as error:
             if "no Stream" in str(error):
                 raise RuntimeError(BOUND) from error
             raise
         finally:
-            sd.set_form(PLAIN)
-            _set_token_merging(job, 0.0, sd)
+            for model in (sd, job.refiner):
+                if model is not None:
+                    model.set_form(PLAIN)
             sd.networks.release(*sd.configs)
             if job.refiner is not None:
                 job.refiner.networks.release(*job.refiner.configs)
@@ -63,11 +65,23 @@ def _room(sd: DiffusionModel, job: Job) -> int | None:
     return room(job.largest.shape, job.guidance_scale != 1)
 
 
-def _set_token_merging(job: Job, ratio: float, sd: DiffusionModel) -> None:
-    """Have all that draws merge this share of its tokens."""
-    for model in (sd, job.refiner):
-        if model is not None:
-            model.set_token_merging(ratio)
+def _in_its_form(
+    sd: DiffusionModel, job: Job, phases: Generator[Progress, None, None]
+) -> Generator[Progress, None, None]:
+    """The phases, each step of which finds the networks in the drawing's own form.
+
+    Drawings of one model may go on in turn, and each leaves the networks in its form meanwhile. A
+    refiner merges tokens, and takes no other form.
+    """
+    with closing(phases):
+        while True:
+            if job.refiner is not None and job.refiner is not sd:
+                job.refiner.set_form(Form(merging=job.form.merging))
+            sd.set_form(job.form)
+            progress = next(phases, None)
+            if progress is None:
+                return
+            yield progress
 
 
 def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
@@ -78,8 +92,6 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
 
     yield from clock.away(Progress(index=0, total=total, stage="text"))
     put_on(sd, job, notes)
-    sd.set_form(job.form)
-    _set_token_merging(job, job.settings[0].token_merging, sd)
     prompts = encode_prompts(sd, job, notes)
     later = None if job.second is None else encode_prompts(sd, job.second, notes)
     streams = streams_of(job)  # drawn here while the device reads the prompts

@@ -19,6 +19,7 @@ from mlx_maple.engine.attention import LOW_MEMORY_SCORE_BYTES, SCORE_BYTES, runn
 from mlx_maple.engine.kernels import Size
 from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, PreparedVAE, Recipe, prepare_unet
 from mlx_maple.engine.prepared_control import prepare_controlnet
+from mlx_maple.engine.prepared_forms import set_form
 from mlx_maple.models import AutoencoderKL, ControlNet, UNet
 from mlx_maple.sampling.denoiser import rescale
 
@@ -33,6 +34,9 @@ Step = Callable[[mx.array, mx.array, list[Keys], mx.array | None], mx.array]
 
 class GuidedSteps:
     """A prepared UNet that follows one prompt and avoids another, whatever the drawing.
+
+    They are steps of the form that the network is in when they are made, and bring it back into
+    that one where they are traced after another drawing had it in its own.
 
     Args:
         unet: made ready.
@@ -51,6 +55,7 @@ class GuidedSteps:
         in_parts: bool = True,
     ) -> None:
         self.unet = unet
+        self.form = unet.form
         self.compiles = compiles
         self.one_by_one = one_by_one
         self.in_parts = in_parts and not one_by_one
@@ -156,11 +161,12 @@ class GuidedSteps:
     def _step(
         self, latents: mx.array, row: mx.array, prompt: list[Keys], scale: mx.array | None
     ) -> mx.array:
+        set_form(self.unet, self.form)
         maps = self.unet.begin(twice(latents, scale is not None), row, prompt)
         return guided_sum(self.unet.finish(maps, row, prompt), scale)
 
     def again(self) -> "GuidedSteps":
-        """Others for the same network, to be traced anew: for a change of what it does."""
+        """Others for the same network in the form that it is in now, to be traced anew."""
         parts = self.in_parts
         return GuidedSteps(
             self.unet, compiles=self.compiles, one_by_one=self.one_by_one, in_parts=parts
@@ -169,6 +175,7 @@ class GuidedSteps:
     def _begun(
         self, latents: mx.array, row: mx.array, prompt: list[Keys], is_guided: bool
     ) -> list[mx.array]:
+        set_form(self.unet, self.form)
         maps = self.unet.begin(twice(latents, is_guided), row, prompt)
         key = (*latents.shape, is_guided)
         self._maps[key] = [(each.size, each.residual is not None) for each in maps]
@@ -182,6 +189,7 @@ class GuidedSteps:
         prompt: list[Keys],
         scale: mx.array | None,
     ) -> mx.array:
+        set_form(self.unet, self.form)
         maps = self.maps(latents, parts, scale is not None)
         return guided_sum(self.unet.finish(maps, row, prompt), scale)
 

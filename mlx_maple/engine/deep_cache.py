@@ -16,6 +16,7 @@ import mlx.nn as nn
 
 from mlx_maple.engine.compiled import GuidedSteps, Step, away, guided_sum, halves, twice
 from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, Resnet, Transformer
+from mlx_maple.engine.prepared_forms import set_form
 from mlx_maple.models import UNet
 from mlx_maple.models.deep_cache import full, place, shallow
 from mlx_maple.models.unet import as_times, check_guidance, check_inputs
@@ -206,6 +207,7 @@ class CachedSteps:
         prompt: list[Keys],
         scale: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
+        set_form(self._steps.unet, self._steps.form)
         maps = self._steps.maps(latents, parts, scale is not None)
         out, deep = climbed(self._steps.unet, self.branch, None, maps, row, prompt)
         return guided_sum(out, scale), deep
@@ -219,6 +221,7 @@ class CachedSteps:
         scale: mx.array | None,
     ) -> tuple[mx.array, mx.array]:
         unet = self._steps.unet
+        set_form(unet, self._steps.form)
         maps = unet.begin(twice(latents, scale is not None), row, prompt)
         out, deep = climbed(unet, self.branch, deep, maps, row, prompt)
         return guided_sum(out, scale), deep

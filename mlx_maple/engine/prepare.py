@@ -26,10 +26,12 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_maple.engine.attention import METAL_WIDTHS, SCORE_BYTES, running_backend
+from mlx_maple.engine.edges import around, neighbours
 from mlx_maple.engine.kernels import Kernels, Norm, Plain, Size, kernels_for
 from mlx_maple.engine.quantize import QuantizedConv2d, matmul
 from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.models.attention import LAYER_NORM_EPS, SpatialTransformer, TransformerBlock
+from mlx_maple.models.forms import PLAIN
 from mlx_maple.models.layers import GroupNorm, sinusoids
 from mlx_maple.models.resnet import Downsample, ResnetBlock, Upsample
 from mlx_maple.models.unet import as_times, check_guidance, check_image, check_inputs
@@ -168,7 +170,11 @@ class Product(nn.Module):
 
 
 class Convolution(nn.Module):
-    """A 3x3 convolution without its bias, which its maker's map owes."""
+    """A 3x3 convolution without its bias, which its maker's map owes.
+
+    Attributes:
+        closed: whether rows and columns continue at the opposite edge; engine.prepared_forms says.
+    """
 
     weight: mx.array
     scales: mx.array
@@ -185,6 +191,7 @@ class Convolution(nn.Module):
         else:
             self.shape = tuple(layer.weight.shape)
         self.stride = layer.stride
+        self.closed: tuple[bool, bool] = (False, False)
         self._matrix: mx.array | None = None
 
     def fix(self) -> mx.array | None:
@@ -207,6 +214,10 @@ class Convolution(nn.Module):
 
     def __call__(self, x: mx.array, padding: int = 1) -> mx.array:
         """(B, h, w, I) to (B, h', w', O)."""
+        if padding and any(self.closed):
+            x = around(x, self.closed)
+            rows, columns = self.closed
+            return mx.conv2d(x, self.kernel, self.stride, (int(not rows), int(not columns)))
         return mx.conv2d(x, self.kernel, self.stride, padding)
 
     def on_neighbours(self, x: mx.array) -> mx.array:
@@ -250,6 +261,7 @@ class Resnet(nn.Module):
     Attributes:
         owed: (C_out,) float32: what the output owes.
         in_turn: wait for the first convolution before the second is prepared.
+        weighting: FreeU's of the map and the skip that come in, on the way up; or None.
     """
 
     def __init__(
@@ -262,6 +274,7 @@ class Resnet(nn.Module):
         super().__init__()
         self._recipe = recipe
         self.in_turn = False
+        self.weighting: Any = None
         self._start = start
         self.norm1, self.norm2 = MapNorm(block.norm1), MapNorm(block.norm2)
         self.conv1, self.conv2 = Convolution(block.conv1), Convolution(block.conv2)
@@ -276,6 +289,8 @@ class Resnet(nn.Module):
         self.owed = _bias(block.conv2) + made
 
     def __call__(self, x: Map, times: mx.array | None = None, skip: Map | None = None) -> Map:
+        if self.weighting is not None:
+            x, skip = self.weighting(x, skip, self.shift1)
         y = self._convolved(
             self.conv1,
             self.norm1,
@@ -303,6 +318,7 @@ class Resnet(nn.Module):
         """Settle ``x``, normalise it and convolve it: to B N pixels of O channels."""
         _, rows, columns = x.size
         by_product = rows * columns <= self._recipe.unfold_pixels
+        is_closed = any(conv.closed)  # kernels write neighbourhoods of open maps
         y, x.value = self._recipe.kernels.group_norm(
             x.value,
             norm.constants,
@@ -311,9 +327,11 @@ class Resnet(nn.Module):
             skip=skip,
             shift=shift,
             start=start,
-            wanted="neighbours" if by_product else "map",
+            wanted="map" if not by_product else "tokens" if is_closed else "neighbours",
         )
         x.residual = None
+        if by_product and is_closed:
+            y = neighbours(y, x.size, conv.closed)
         return conv.on_neighbours(y) if by_product else conv(y)
 
 
@@ -553,16 +571,16 @@ class PreparedUNet(nn.Module):
     Attributes:
         config: the plain network's.
         dtype: of its weights.
+        form: that it is in; engine.prepared_forms sets it.
         steps: engine.compiled's, which are as good as the network they were traced from.
-        merging: share of its tokens that are merged; engine.token_merging sets it.
     """
 
     def __init__(self, unet: UNet, recipe: Recipe) -> None:
         super().__init__()
         self._recipe = recipe
+        self.form = PLAIN
         self.steps: Any = None
-        self.merging = 0.0
-        self._traced: dict[float, Any] = {}  # the steps of other shares
+        self._traced: dict[Any, Any] = {}  # the steps of other forms
         self.config = unet.config
         self.dtype = unet.conv_in.weight.dtype
         self.time_embedding = unet.time_embedding

@@ -1,8 +1,4 @@
-"""Token merging in networks that were made ready: models.token_merging on tokens that owe.
-
-A network's compiled steps are traced for one ratio: those for another are made beside them, and
-the last of them are kept.
-"""
+"""Token merging in networks that were made ready: models.token_merging on tokens that owe."""
 
 from typing import NamedTuple
 
@@ -10,27 +6,16 @@ import mlx.core as mx
 
 from mlx_maple.engine.kernels import Size
 from mlx_maple.engine.prepare import PreparedUNet, Transformer
-from mlx_maple.models import UNet
-from mlx_maple.models import token_merging as plain
 from mlx_maple.models.token_merging import Merging, finest, match
 
 
-def set_token_merging(unet: UNet | PreparedUNet, ratio: float) -> None:
+def set_token_merging(unet: PreparedUNet, ratio: float) -> None:
     """Merge tokens at the finest level that has transformers; 0 takes it back."""
-    if not isinstance(unet, PreparedUNet):
-        plain.set_token_merging(unet, ratio)
-        return
-    if ratio == unet.merging:
-        return
     levels = finest(*([_transformers(steps) for steps in way] for way in (unet.down, unet.up)))
     merging = _Matcher(ratio) if ratio else None
     for layer in (layer for layers in levels for layer in layers):
         for block in layer.blocks:
             block.merging = merging
-    unet._traced = {share: steps for share, steps in unet._traced.items() if share in (0, ratio)}
-    unet._traced[unet.merging] = unet.steps
-    unet.steps = unet._traced.get(ratio) or (unet.steps and unet.steps.again())
-    unet.merging = ratio
 
 
 def _transformers(steps: list) -> list[Transformer]:

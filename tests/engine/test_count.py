@@ -7,7 +7,10 @@ from mlx.utils import tree_flatten
 from mlx_maple.engine.compiled import GuidedSteps
 from mlx_maple.engine.count import as_on_a_gpu, count, described_recipe
 from mlx_maple.engine.prepare import prepare_unet, prepare_vae
+from mlx_maple.engine.prepared_forms import set_form
 from mlx_maple.models import AutoencoderKL, UNet, UNetConfig, VAEConfig
+from mlx_maple.models.forms import PLAIN, Form
+from mlx_maple.models.freeu import Factors
 from mlx_maple.models.unet import attention_channels
 
 WIDTHS = (32, 64, 128, 128)  # a tenth of SD 1's; the structure is the same
@@ -16,7 +19,9 @@ LATENTS = (1, 64, 64, 4)
 # Measured; a lower number is an improvement to be written down here, a higher one a regression.
 GUIDED_STEP = {"metal": 377, "cuda": 371}
 DECODER = {"metal": 87, "cuda": 87}
-RESCALE = 9  # of a guided step, more
+# Of a guided step, more: in what it says of a prompt's spread, in four numbers of FreeU's, and in
+# what stands around each of the 52 maps that are convolved.
+RESCALE, FREEU, CLOSED = 9, 30, 52
 PUBLISHED_STEP = 2019
 
 
@@ -36,9 +41,10 @@ def unet():
     return half(UNet(UNetConfig(block_out_channels=WIDTHS, cross_attention_dim=CONTEXT)))
 
 
-def guided_step(unet, backend, compiles=True, **told):
+def guided_step(unet, backend, form=PLAIN, compiles=True, **told):
     prepared = prepare_unet(unet, described_recipe(backend))
     mx.eval(prepared.parameters())
+    set_form(prepared, form)
     prompts = (mx.zeros((1, 77, CONTEXT)) for _ in range(2))
     steps = GuidedSteps(prepared, compiles=compiles, in_parts=False)
     model = steps.model(*prompts, 7.5, [10.0], **told)
@@ -74,6 +80,15 @@ def test_a_guided_step_of_sd1s_structure(unet, backend):
 def test_a_rescaled_step_takes_a_few_more(unet, backend):
     counted, plain = (guided_step(unet, backend, guidance_rescale=r)[0].kernels for r in (0.7, 0.0))
     assert 0 < counted - plain <= RESCALE
+
+
+@pytest.mark.parametrize("backend", GUIDED_STEP)
+@pytest.mark.parametrize(
+    ("form", "more"), [(Form(freeu=Factors(1.5, 1.6, 0.9, 0.2)), FREEU), (Form(tile="xy"), CLOSED)]
+)
+def test_a_step_in_another_form_takes_some_more(unet, backend, form, more):
+    counted, plain = (guided_step(unet, backend, form)[0].kernels for form in (form, PLAIN))
+    assert 0 < counted - plain <= more
 
 
 @pytest.mark.parametrize("backend", DECODER)

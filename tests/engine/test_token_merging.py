@@ -9,8 +9,9 @@ from tiny_networks import CONTEXT, SMALL, XL, error, normal, unet
 from mlx_maple.engine.compiled import GuidedSteps
 from mlx_maple.engine.kernels import Plain
 from mlx_maple.engine.prepare import Recipe, prepare_unet
-from mlx_maple.engine.token_merging import set_token_merging as set_ready
+from mlx_maple.engine.prepared_forms import set_form
 from mlx_maple.models import token_merging
+from mlx_maple.models.forms import PLAIN, Form
 from mlx_maple.models.freeu import Factors, set_freeu
 from mlx_maple.models.token_merging import match, set_token_merging
 
@@ -91,12 +92,12 @@ def test_a_network_made_ready_merges_as_the_plain_one(facts, compiles):
     assert error(drawn(), before) < SAME
     for ratio in (0.5, 0.3):
         set_token_merging(plain, ratio)
-        set_ready(ready, ratio)
+        set_form(ready, Form(merging=ratio))
         wanted = plain(x, time, context)
         assert error(drawn(), wanted) < SAME
         assert error(ready(x, time, context), wanted) < SAME
         assert error(wanted, before) > OTHER
-    set_ready(ready, 0)
+    set_form(ready, PLAIN)
     assert ready.steps is first  # not traced again
     assert error(drawn(), before) < SAME
 
