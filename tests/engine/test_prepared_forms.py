@@ -10,7 +10,7 @@ from tiny_networks import CONTEXT, SD1, SMALL, XL, error, normal, unet, vae
 
 from mlx_maple.engine import edges, prepared_forms
 from mlx_maple.engine.compiled import GuidedSteps, guided_steps
-from mlx_maple.engine.deep_cache import keeping
+from mlx_maple.engine.deep_cache import DeepCache, cached_step, keeping
 from mlx_maple.engine.kernels import Plain
 from mlx_maple.engine.prepare import Convolution, Recipe, Resnet, prepare_unet, prepare_vae
 from mlx_maple.engine.prepared_forms import set_form
@@ -142,6 +142,29 @@ def test_deep_features_are_those_of_the_form(small, form, branch):
 
     assert error(both(ready), in_form(small, form, both)) < SAME
     assert error(both(ready), both(small)) > OTHER  # the control
+
+
+def test_drawings_in_turn_have_deep_features_of_their_own_form(small):
+    ready, given = prepare_unet(small, RECIPE), inputs()
+    ready.steps = GuidedSteps(ready, compiles=False)
+    models = {}
+    for form in (PLAIN, FREEU):
+        set_form(ready, form)
+        steps = guided_steps(ready)
+        step = cached_step(steps, DeepCache(2))
+        models[form] = steps.model(given[2], None, 1, [801.0], step=step)
+    found = {form: [model(given[0], 801.0)] for form, model in models.items()}
+    for form, model in models.items():  # and the shallow calls
+        found[form].append(model(2 * given[0], 801.0))
+    for form, (first, second) in found.items():
+
+        def both(network):
+            out, deep = keeping(network, 0, None, *given)
+            return out, keeping(network, 0, deep, 2 * given[0], *given[1:])[0]
+
+        wanted = in_form(small, form, both)
+        assert error(first, wanted[0]) < SAME and error(second, wanted[1]) < SAME
+    assert error(found[PLAIN][1], found[FREEU][1]) > OTHER  # the control
 
 
 # Closed edges ------------------------------------------------------------------------------------
