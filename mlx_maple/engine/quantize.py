@@ -29,6 +29,7 @@ from mlx.utils import tree_flatten
 from numpy.typing import NDArray
 
 from mlx_maple.engine.attention import running_backend
+from mlx_maple.models.seamless import with_edges
 
 BITS = (8, 4)
 GROUP_SIZES = (64, 32)  # the first that divides a row; a row that neither divides is left alone
@@ -70,6 +71,9 @@ class QuantizedConv2d(nn.Module):
         padding: of rows and columns.
         dilation: of rows and columns.
         groups: of channels.
+
+    Attributes:
+        closed: whether rows and columns continue at the opposite edge; models.seamless says.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class QuantizedConv2d(nn.Module):
         self.padding = padding
         self.dilation = dilation
         self.groups = groups
+        self.closed = (False, False)
 
     def dequantized(self) -> mx.array:
         """The weights (O, kh, kw, I) that are stood for, in the scales' dtype."""
@@ -107,7 +112,8 @@ class QuantizedConv2d(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Convolve ``x`` with the weights as they are dequantised."""
-        y = mx.conv2d(x, self.dequantized(), self.stride, self.padding, self.dilation, self.groups)
+        x, padding = with_edges(x, self.padding, self.closed)
+        y = mx.conv2d(x, self.dequantized(), self.stride, padding, self.dilation, self.groups)
         return y + self.bias if "bias" in self else y
 
 

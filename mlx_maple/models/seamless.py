@@ -42,12 +42,7 @@ class WrappedConv2d(nn.Module):
         self.more = {"dilation": plain.dilation, "groups": plain.groups}
 
     def __call__(self, x: mx.array) -> mx.array:
-        down, right = self.plain_padding
-        if self.rows:
-            x = wrapped(x, 1, down)
-        if self.columns:
-            x = wrapped(x, 2, right)
-        padding = 0 if self.rows else down, 0 if self.columns else right
+        x, padding = with_edges(x, self.plain_padding, (self.rows, self.columns))
         y = mx.conv2d(x, self.weight, self.stride, padding, **self.more)
         return y + self.bias if "bias" in self else y
 
@@ -73,7 +68,8 @@ def wrap(network: nn.Module, axes: str | None) -> None:
     """Close a network's pictures along ``axes``, or open them again.
 
     Args:
-        network: of plain layers: a UNet, an autoencoder, a ControlNet, a TAESD.
+        network: of plain layers: a UNet, an autoencoder, a ControlNet, a TAESD. A convolution of
+            another kind that has an attribute ``closed`` is told there, of rows and columns.
         axes: "x" for left and right, "y" for top and bottom, "xy" for both, None for neither.
 
     Raises:
@@ -90,6 +86,23 @@ def wrap(network: nn.Module, axes: str | None) -> None:
                 module[name] = _closed(value, columns, rows)
 
 
+def with_edges(
+    x: mx.array, padding: tuple[int, int], closed: tuple[bool, bool]
+) -> tuple[mx.array, tuple[int, int]]:
+    """What a convolution reads of a map, and what is left of its padding with zeros.
+
+    Args:
+        x: (B, h, w, C).
+        padding: of rows and columns.
+        closed: whether rows and columns continue at the opposite edge.
+    """
+    for axis, closes in enumerate(closed, 1):
+        if closes:
+            x = wrapped(x, axis, padding[axis - 1])
+    down, right = (0 if closes else side for side, closes in zip(padding, closed, strict=True))
+    return x, (down, right)
+
+
 def wrapped(x: mx.array, axis: int, width: int) -> mx.array:
     """``x`` with ``width`` rows or columns of its opposite edge on either side."""
     if not width:
@@ -102,6 +115,9 @@ def wrapped(x: mx.array, axis: int, width: int) -> mx.array:
 def _closed(layer: Any, columns: bool, rows: bool) -> Any:
     """A layer in its plain or its closed form, whichever it is in now."""
     plain = _opened(layer)
+    if isinstance(plain, nn.Module) and hasattr(plain, "closed"):
+        plain.closed = (rows, columns)
+        return plain
     if not columns and not rows:
         return plain
     if type(plain) is nn.Conv2d and any(_pair(plain.padding)):

@@ -14,6 +14,7 @@ from mlx_maple.engine.deep_cache import DeepCache, cached_step, keeping
 from mlx_maple.engine.kernels import Plain
 from mlx_maple.engine.prepare import Convolution, Recipe, Resnet, prepare_unet, prepare_vae
 from mlx_maple.engine.prepared_forms import set_form
+from mlx_maple.engine.quantize import quantize
 from mlx_maple.models import forms
 from mlx_maple.models.forms import PLAIN, Form
 from mlx_maple.models.freeu import Factors
@@ -189,6 +190,23 @@ def test_closed_edges_are_those_of_the_plain_network(tile, recipe):
         layer.closed = closed
     set_form(ready, PLAIN)
     assert error(ready(*given), before) == 0
+
+
+def test_a_quantised_network_is_closed_in_both_forms():
+    plain = unet(**SMALL)
+    quantize(plain, 8)
+    x, time, context = inputs()
+    ready = prepare_unet(plain, RECIPE)
+    before = np.array(plain(x, time, context))
+    for tile, bound in (("y", False), ("x", True)):
+        forms.set_form(plain, Form(tile=tile))
+        set_form(ready, Form(tile=tile))
+        moved = plain(mx.roll(x, 4, 2), time, context)
+        expected = mx.roll(plain(x, time, context), 4, 2)
+        assert error(moved, expected) < SAME if bound else error(moved, expected) > OTHER
+        assert error(ready(x, time, context), plain(x, time, context)) < SAME
+    forms.set_form(plain, PLAIN)
+    assert np.array_equal(np.array(plain(x, time, context)), before)
 
 
 @pytest.mark.parametrize("tile", ["x", "y", "xy"])
