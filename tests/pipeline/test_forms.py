@@ -100,7 +100,7 @@ def test_with_a_controlnet_and_a_refiner(monkeypatch):
     photo = images.open_image(tiny_model.folder() / "photo.png")
     sd = load(tiny_model.maple_folder(), controlnet=control)
     refiner = load(tiny_model.maple_folder())
-    steered = {**SMALL, "tile": "xy", **FREEU, "control_image": photo}
+    steered = {**SMALL, "tile": "xy", "guidance_rescale": 0.7, **FREEU, "control_image": photo}
     refined = {**SMALL, **FREEU, "token_merging": 0.5, "refiner": refiner, "refiner_start": 0.5}
     expected = [sd("a leaf", **more) for more in (steered, refined)]
     unrefined = sd("a leaf", **{**refined, "refiner": None})
