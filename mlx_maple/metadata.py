@@ -52,6 +52,7 @@ LIMITS: dict[str, tuple[type[int] | type[float], float, float]] = {
     "ip_start": (float, 0, 1),
     "ip_end": (float, 0, 1),
     "mask_blur": (float, 0, 64),
+    "only_masked": (int, 0, 4096),
     "variation_seed": (int, -(2**63), 2**64 - 1),
     "variation_strength": (float, 0, 1),
     "ensd": (int, -(2**63), 2**63),
@@ -102,6 +103,8 @@ class Settings:
         mask_blur: of the mask's edge in pixels; None where there was no mask.
         mask_content: what it began with inside the mask: original, fill, noise or nothing; None
             where there was no mask.
+        only_masked: pixels around the masked part that were drawn with it, at the size above, and
+            put back into a picture of another size; None where the whole picture was drawn.
         image_guidance_scale: how far an edit stayed with the picture that it changed; None where
             nothing was edited.
         control: the networks that steered, with their weights and shares of the steps.
@@ -164,6 +167,7 @@ class Settings:
     fit: str | None = None
     mask_blur: float | None = None
     mask_content: str | None = None
+    only_masked: int | None = None
     image_guidance_scale: float | None = None
     control: str = ""
     image_prompts: str = ""
@@ -387,6 +391,7 @@ _SCHEDULES_UNLIKE = {
     "ays": "A1111's keeps a level above 0 at the end",
 }
 
+_AREA, _ONLY_MASKED, _PADDING = "Inpaint area", "Only masked", "Masked area padding"
 _NOISE = {"GPU": "nvidia", "NV": "nvidia", "CPU": "torch"}
 _NAMED = {"Model": "model", "Model hash": "model_hash", "UNet": "unet", "VAE": "vae"}
 _PLAIN = {  # numbers of the last line and the settings that they are
@@ -398,6 +403,7 @@ _PLAIN = {  # numbers of the last line and the settings that they are
     "Variation seed strength": "variation_strength",
     "ENSD": "ensd",
     "Mask blur": "mask_blur",
+    _PADDING: "only_masked",
     "Eta": "eta",
     "Eta DDIM": "eta",
     "Guidance rescale": "guidance_rescale",
@@ -471,6 +477,8 @@ def to_parameters(settings: Settings) -> str:
             settings.hires_strength if settings.strength is None else settings.strength,
         ),
         ("Mask blur", settings.mask_blur),
+        (_AREA, None if settings.only_masked is None else _ONLY_MASKED),
+        (_PADDING, settings.only_masked),
         ("Masked content", _MASKED.get(settings.mask_content or "")),
         ("Clip skip", settings.clip_skip if settings.clip_skip != 1 else None),
         ("Hires upscale", settings.hires_scale),
@@ -572,6 +580,10 @@ def from_parameters(text: str) -> Recipe:
     if (emphasis := pairs.get("Emphasis", "Original").lower()) in ("original", "no norm"):
         used.add("Emphasis")
         values["emphasis"] = emphasis
+    if pairs.get(_AREA) == _ONLY_MASKED:
+        used.add(_AREA)
+        values.setdefault("only_masked", 0)
+        values.setdefault("mask_blur", 0.0)  # A1111 does not say that there is none
     if "mask_blur" in values:
         theirs = {label: ours for ours, label in _MASKED.items()}
         values["mask_content"] = theirs.get(pairs.get("Masked content", ""), "original")

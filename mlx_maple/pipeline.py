@@ -46,6 +46,7 @@ from mlx_maple.drawing.arguments import (
     with_second,
 )
 from mlx_maple.drawing.jobs import Job, Picture
+from mlx_maple.drawing.masked_area import masked_area
 from mlx_maple.drawing.model import DEFAULTS as DEFAULTS
 from mlx_maple.drawing.model import TEXT_ENCODERS as TEXT_ENCODERS
 from mlx_maple.drawing.model import DiffusionModel
@@ -117,6 +118,7 @@ class StableDiffusion(DiffusionModel):
         mask: Picture | None = None,
         mask_blur: float = images.MASK_BLUR,
         mask_content: str = "original",
+        only_masked: int | None = None,
         image_guidance_scale: float | None = None,
         depth_image: Picture | None = None,
         control_image: Picture | Sequence[Picture] | None = None,
@@ -198,6 +200,9 @@ class StableDiffusion(DiffusionModel):
             mask_blur: of its edge, in pixels (a Gaussian's standard deviation).
             mask_content: what the drawing begins with inside the mask, as far as ``strength``
                 leaves it: "original", "fill" (its surroundings, blurred), "noise" or "nothing".
+            only_masked: draw the masked part alone, with so many pixels around it, at the size
+                (``width`` x ``height``, by default the model's own) of a whole drawing, and put it
+                back into the picture, which keeps its own size; None draws the whole picture.
             image_guidance_scale: how far an edit stays with ``image``, for models that change a
                 picture by instruction; None is 1.5.
             depth_image: a depth map, bright is near, for models that follow one.
@@ -273,6 +278,10 @@ class StableDiffusion(DiffusionModel):
                 raise ValueError("tile does not go with a refiner, whose edges stay open.")
         if mask is not None and image is None:
             raise ValueError("a mask needs the image that it covers.")
+        if only_masked is not None:
+            only_masked = whole("only_masked", only_masked)
+            if mask is None:
+                raise ValueError("only_masked needs a mask.")
         content = one_of("mask_content", mask_content, MASK_CONTENTS)
         if sample_posterior and (variation_strength or ensd):
             raise ValueError("sample_posterior does not go with variation_strength or ensd.")
@@ -293,7 +302,14 @@ class StableDiffusion(DiffusionModel):
             raise ValueError("image_guidance_scale is for models that edit by instruction.")
         if use == "edit" and mask is not None:
             raise ValueError("a model that edits by instruction takes no mask.")
-        width, height = size = read_size(self, picture, width, height, notes)
+        # A part of it is drawn at the model's own size, if no other is named.
+        whole_picture = picture if only_masked is None else None
+        width, height = size = read_size(self, whole_picture, width, height, notes)
+        area = None
+        if picture is not None and mask is not None and only_masked is not None:
+            blur = check_number("mask_blur", mask_blur)
+            area = masked_area(picture, mask, only_masked, size, blur)
+            control_image, depth_image = area.parts(control_image), area.parts(depth_image)
         factor = self.configs["vae"].downscale
         count = whole("count", count)
         shape = count, height // factor, width // factor, self.configs["vae"].latent_channels
@@ -376,6 +392,7 @@ class StableDiffusion(DiffusionModel):
             fit=None if picture is None else one_of("fit", fit, images.FITS),
             mask_blur=None if mask is None else check_number("mask_blur", mask_blur),
             mask_content=None if mask is None else content,
+            only_masked=only_masked,
             sample_posterior=bool(sample_posterior) and picture is not None,
             variation_strength=check_number("variation_strength", variation_strength),
             ensd=whole("ensd", ensd),
@@ -416,7 +433,9 @@ class StableDiffusion(DiffusionModel):
             injected=", ".join(name for name, value in given.items() if value is not None),
         )
         if picture is not None:
-            picture = images.fitted(picture, width, height, fit)
+            picture = (
+                images.fitted(picture, width, height, fit) if area is None else area.part(picture)
+            )
         read = read_prompts(self, settings)
         if use == "edit" and (settings.guidance_rescale or len(read["prompt"].parts) > 1):
             raise ValueError("a model that edits by instruction takes no guidance_rescale, no AND.")
@@ -438,7 +457,8 @@ class StableDiffusion(DiffusionModel):
             **read,
             loras=chosen,
             picture=picture,
-            mask=None if mask is None else read_mask(self, mask, size, fit, mask_blur, notes),
+            mask=None if mask is None else read_mask(self, mask, size, fit, mask_blur, area, notes),
+            area=area,
             edited=edited,
             depth=None if depth_image is None else images.to_grey(depth_image),
             controls=controls,

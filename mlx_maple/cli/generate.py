@@ -49,6 +49,7 @@ OPTIONS = (
     *("window_overlap", "token_merging", "deep_cache", "deep_cache_branch"),
     *("hires_scale", "hires_strength", "hires_steps", "hires_upscaler"),
     *("hires_prompt", "hires_negative_prompt", "mask_content"),
+    "only_masked",
     *("image", "strength", "fit", "mask", "mask_blur", "lora"),
     *("original_size", "crop", "target_size", "aesthetic_score", "negative_aesthetic_score"),
     "refiner_start",
@@ -228,6 +229,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mask-content",
         choices=("original", "fill", "noise", "nothing"),
         help="what the drawing begins with inside the mask (default original)",
+    )
+    add(
+        "--only-masked",
+        type=int,
+        metavar="PIXELS",
+        help="draw the masked part alone, with so much around it, at full size; put it back",
     )
     add("--image-guidance", type=float, metavar="SCALE", help="how far an edit stays with --image")
     add("--depth-image", metavar="IMAGE", help="follow this depth map, for models that do")

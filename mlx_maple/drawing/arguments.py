@@ -13,6 +13,7 @@ from mlx_maple import enlarge, images
 from mlx_maple.adapters import Choice, Chosen
 from mlx_maple.control import Control, steers_alike
 from mlx_maple.drawing.jobs import Job, Picture, StepNoise
+from mlx_maple.drawing.masked_area import MaskedArea
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.results import FloatArray
 from mlx_maple.metadata import Settings, check_number
@@ -298,10 +299,14 @@ def read_mask(
     size: tuple[int, int],
     fit: str,
     blur: float,
+    area: MaskedArea | None,
     notes: list[str],
 ) -> FloatArray:
     """The mask at the drawing's size, blurred."""
-    values = images.blurred(images.fitted(images.to_grey(mask), *size, fit), blur)
+    if area is not None:
+        values = area.drawn_mask
+    else:
+        values = images.blurred(images.fitted(images.to_grey(mask), *size, fit), blur)
     if not images.latent_mask(values, sd.configs["vae"].downscale).any():
         notes.append("the mask is black, or its white parts are too small: nothing is redrawn")
     return values

@@ -10,6 +10,7 @@ from PIL import Image
 from mlx_maple import enlarge
 from mlx_maple.adapters import Chosen
 from mlx_maple.control import Control
+from mlx_maple.drawing.masked_area import MaskedArea
 from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.results import FloatArray
 from mlx_maple.image_prompt import ImageRequest
@@ -42,6 +43,7 @@ class Job:
         step_noise: the steps' noise that was given.
         picture: RGB, at the size to draw.
         mask: (H, W) of 0 to 1, blurred.
+        area: where only the masked part is drawn: it, and the whole that it goes back into.
         edited: RGB, at the size to draw: what an instruction changes.
         depth: grey: what the network is to follow.
         controls: pictures that steer.
@@ -72,6 +74,7 @@ class Job:
     step_noise: StepNoise | None
     picture: Image.Image | None
     mask: FloatArray | None
+    area: MaskedArea | None
     edited: Image.Image | None
     depth: Image.Image | None
     controls: list[Control]

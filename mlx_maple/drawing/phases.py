@@ -138,7 +138,9 @@ def _phases(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
             )
         )
         drawn = decode(sd, latents[i : i + 1], notes)
-        if job.mask is not None and job.picture is not None:
+        if job.area is not None:
+            drawn = job.area.pasted(drawn)
+        elif job.mask is not None and job.picture is not None:
             drawn = images.composited(drawn, job.picture, job.mask)
         pictures.append(drawn)
     clock.mark("decode")

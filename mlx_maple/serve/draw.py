@@ -177,6 +177,9 @@ class Draw(BaseModel):
     mask: PictureIn | None = None
     mask_blur: float | None = Field(None, ge=0, le=64)
     mask_content: Literal["original", "fill", "noise", "nothing"] | None = None
+    only_masked: int | None = Field(
+        None, ge=0, le=4096, description="draw the masked part alone, with so many pixels around it"
+    )
     sample_posterior: bool | None = None
     image_guidance_scale: float | None = Field(None, ge=0, le=100)
     depth_image: PictureIn | None = Field(

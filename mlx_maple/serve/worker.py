@@ -439,7 +439,8 @@ def _bounded_size(
 
     width, height = arguments.get("width"), arguments.get("height")
     own = sd.defaults["width"], sd.defaults["height"]
-    if picture is not None and (width is None or height is None):
+    is_whole = arguments.get("only_masked") is None
+    if picture is not None and is_whole and (width is None or height is None):
         largest = int(LARGEST_SHARE * own[0] * own[1])
         if (width is None) != (height is None):
             largest = 1  # it follows the side that is named

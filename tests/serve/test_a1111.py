@@ -5,6 +5,7 @@ import io
 import json
 import threading
 
+import numpy as np
 import pytest
 from known import QUICK, wait_until
 from PIL import Image
@@ -244,10 +245,35 @@ def test_what_is_masked_begins_as_asked(client):
         more = {} if number is None else {"inpainting_fill": number}
         answer = client.post("/sdapi/v1/img2img", json={**values, **more}).json()
         found[number] = decoded(answer["images"][0]).tobytes()
-        note = json.loads(answer["info"])["extra_generation_params"]["Notes"]
-        assert "only masked" in note  # which A1111 does unless it is told not to
     assert found[None] == found[0]  # A1111's default is to fill
     assert len({found[number] for number in (0, 1, 2, 3)}) == 4
+
+
+def test_only_the_masked_part_is_drawn_unless_the_whole_is_asked_for(client):
+    """As in A1111, where the picture then keeps its own size."""
+    source = Image.radial_gradient("L").resize((150, 100)).convert("RGB")
+    mask = Image.new("L", source.size)
+    mask.paste(255, (90, 40, 110, 60))
+    values = {**ASKED, "init_images": [encoded(source)], "mask": encoded(mask), "mask_blur": 0}
+    values |= {"denoising_strength": 1, "steps": 2}
+    for more, padding in (
+        ({}, 0),
+        ({"inpaint_full_res_padding": 16}, 16),
+        ({"inpaint_full_res": 0, "inpaint_full_res_padding": 16}, None),
+    ):
+        answer = client.post("/sdapi/v1/img2img", json={**values, **more}).json()
+        info = json.loads(answer["info"])
+        picture, text = decoded(answer["images"][0]), info["infotexts"][0]
+        assert info["extra_generation_params"] == {}
+        assert ("Inpaint area: Only masked" in text) == (padding is not None)
+        if padding is None:
+            assert picture.size == (64, 64) and "Masked area padding" not in text
+            continue
+        assert f"Masked area padding: {padding}" in text
+        assert picture.size == source.size
+        changed = np.argwhere((np.asarray(picture) != np.asarray(source)).any(-1))
+        assert (changed.min(0) >= (40, 90)).all() and (changed.max(0) < (60, 110)).all()
+        assert len(changed) > 200
 
 
 def test_hires_prompts_and_a_refiner_are_drawn_with(client):

@@ -77,7 +77,7 @@ NOT_THERE: dict[str, tuple[str, tuple[Any, ...]]] = {
 HARMLESS = {
     *("do_not_save_samples", "do_not_save_grid", "save_images", "send_images", "comments"),
     *("disable_extra_networks", "override_settings_restore_afterwards", "script_args", "styles"),
-    *("force_task_id", "mask_round", "session_hash", "inpaint_full_res_padding"),
+    *("force_task_id", "mask_round", "session_hash"),
 }
 # The ControlNet extension's preprocessors that there are here.
 PREPROCESSORS = {
@@ -184,6 +184,7 @@ class Img2Img(_Asked):
     inpainting_mask_invert: int | None = Field(0, ge=0, le=1)
     inpainting_fill: int | None = Field(0, ge=0, le=3)
     inpaint_full_res: bool | None = True
+    inpaint_full_res_padding: int | None = Field(0, ge=0, le=4096)
     image_cfg_scale: float | None = Field(None, ge=0, le=100)
     include_init_images: bool = False
     resize_mode: int | None = Field(0, ge=0, le=3)
@@ -246,6 +247,8 @@ async def img2img(request: Request, asked: Img2Img) -> Drawn:
     extra: dict[str, Any] = {"strength": asked.denoising_strength, "fit": FITS[mode]}
     if "mask" in inputs:
         extra |= {"mask_blur": _mask_blur(asked), "mask_content": FILLS[asked.inpainting_fill or 0]}
+        if asked.inpaint_full_res:
+            extra["only_masked"] = asked.inpaint_full_res_padding or 0
     # What models that edit take where nobody says is also what clients send to all others.
     if asked.image_cfg_scale not in (None, 0, IMAGE_GUIDANCE):
         extra["image_guidance_scale"] = asked.image_cfg_scale
@@ -326,8 +329,6 @@ def _passed_over(asked: _Asked) -> list[str]:
     units = _scripts(asked).get("controlnet", [])
     if any(isinstance(unit, dict) and (unit.get("threshold_a") or -1) > 0 for unit in units):
         notes.append("thresholds of preprocessors are the usual ones")
-    if isinstance(asked, Img2Img) and asked.mask and asked.inpaint_full_res:
-        notes.append('"only masked" is redrawn within the whole picture')
     return notes
 
 

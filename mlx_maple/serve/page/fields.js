@@ -308,6 +308,16 @@ export const FIELDS = {
     ],
     hint: "original, fill",
   },
+  only_masked: {
+    label: "Only masked, padding",
+    kind: "whole",
+    usual: "the whole picture",
+    low: 0,
+    high: 4096,
+    step: 1,
+    hint: "0, 32, 64",
+    title: "Draw the masked part alone at full size, with so many pixels around it, and put it back",
+  },
   sample_posterior: {
     label: "Sample the picture's latents",
     kind: "flag",

@@ -70,7 +70,7 @@ const FIRST = [
 /** Shown among the first where they are not nothing. */
 const TELLING = [
   ...["vae", "variation_strength", "variation_seed", "hires_scale", "hires_strength", "fit"],
-  ...["hires_upscaler", "mask_blur", "refiner", "refiner_start", "guidance_rescale", "tile"],
+  ...["hires_upscaler", "mask_blur", "only_masked", "refiner", "refiner_start", "guidance_rescale", "tile"],
 ];
 
 /**
