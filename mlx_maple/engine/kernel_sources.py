@@ -583,6 +583,20 @@ def total(residual: bool) -> str:
 """
 
 
+# A map twice as large out of its four phases: those of the even and odd rows and columns.
+INTERLEAVE = """
+  const int Q = C / V, at = $block * THREADS + $thread;
+  if (at < B * 4 * rows * columns * Q) {
+    const int pixel = at / Q, c = (at - pixel * Q) * V;
+    const int b = pixel / (4 * rows * columns), inside = pixel - b * 4 * rows * columns;
+    const int row = inside / (2 * columns), column = inside - row * 2 * columns;
+    const int below = row & 1, right = column & 1;
+    const int y = row / 2 + below, x = column / 2 + right;
+    const int from = (b * (rows + 1) + y) * (columns + 1) + x;
+    put<V>(y_out + pixel * C + c, fetch<V>(phases + (from * 4 + 2 * below + right) * C + c));
+  }
+"""
+
 # FlashAttention-2 (Dao 2023, arXiv:2307.08691) on tensor cores, for what MLX has no fused kernel on
 # CUDA: heads wider than 128; and for few keys, where cuDNN's call costs more than its work. Four
 # warps share some keys and values at a time, which come while they work on others; each owns 16

@@ -215,6 +215,22 @@ class Plain:
         x = mx.broadcast_to(x[:, :, None, :, None], (batch, rows, 2, columns, 2, channels))
         return x.reshape(batch, 2 * rows, 2 * columns, channels)[:, : doubled[0], : doubled[1]]
 
+    def interleave(self, phases: mx.array) -> mx.array:
+        """A map twice as large out of its four phases: (B, h + 1, w + 1, 4 C) to (B, 2h, 2w, C).
+
+        Phase 2 i + j has every other pixel of the map from row i and column j on, and itself begins
+        in row i and column j.
+        """
+        batch, rows, columns, channels = (
+            n - k for n, k in zip(phases.shape, (0, 1, 1, 0), strict=True)
+        )
+        split = phases.reshape(batch, rows + 1, columns + 1, 2, 2, channels // 4)
+        parts = [
+            mx.stack([split[:, i : i + rows, j : j + columns, i, j] for j in (0, 1)], axis=3)
+            for i in (0, 1)
+        ]
+        return mx.stack(parts, axis=2).reshape(batch, 2 * rows, 2 * columns, channels // 4)
+
 
 def unfold(x: mx.array, size: Size) -> mx.array:
     """Each pixel's 3x3 neighbourhood: (B, N, C) to (B, N, 9 C), zeros beyond the border."""
@@ -633,6 +649,26 @@ class Kernels:
             output_dtypes=[value.dtype],
         )[0]
 
+    @_for_checked_types
+    def interleave(self, phases: mx.array) -> mx.array:
+        """As ``Plain.interleave``."""
+        if phases.size > LARGEST:
+            return Plain().interleave(phases)
+        batch, rows, columns = (n - k for n, k in zip(phases.shape[:3], (0, 1, 1), strict=True))
+        channels = phases.shape[-1] // 4
+        each = _width(channels)
+        kernel = self._kernel("interleave", ["phases"], ["y_out"], sources.INTERLEAVE)
+        count = batch * 4 * rows * columns * channels // each
+        return kernel(
+            inputs=[phases],
+            scalars={"B": batch, "C": channels, "rows": rows, "columns": columns},
+            template=[("T", phases.dtype), ("V", each), ("THREADS", STREAM_THREADS)],
+            grid=(-(-count // STREAM_THREADS) * STREAM_THREADS, 1, 1),
+            threadgroup=(STREAM_THREADS, 1, 1),
+            output_shapes=[(batch, 2 * rows, 2 * columns, channels)],
+            output_dtypes=[phases.dtype],
+        )[0]
+
 
 # Choosing ----------------------------------------------------------------------------------------
 
@@ -714,6 +750,7 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
     shared = Norm(1 + array(640, of=mx.float32), array(640, of=mx.float32), 32, 1e-5)
     joined, alone, pairs = array(2, 70, 960), array(2, 70, 80), array(2, 77, 160)
     many = array(1, 300, 240)
+    phases = array(2, 7, 6, 4 * 24)
     # More pixels than registers hold, in as few numbers as a cluster is used for.
     vast = mx.random.normal((1, 13000, 384), key=mx.random.key(0)).astype(dtype)
     split = Norm(1 + array(384, of=mx.float32), array(384, of=mx.float32), 12, 1e-5)
@@ -747,6 +784,7 @@ def disagreement(kernels: Kernels, dtype: mx.Dtype) -> str | None:
         "gate": lambda k: k.gate(value, row),
         "gate beside": lambda k: k.gate(value, row, residual),
         "total": lambda k: k.total(value, residual, row, size, (12, 9)),
+        "interleave": lambda k: k.interleave(phases),
     }
     for name, case in cases.items():
         try:

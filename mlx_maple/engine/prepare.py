@@ -10,6 +10,7 @@ with the same signatures and, within rounding, the same numbers:
   next norm adds it all up in one pass; what a linear layer would make of them is known beforehand.
 - A skip is joined by the norm, which reads both maps anyway.
 - The last product of a block and the one behind it are one, as nothing lies between them.
+- Doubling a map and the 3x3 convolution behind it are one 2x2 convolution of the map as it was.
 - Where a map is small, the norm writes each pixel's neighbourhood and the 3x3 convolution is a
   matrix product. Where a backend's attention fuses other widths, heads are padded with zeros.
 
@@ -18,7 +19,8 @@ Legend   B batch; h, w rows and columns; N = h w pixels; C channels; T prompt to
 Source   mlx_maple/models, whose blocks these mirror one by one; tests/engine holds them together.
 """
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +42,8 @@ from mlx_maple.models.vae import Decoder, Encoder, PixelAttention
 # Below this many pixels a convolution is a matrix product on CUDA, where cuDNN's own is far from
 # the chip's rate: measured in benchmarks/.
 UNFOLD_PIXELS = {"cuda": 256}
-STAGE_BYTES = 16 << 20  # of a map that an autoencoder working in stages waits for
+STAGE_BYTES = 16 << 20  # of a map that is a stage's end, where an autoencoder works in stages
+AHEAD_BYTES = 300_000_000  # of such maps that may be under way; at 512x512 one has 17 to 134 MB
 # One cross-attention's keys and values: (B, T, 2 K D) of the text, or in a list with those of image
 # prompts behind it.
 Keys = mx.array | list[mx.array]
@@ -57,6 +60,8 @@ class Recipe:
         unfold_pixels: maps up to this size are convolved by a matrix product.
         merges_outputs: the last two products of a transformer become one. It pays where the gate
             can write the tokens beside its own numbers; elsewhere joining them costs what it saves.
+        has_phases: an autoencoder's doubling is a part of its convolution. Metal has a faster way
+            to convolve, for 3x3 alone.
     """
 
     backend: str
@@ -64,6 +69,7 @@ class Recipe:
     score_bytes: int = SCORE_BYTES
     unfold_pixels: int = 0
     merges_outputs: bool = False
+    has_phases: bool = False
 
     @classmethod
     def usual(cls, dtype: mx.Dtype, *, backend: str | None = None) -> "Recipe":
@@ -76,6 +82,7 @@ class Recipe:
             kernels,
             unfold_pixels=UNFOLD_PIXELS.get(backend, 0),
             merges_outputs=kernels.has_gate,
+            has_phases=backend == "cuda",
         )
 
     def head_width(self, width: int) -> int:
@@ -542,6 +549,7 @@ class Resample(nn.Module):
         super().__init__()
         self._recipe = recipe
         self._symmetric = getattr(block, "symmetric", True)
+        self.doubles = isinstance(block, Upsample)
         self.conv = Convolution(block.conv)
         self.shift = owed
         self.owed = _bias(block.conv)
@@ -554,6 +562,44 @@ class Resample(nn.Module):
             full = mx.pad(full, [(0, 0), (0, 1), (0, 1), (0, 0)])
         y = self.conv(full, 1 if self._symmetric else 0)
         return _map(y)
+
+
+def _resampling(block: Downsample | Upsample, recipe: Recipe) -> type[nn.Module]:
+    """How an autoencoder's map is halved or doubled."""
+    is_phased = recipe.has_phases and isinstance(block, Upsample) and type(block.conv) is nn.Conv2d
+    return Doubling if is_phased else Resample
+
+
+class Doubling(nn.Module):
+    """models.resnet.Upsample on maps that owe, on a quarter of the pixels.
+
+    Of the doubled map's three rows under a convolution's window two are one row of the map: the
+    window of an even row is on rows y - 1, y, y and that of an odd row on y, y, y + 1. So their
+    weights are added up, for columns likewise, and each of the four kinds of pixels has a 2x2
+    convolution of its own; one convolution makes all four. 16 products for 36.
+    """
+
+    def __init__(self, block: Upsample, owed: mx.array, recipe: Recipe) -> None:
+        super().__init__()
+        self._recipe = recipe
+        weight = block.conv.weight
+        wide = weight.astype(mx.float32)
+        kinds = [kind for rows in _added_up(wide, 1) for kind in _added_up(rows, 2)]
+        self.weight = mx.concatenate(kinds).astype(weight.dtype)
+        self.shift = owed
+        self.owed = _bias(block.conv)
+
+    def __call__(self, x: Map) -> Map:
+        """Double the map."""
+        full = self._recipe.kernels.total(x.value, x.residual, self.shift, x.size)
+        return _map(self._recipe.kernels.interleave(mx.conv2d(full, self.weight, padding=1)))
+
+
+def _added_up(weight: mx.array, axis: int) -> tuple[mx.array, mx.array]:
+    """A window's weights on three doubled rows as those on two rows: of even and of odd ones."""
+    first, second, third = mx.split(weight, 3, axis)
+    even, odd = (first, second + third), (first + second, third)
+    return mx.concatenate(even, axis), mx.concatenate(odd, axis)
 
 
 def _map(x: mx.array) -> Map:
@@ -897,7 +943,7 @@ class Half(nn.Module):
     """models.vae.Encoder or Decoder on maps that owe: (B, H, W, C) to (B, H', W', C').
 
     Attributes:
-        in_stages: evaluate large maps as they are made, one ahead of the device: MLX gives no map
+        in_stages: evaluate large maps as they are made, a few ahead of the device: MLX gives no map
             back before many operations are done, which are most of a decoding.
     """
 
@@ -926,10 +972,9 @@ class Half(nn.Module):
                 add(Resnet, resnet, None)
             for name in ("downsamplers", "upsamplers"):
                 if name in level:
-                    add(Resample, level[name][0])
+                    add(_resampling(level[name][0], recipe), level[name][0])
         if is_encoder:
             add_middle()
-        self._doubles = not is_encoder
         self.in_stages = False
         self.norm_out = MapNorm(half.conv_norm_out)
         self.shift_out = owed[None]
@@ -945,17 +990,20 @@ class Half(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         x_map = _map(self.conv_in(x))
         in_turn = any(step.in_turn for step in self.steps if isinstance(step, Resnet))
-        running: list[mx.array] = []
+        running: deque[list[mx.array]] = deque()
         for step in self.steps:
-            if isinstance(step, Resample) and self._doubles:
+            if isinstance(step, Resample) and step.doubles:
                 x_map = step(x_map, (2 * x_map.size[1], 2 * x_map.size[2]))
             else:
                 x_map = step(x_map)
             if self.in_stages and x_map.value.nbytes >= STAGE_BYTES:
-                made = [each for each in (x_map.value, x_map.residual) if each is not None]
-                mx.async_eval(made)
-                mx.eval(made if in_turn else running)
-                running = made
+                running.append([m for m in (x_map.value, x_map.residual) if m is not None])
+                mx.async_eval(running[-1])
+                # One is always under way, or the device would wait for this side.
+                while (in_turn and running) or (
+                    len(running) > 1 and _nbytes(running) > AHEAD_BYTES
+                ):
+                    mx.eval(running.popleft())
         y, _ = self._recipe.kernels.group_norm(
             x_map.value,
             self.norm_out.constants,
@@ -964,6 +1012,10 @@ class Half(nn.Module):
             shift=self.shift_out,
         )
         return self.conv_out(y) + self.bias_out
+
+
+def _nbytes(running: Iterable[list[mx.array]]) -> int:
+    return sum(each.nbytes for maps in running for each in maps)
 
 
 class PreparedVAE(AutoencoderKL):

@@ -124,6 +124,10 @@ def run(name, arrays, numbers, shapes):
         batch = queries.size // (numbers["TQ"] * numbers["q_row"])
         assert others.size == batch * numbers["S"] * numbers["kv_row"]
         return [PLAIN.attention(queries, others, batch, numbers["H"], scale=numbers["scale"])]
+    if name == "interleave":
+        batch, rows, columns, channels = (numbers[n] for n in ("B", "rows", "columns", "C"))
+        assert arrays["phases"].shape == (batch, rows + 1, columns + 1, 4 * channels)
+        return [PLAIN.interleave(arrays["phases"])]
     assert name in ("total", "total_residual")
     size = numbers["B"], numbers["rows"], numbers["columns"]
     wanted = numbers["out_rows"], numbers["out_columns"]
@@ -157,6 +161,7 @@ def test_kernels_that_compute_what_plain_does_are_taken(backend, dtype):
         "slab_norm_shift_silu",
         "layer_norm",
         "total_residual",
+        "interleave",
     }
     if backend == "cuda":
         expected |= {"gate", "gate_beside"}
@@ -208,7 +213,7 @@ def test_which_maps_clusters_share(batch, rows, groups, channels, wanted, blocks
 
 
 @pytest.mark.parametrize(
-    "kernel", ["group_norm", "slab_norm", "layer_norm", "gate", "attention", "total"]
+    "kernel", ["group_norm", "slab_norm", "layer_norm", "gate", "attention", "total", "interleave"]
 )
 def test_a_kernel_that_is_a_hundredth_off_is_found(kernel):
     fault = disagreement(kernels_of("cuda", Calculated(1.01, kernel)), mx.float16)
@@ -432,6 +437,7 @@ def texts(backend) -> dict[str, str]:
     kernels.gate(x, row, x)
     kernels.total(x, x, row, (1, 2, 2))
     kernels.total(x, None, row, (1, 2, 2), (4, 3))
+    kernels.interleave(mx.zeros((1, 3, 3, 16), mx.float16))
     joined = mx.zeros((4, 48), mx.float16)
     kernels.attention(joined, joined, 1, 2, scale=1.0)
     return found
@@ -440,7 +446,7 @@ def texts(backend) -> dict[str, str]:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_texts_are_whole_in_both_dialects(backend):
     found = texts(backend)
-    assert len(found) == 3 * len(FORMS) + {"cuda": 6, "metal": 3}[backend]
+    assert len(found) == 3 * len(FORMS) + {"cuda": 7, "metal": 4}[backend]
     for name, making in found.items():
         text = making["header"] + making["source"]
         assert "$" not in text, name

@@ -38,6 +38,9 @@ def test_a_map_of_more_than_31_bits_goes_to_plain(kernels, calls, side, is_ours)
     half = (1, side // 2, side // 2)
     y = kernels.total(empty(*half, CHANNELS), None, row, half, (side, side))
     assert y.shape == (*size, CHANNELS) and bool(calls) == is_ours
+    calls.clear()
+    y = kernels.interleave(empty(1, side // 2, side // 2, 4 * CHANNELS))
+    assert y.shape == (1, side - 2, side - 2, CHANNELS) and bool(calls) == is_ours
 
 
 @pytest.mark.parametrize(("rows", "is_ours"), [((1 << 21) - 1, True), (1 << 21, False)])

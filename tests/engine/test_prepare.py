@@ -425,9 +425,41 @@ def test_small_maps_of_an_autoencoder_are_convolved_by_products(autoencoder, hal
     assert error(coded(ready, half), coded(autoencoder, half)) < SAME
 
 
+def test_a_large_map_is_waited_for_when_others_are_under_way(autoencoder, monkeypatch):
+    ready = prepare_vae(autoencoder, RECIPE)
+    ready.decoder.in_stages = True
+    monkeypatch.setattr(prepare, "STAGE_BYTES", 1)
+    begin, wait, running, longest = mx.async_eval, mx.eval, [], []
+    monkeypatch.setattr(mx, "async_eval", lambda maps: (running.append(maps), begin(maps)))
+    monkeypatch.setattr(
+        mx, "eval", lambda maps: (longest.append(len(running)), running.remove(maps), wait(maps))
+    )
+    latents = normal(1, 8, 10, 4, seed=4)
+    for bound, most in ((1, 2), (10**9, 0)):
+        monkeypatch.setattr(prepare, "AHEAD_BYTES", bound)
+        ready.decode(latents)
+        assert (max(longest) if longest else 0) == most
+        assert len(longest) == (len(ready.decoder.steps) - 1 if most else 0)
+        running.clear(), longest.clear()
+
+
+def test_a_doubling_is_part_of_its_convolution(autoencoder):
+    ready = prepare_vae(autoencoder, replace(RECIPE, has_phases=True))
+    assert not leaves(ready.decoder, prepare.Resample) and leaves(ready.encoder, prepare.Resample)
+    wanted = coded(autoencoder, "decoder")
+    assert error(coded(ready, "decoder"), wanted) < SAME
+    for found in leaves(ready.decoder, prepare.Doubling):
+        first, second, *others = mx.split(found.weight, 4)
+        found.weight = mx.concatenate([second, first, *others])
+        assert error(coded(ready, "decoder"), wanted) > OTHER
+        found.weight = mx.concatenate([first, second, *others])
+
+
 @pytest.mark.parametrize("half", HALVES)
-def test_an_autoencoder_pays_what_it_owes(autoencoder, half):
-    ready, wanted = prepare_vae(autoencoder, RECIPE), coded(autoencoder, half)
+@pytest.mark.parametrize("has_phases", [False, True])
+def test_an_autoencoder_pays_what_it_owes(autoencoder, half, has_phases):
+    ready = prepare_vae(autoencoder, replace(RECIPE, has_phases=has_phases))
+    wanted = coded(autoencoder, half)
     rows = owed_rows(ready[half])
     assert len(rows) == {"encoder": 14, "decoder": 20}[half]
     for module, name in rows:
