@@ -43,6 +43,7 @@ from mlx_maple.adapters import Adapters
 from mlx_maple.control import control_name
 from mlx_maple.drawing.model import Others
 from mlx_maple.engine import quantize as quantizing
+from mlx_maple.engine import reading
 from mlx_maple.engine.attention import in_chunks
 from mlx_maple.engine.low_memory import Reload, set_environment
 from mlx_maple.engine.tiling import in_stripes
@@ -84,6 +85,7 @@ REQUIRED = {
     "sdxl": ("text_encoder", "text_encoder_2", "unet", "vae"),
     "sdxl-refiner": ("text_encoder_2", "unet", "vae"),
 }
+READ_LATER = ("vae", "taesd")  # when they are first used
 EXCHANGED = ("vae", "taesd")  # beside what steers: a model can be given others later
 V_PREDICTION_SIZE = 768  # of SD 2.x, which predicts v at this size only
 
@@ -877,7 +879,15 @@ def _build(model: SourceModel, part: str, how: _How, *, is_skeleton: bool = Fals
             quantizing.as_quantized(module, to_quantize)
     else:
         if model.layout == "maple":
-            weights = dict(_lazily(model, part))
+            # At once where every weight is kept as it is stored: two of each would be held else.
+            kept = {how.dtype, "uint32"}
+            at_once = (
+                to_quantize is None
+                and not how.low_memory
+                and part not in READ_LATER
+                and all(info.dtype in kept for info in component.keys.values())
+            )
+            weights = dict(_stored_arrays(model, part, at_once=at_once))
         else:
             read_as = how.dtype if to_quantize is None else None
             weights = {name: _array(tensor) for name, tensor in component.tensors(read_as)}
@@ -917,15 +927,18 @@ def _check_names(path: Path, component: Component, module: nn.Module) -> None:
         raise LayoutMismatch(path, missing, unexpected, misshapen)
 
 
-def _lazily(model: SourceModel, part: str) -> Iterator[tuple[str, mx.array]]:
-    """The arrays of a maple folder's component; each is read when it is evaluated."""
-    file = model.path / f"{part}.safetensors"
+def _stored_arrays(
+    model: SourceModel, part: str, *, at_once: bool
+) -> Iterator[tuple[str, mx.array]]:
+    """The arrays of a maple folder's component; each is read when it is evaluated, or all now."""
+    file, keys = model.path / f"{part}.safetensors", model.components[part].keys
     try:
-        arrays = mx.load(str(file))
+        arrays = reading.read(file, list(keys)) if at_once else mx.load(str(file))
     except RuntimeError as error:
-        raise InvalidCheckpoint(file, str(error)) from error
+        fault = _unreadable(file, error)
+        raise (InvalidCheckpoint(file, str(error)) if fault is error else fault) from error
     assert isinstance(arrays, dict)
-    for name, info in model.components[part].keys.items():
+    for name, info in keys.items():
         if name not in arrays:
             raise LayoutMismatch(file, missing=[name])
         if str(arrays[name].dtype).removeprefix("mlx.core.") != info.dtype:
@@ -1040,7 +1053,7 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
         module: the network.
         one_by_one: each weight before the next, so that no two are read and cast at once.
     """
-    if part in ("vae", "taesd"):
+    if part in READ_LATER:
         return
     weights = [(f"{part}.{name}", value) for name, value in _parameters(module)]
     try:

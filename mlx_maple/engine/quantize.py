@@ -148,10 +148,21 @@ class Quantizer:
         values = mx.array(matrix)
         if dtype == "bfloat16":
             values = values.view(mx.bfloat16)
-        words, *others = mx.quantize(values, group_size, self.bits)
+        words, *others = quantized(values, group_size, self.bits)
         if dtype == "bfloat16":
             others = [other.view(mx.uint16) for other in others]
         return np.array(words), np.array(others[0]), np.array(others[1])
+
+
+def quantized(weight: mx.array, group_size: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
+    """A matrix (O, n) as words, scales and biases; both of the latter in its dtype.
+
+    Found in float32, whatever the dtype: in float16 MLX's backends round a group's step otherwise,
+    and one number of 500 comes out another on a GPU than on a CPU.
+    """
+    words, *others = mx.quantize(weight.astype(mx.float32), group_size, bits)
+    scales, biases = (other.astype(weight.dtype) for other in others)
+    return words, scales, biases
 
 
 def quantize(module: nn.Module, bits: int, *, evaluate: bool = True) -> None:
@@ -171,7 +182,7 @@ def quantize(module: nn.Module, bits: int, *, evaluate: bool = True) -> None:
     for parent, name, leaf, size in _quantizable(module, bits):
         weight = leaf.weight.reshape(leaf.weight.shape[0], -1)
         found = _empty(leaf, bits, size)
-        found.weight, found.scales, found.biases = mx.quantize(weight, size, bits)
+        found.weight, found.scales, found.biases = quantized(weight, size, bits)
         if "bias" in leaf:
             found.bias = leaf.bias
         if evaluate:

@@ -142,6 +142,22 @@ def test_leaves_without_weights_take_those_of_a_quantised_network():
     assert np.array_equal(run(network), run(empty))
 
 
+def test_groups_are_measured_in_float32(monkeypatch):
+    weight = mx.random.normal((4, 64), key=mx.random.key(0)).astype(mx.float16)
+    seen, original = [], mx.quantize
+    monkeypatch.setattr(
+        mx,
+        "quantize",
+        lambda values, *rest: (seen.append(values.dtype), original(values, *rest))[1],
+    )
+    words, scales, biases = quantize.quantized(weight, 32, 4)
+    _, step, low = original(weight.astype(mx.float32), 32, 4)
+    assert seen == [mx.float32] and words.dtype == mx.uint32
+    assert scales.dtype == biases.dtype == mx.float16
+    assert mx.array_equal(scales, step.astype(mx.float16))
+    assert mx.array_equal(biases, low.astype(mx.float16))
+
+
 def test_the_dtype_of_the_weights_is_kept():
     network = unet()
     network.set_dtype(mx.float16)
