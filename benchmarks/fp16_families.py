@@ -45,6 +45,9 @@ KINDS: dict[str, tuple[type, type]] = {
 }
 BARS = {"float16": 0.9999, "bfloat16": 0.999}  # of the cosine; bfloat16 has 8 digits for 11
 CELLS = {"sd2": 96, "sdxl": 128}  # latents along a side, of the sizes that the families draw
+MEMORY = (
+    32 << 30
+)  # that MLX waits at: a plain float32 autoencoder at 1024x1024 runs far ahead of a GPU
 NET = "sdxl-vae, which overflows"
 
 
@@ -58,6 +61,8 @@ def rows(
         networks: component, family, parameters and config by name.
         cells: latents along a side; None is as the family draws.
     """
+    mx.set_memory_limit(MEMORY)
+    mx.set_cache_limit(1 << 30)
     for name, (component, family, _, config) in networks.items():
         side = CELLS[family] if cells is None else cells
         settings, kind = KINDS[component.removesuffix("_2")]

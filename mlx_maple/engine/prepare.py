@@ -598,7 +598,7 @@ class Doubling(nn.Module):
 def _added_up(weight: mx.array, axis: int) -> tuple[mx.array, mx.array]:
     """A window's weights on three doubled rows as those on two rows: of even and of odd ones."""
     first, second, third = mx.split(weight, 3, axis)
-    even, odd = (first, second + third), (first + second, third)
+    even, odd = [first, second + third], [first + second, third]
     return mx.concatenate(even, axis), mx.concatenate(odd, axis)
 
 
