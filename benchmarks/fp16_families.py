@@ -45,9 +45,8 @@ KINDS: dict[str, tuple[type, type]] = {
 }
 BARS = {"float16": 0.9999, "bfloat16": 0.999}  # of the cosine; bfloat16 has 8 digits for 11
 CELLS = {"sd2": 96, "sdxl": 128}  # latents along a side, of the sizes that the families draw
-MEMORY = (
-    32 << 30
-)  # that MLX waits at: a plain float32 autoencoder at 1024x1024 runs far ahead of a GPU
+VAE_CELLS = 64  # the plain autoencoder in float32 does not fit 80 GB at 1024x1024, on CUDA
+MEMORY = 32 << 30  # that MLX waits at
 NET = "sdxl-vae, which overflows"
 
 
@@ -64,7 +63,8 @@ def rows(
     mx.set_memory_limit(MEMORY)
     mx.set_cache_limit(1 << 30)
     for name, (component, family, _, config) in networks.items():
-        side = CELLS[family] if cells is None else cells
+        usual = VAE_CELLS if component == "vae" else CELLS[family]
+        side = usual if cells is None else cells
         settings, kind = KINDS[component.removesuffix("_2")]
         network = filled(kind(settings(**config)))
         given = inputs(component, config, side)

@@ -1064,8 +1064,9 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
     if not found.is_finite:
         # The extremes show NaN and infinities, and cost a fifth of looking at each value.
         floats = [(n, value) for n, value in weights if mx.issubdtype(value.dtype, mx.floating)]
-        finite = [mx.isfinite(value.max()) & mx.isfinite(value.min()) for _, value in floats]
-        for (name, _), is_finite in zip(floats, np.array(mx.stack(finite)), strict=True):
+        extremes = [each for _, value in floats for each in (value.max(), value.min())]
+        are_finite = np.isfinite(np.array(mx.stack(extremes).astype(mx.float32)))
+        for (name, _), is_finite in zip(floats, are_finite.reshape(-1, 2).all(axis=1), strict=True):
             if not is_finite:
                 raise InvalidCheckpoint(found.path, f"{name} holds NaN or infinite values")
 

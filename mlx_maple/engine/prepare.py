@@ -42,8 +42,9 @@ from mlx_maple.models.vae import Decoder, Encoder, PixelAttention
 # Below this many pixels a convolution is a matrix product on CUDA, where cuDNN's own is far from
 # the chip's rate: measured in benchmarks/.
 UNFOLD_PIXELS = {"cuda": 256}
-STAGE_BYTES = 16 << 20  # of a map that is a stage's end, where an autoencoder works in stages
-AHEAD_BYTES = 300_000_000  # of such maps that may be under way; at 512x512 one has 17 to 134 MB
+# Of maps that may be under way where an autoencoder works in stages; at 512x512 one has 4 to 134
+# MB.
+AHEAD_BYTES = 300_000_000
 # One cross-attention's keys and values: (B, T, 2 K D) of the text, or in a list with those of image
 # prompts behind it.
 Keys = mx.array | list[mx.array]
@@ -943,8 +944,9 @@ class Half(nn.Module):
     """models.vae.Encoder or Decoder on maps that owe: (B, H, W, C) to (B, H', W', C').
 
     Attributes:
-        in_stages: evaluate large maps as they are made, a few ahead of the device: MLX gives no map
-            back before many operations are done, which are most of a decoding.
+        in_stages: evaluate maps as they are made, a few ahead of the device. It begins at once, and
+            gives back what it has used: by itself MLX does so after many operations, which are
+            most of a decoding.
     """
 
     def __init__(self, half: Encoder | Decoder, recipe: Recipe) -> None:
@@ -996,7 +998,7 @@ class Half(nn.Module):
                 x_map = step(x_map, (2 * x_map.size[1], 2 * x_map.size[2]))
             else:
                 x_map = step(x_map)
-            if self.in_stages and x_map.value.nbytes >= STAGE_BYTES:
+            if self.in_stages:
                 running.append([m for m in (x_map.value, x_map.residual) if m is not None])
                 mx.async_eval(running[-1])
                 # One is always under way, or the device would wait for this side.

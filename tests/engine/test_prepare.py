@@ -413,7 +413,6 @@ def test_an_autoencoder(autoencoder, half, in_stages, monkeypatch):
     waits = []
     evaluate = mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *made: (waits.append(made), evaluate(*made)))
-    monkeypatch.setattr(prepare, "STAGE_BYTES", 1)
     ready[half].in_stages = in_stages
     assert error(coded(ready, half), coded(autoencoder, half)) < SAME
     assert len(waits) == (len(ready[half].steps) if in_stages else 0)
@@ -428,7 +427,6 @@ def test_small_maps_of_an_autoencoder_are_convolved_by_products(autoencoder, hal
 def test_a_large_map_is_waited_for_when_others_are_under_way(autoencoder, monkeypatch):
     ready = prepare_vae(autoencoder, RECIPE)
     ready.decoder.in_stages = True
-    monkeypatch.setattr(prepare, "STAGE_BYTES", 1)
     begin, wait, running, longest = mx.async_eval, mx.eval, [], []
     monkeypatch.setattr(mx, "async_eval", lambda maps: (running.append(maps), begin(maps)))
     monkeypatch.setattr(
