@@ -586,14 +586,16 @@ class Doubling(nn.Module):
         weight = block.conv.weight
         wide = weight.astype(mx.float32)
         kinds = [kind for rows in _added_up(wide, 1) for kind in _added_up(rows, 2)]
-        self.weight = mx.concatenate(kinds).astype(weight.dtype)
+        every: Any = nn.Module()
+        every.weight, every.stride = mx.concatenate(kinds).astype(weight.dtype), 1
+        self.conv = Convolution(every)
         self.shift = owed
         self.owed = _bias(block.conv)
 
     def __call__(self, x: Map) -> Map:
         """Double the map."""
         full = self._recipe.kernels.total(x.value, x.residual, self.shift, x.size)
-        return _map(self._recipe.kernels.interleave(mx.conv2d(full, self.weight, padding=1)))
+        return _map(self._recipe.kernels.interleave(self.conv(full)))
 
 
 def _added_up(weight: mx.array, axis: int) -> tuple[mx.array, mx.array]:

@@ -447,10 +447,10 @@ def test_a_doubling_is_part_of_its_convolution(autoencoder):
     wanted = coded(autoencoder, "decoder")
     assert error(coded(ready, "decoder"), wanted) < SAME
     for found in leaves(ready.decoder, prepare.Doubling):
-        first, second, *others = mx.split(found.weight, 4)
-        found.weight = mx.concatenate([second, first, *others])
+        first, second, *others = mx.split(found.conv.weight, 4)
+        found.conv.weight = mx.concatenate([second, first, *others])
         assert error(coded(ready, "decoder"), wanted) > OTHER
-        found.weight = mx.concatenate([first, second, *others])
+        found.conv.weight = mx.concatenate([first, second, *others])
 
 
 @pytest.mark.parametrize("half", HALVES)

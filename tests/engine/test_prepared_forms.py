@@ -209,8 +209,10 @@ def test_a_quantised_network_is_closed_in_both_forms():
     assert np.array_equal(np.array(plain(x, time, context)), before)
 
 
-@pytest.mark.parametrize("tile", ["x", "y", "xy"])
-def test_an_autoencoder_is_closed(tile, monkeypatch):
+@pytest.mark.parametrize(
+    ("tile", "has_phases"), [("x", False), ("y", False), ("xy", False), ("x", True), ("xy", True)]
+)
+def test_an_autoencoder_is_closed(tile, has_phases, monkeypatch):
     plain = vae()
     pictures, latents = normal(1, 32, 40, 3, seed=3), normal(2, 8, 10, 4, seed=4)
 
@@ -218,7 +220,7 @@ def test_an_autoencoder_is_closed(tile, monkeypatch):
         return [mx.concatenate(network.encode(pictures), axis=-1), network.decode(latents)]
 
     before, wanted = coded(plain), in_form(plain, Form(tile=tile), coded)
-    ready = prepare_vae(plain, RECIPE)
+    ready = prepare_vae(plain, replace(RECIPE, has_phases=has_phases))
     set_form(ready, Form(tile=tile))
     for pixels in (edges.GATHERED_PIXELS, 0):  # gathered, and joined
         monkeypatch.setattr(edges, "GATHERED_PIXELS", pixels)
