@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_maple import images, metadata
-from mlx_maple.drawing.masked_area import in_proportion, masked_area, masked_box
+from mlx_maple.drawing.masked_area import SEEN, in_proportion, masked_area, masked_box
 from mlx_maple.models import AutoencoderKL
 
 
@@ -63,6 +65,35 @@ def test_the_box_is_the_masked_part_and_some_around_it(box, padding, expected):
 )
 def test_the_box_grows_to_the_drawings_proportions(box, size, whole, expected):
     assert in_proportion(box, size, whole) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    whole=st.tuples(st.integers(1, 90), st.integers(1, 90)),
+    corner=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    extent=st.tuples(st.integers(0, 40), st.integers(0, 40)),
+    padding=st.integers(0, 50),
+    size=st.tuples(st.integers(1, 12), st.integers(1, 12)),
+    blur=st.sampled_from([0, 0.7, 4]),
+)
+def test_any_box_lies_in_the_picture_and_leaves_the_rest_alone(
+    whole, corner, extent, padding, size, blur
+):
+    """Down to pictures of one pixel; the masked part is always in the box, and goes back there."""
+    picture, size = photo(*whole), (8 * size[0], 8 * size[1])
+    left, top = (int(c * (n - 1)) for c, n in zip(corner, whole, strict=True))
+    mask = painted(*whole, left, top, left + extent[0], top + extent[1])
+    area = masked_area(picture, mask, padding, size, blur)
+    left, top, right, bottom = area.box
+    assert 0 <= left < right <= whole[0] and 0 <= top < bottom <= whole[1]
+    outside = area.mask.copy()
+    outside[top:bottom, left:right] = 0
+    assert outside.max() < SEEN
+    assert area.part(picture).size == size and area.drawn_mask.shape == size[::-1]
+    drawn = np.asarray(area.pasted(Image.new("RGB", size, "red")))
+    kept = area.mask < SEEN / 2
+    assert np.array_equal(drawn[kept], np.asarray(picture)[kept])
+    assert (drawn[area.mask == 1] == (255, 0, 0)).all()
 
 
 def test_a_blurred_mask_is_that_of_the_whole_picture():
@@ -131,15 +162,15 @@ def test_only_the_masked_part_is_drawn_and_the_rest_stays_bit_for_bit(sd, monkey
         assert np.array_equal(new[area.mask == 0], old[area.mask == 0])
         assert (new[area.mask == 1] != old[area.mask == 1]).any(-1).mean() > 0.5
     assert not np.array_equal(*(np.asarray(image) for image in result.images))
-    settings = result.settings[0]
-    assert (settings.width, settings.height, settings.only_masked) == (128, 64, 12)
+    said = result.settings[0]
+    assert (said.width, said.height, said.only_masked) == (128, 64, 12)
 
 
 def test_without_a_size_it_is_drawn_at_the_models_own(sd, defaults):
     arguments = {"image": photo(200, 160), "mask": painted(200, 160, 90, 60, 130, 85), "steps": 1}
     result = sd("a", only_masked=0, **arguments)
-    settings = result.settings[0]
-    assert (settings.width, settings.height) == (defaults["width"], defaults["height"])
+    said = result.settings[0]
+    assert (said.width, said.height) == (defaults["width"], defaults["height"])
     assert result.images[0].size == (200, 160) and result.notes == []
     whole = sd("a", **arguments).settings[0]  # as a whole: in its own proportions
     assert (whole.width, whole.height) == (144, 120)
@@ -190,14 +221,14 @@ def test_what_cannot_be_drawn_is_said(sd, arguments, words):
 
 
 def test_it_is_written_and_read_in_a1111s_words():
-    settings = metadata.Settings(
+    said = metadata.Settings(
         prompt="a", width=512, height=512, steps=4, strength=0.5, mask_blur=4.0, only_masked=32
     )
-    text = metadata.to_parameters(settings)
+    text = metadata.to_parameters(said)
     assert "Inpaint area: Only masked, Masked area padding: 32" in text
     again = metadata.from_parameters(text).settings
     assert (again.only_masked, again.mask_blur) == (32, 4)
-    assert metadata.from_json(metadata.to_json(settings)).settings.only_masked == 32
+    assert metadata.from_json(metadata.to_json(said)).settings.only_masked == 32
     theirs = "a\nSteps: 4, Denoising strength: 0.5, Inpaint area: Only masked, Version: v1.10.1"
     recipe = metadata.from_parameters(theirs)
     assert (recipe.settings.only_masked, recipe.settings.mask_blur) == (0, 0)

@@ -309,9 +309,9 @@ export const FIELDS = {
     hint: "original, fill",
   },
   only_masked: {
-    label: "Only masked, padding",
+    label: "Mask's padding",
     kind: "whole",
-    usual: "the whole picture",
+    usual: "whole picture",
     low: 0,
     high: 4096,
     step: 1,
