@@ -1065,9 +1065,9 @@ def _read_now(found: _Found, part: str, module: nn.Module, *, one_by_one: bool) 
         # The extremes show NaN and infinities, and cost a fifth of looking at each value.
         floats = [(n, value) for n, value in weights if mx.issubdtype(value.dtype, mx.floating)]
         extremes = [each for _, value in floats for each in (value.max(), value.min())]
-        are_finite = np.isfinite(np.array(mx.stack(extremes).astype(mx.float32)))
-        for (name, _), is_finite in zip(floats, are_finite.reshape(-1, 2).all(axis=1), strict=True):
-            if not is_finite:
+        are_finite = np.isfinite(np.array(mx.stack(extremes).astype(mx.float32))).reshape(-1, 2)
+        for (name, _), is_finite in zip(floats, are_finite, strict=True):
+            if not is_finite.all():
                 raise InvalidCheckpoint(found.path, f"{name} holds NaN or infinite values")
 
 

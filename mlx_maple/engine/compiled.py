@@ -179,7 +179,7 @@ class GuidedSteps:
         maps = self.unet.begin(twice(latents, is_guided), row, prompt)
         key = (*latents.shape, is_guided)
         self._maps[key] = [(each.size, each.residual is not None) for each in maps]
-        return [part for m in maps for part in (m.value, m.residual) if part is not None]
+        return [part for each in maps for part in each.parts]
 
     def _finished(
         self,
@@ -306,6 +306,8 @@ def made_ready(
         # Each half is read when it is first used: a picture from text alone needs no encoder.
         ready = PreparedVAE(network, Recipe.usual(network.post_quant_conv.weight.dtype))
         ready.encoder.in_stages = ready.decoder.in_stages = True
+        if works:
+            ready.compile()
     else:
         return network
     return ready

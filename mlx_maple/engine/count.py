@@ -105,6 +105,7 @@ def described_recipe(backend: str) -> Recipe:
         kernels,
         unfold_pixels=UNFOLD_PIXELS.get(backend, 0),
         merges_outputs=kernels.has_gate,
+        has_phases=backend == "cuda",
     )
 
 

@@ -45,6 +45,7 @@ UNFOLD_PIXELS = {"cuda": 256}
 # Of maps that may be under way where an autoencoder works in stages; at 512x512 one has 4 to 134
 # MB.
 AHEAD_BYTES = 300_000_000
+TRACES = 256  # of its steps that are kept: those of some six sizes
 # One cross-attention's keys and values: (B, T, 2 K D) of the text, or in a list with those of image
 # prompts behind it.
 Keys = mx.array | list[mx.array]
@@ -112,6 +113,16 @@ class Map:
         """The settled map's pixels as rows (B N, C)."""
         assert self.residual is None
         return self.value if self.value.ndim == 2 else self.value.flatten(0, -2)
+
+    @classmethod
+    def of(cls, parts: Sequence[mx.array], size: Size) -> "Map":
+        """A map of its ``parts``."""
+        return cls(parts[0], parts[1] if len(parts) > 1 else None, size)
+
+    @property
+    def parts(self) -> list[mx.array]:
+        """The arrays that there are: the value, and the residual."""
+        return [self.value] if self.residual is None else [self.value, self.residual]
 
     def plus(self, more: mx.array) -> "Map":
         """The map with something added: (B or 1, h, w, C)."""
@@ -949,11 +960,16 @@ class Half(nn.Module):
         in_stages: evaluate maps as they are made, a few ahead of the device. It begins at once, and
             gives back what it has used: by itself MLX does so after many operations, which are
             most of a decoding.
+        compiled_for: the type of the weights with which each step is traced once for a size, and
+            run again. Describing it anew takes as long as starting it. None is never; an
+            autoencoder that is brought to another type for a while is then not traced.
     """
 
     def __init__(self, half: Encoder | Decoder, recipe: Recipe) -> None:
         super().__init__()
         self._recipe = recipe
+        self.compiled_for: mx.Dtype | None = None
+        self._traced: dict[Any, Any] = {}
         self.conv_in = Convolution(half.conv_in)
         owed = _bias(half.conv_in)
         self.steps = []
@@ -995,13 +1011,11 @@ class Half(nn.Module):
         x_map = _map(self.conv_in(x))
         in_turn = any(step.in_turn for step in self.steps if isinstance(step, Resnet))
         running: deque[list[mx.array]] = deque()
-        for step in self.steps:
-            if isinstance(step, Resample) and step.doubles:
-                x_map = step(x_map, (2 * x_map.size[1], 2 * x_map.size[2]))
-            else:
-                x_map = step(x_map)
+        is_traced = self.compiled_for is not None and x.dtype == self.compiled_for and not in_turn
+        for index in range(len(self.steps)):
+            x_map = self._traced_step(index, x_map) if is_traced else self._step(index, x_map)
             if self.in_stages:
-                running.append([m for m in (x_map.value, x_map.residual) if m is not None])
+                running.append(x_map.parts)
                 mx.async_eval(running[-1])
                 # One is always under way, or the device would wait for this side.
                 while (in_turn and running) or (
@@ -1016,6 +1030,31 @@ class Half(nn.Module):
             shift=self.shift_out,
         )
         return self.conv_out(y) + self.bias_out
+
+    def _step(self, index: int, x: Map) -> Map:
+        step = self.steps[index]
+        if isinstance(step, Resample) and step.doubles:
+            return step(x, (2 * x.size[1], 2 * x.size[2]))
+        return step(x)
+
+    def _traced_step(self, index: int, x: Map) -> Map:
+        """The same, traced for this size; the same number of pixels may be another size."""
+        key = (index, x.size, self.conv_in.closed)
+        if key not in self._traced:
+            if len(self._traced) >= TRACES:
+                self._traced.clear()
+            mx.eval(self.steps[index].parameters())  # or it would read them again at every call
+
+            def run(parts: list[mx.array], size: Size = x.size) -> list[mx.array]:
+                return self._step(index, Map.of(parts, size)).parts
+
+            self._traced[key] = mx.compile(run)
+        parts = self._traced[key](x.parts)
+        step, size = self.steps[index], x.size
+        if isinstance(step, Resample | Doubling):
+            batch, rows, columns, _ = parts[0].shape
+            size = batch, rows, columns
+        return Map.of(parts, size)
 
 
 def _nbytes(running: Iterable[list[mx.array]]) -> int:
@@ -1032,6 +1071,11 @@ class PreparedVAE(AutoencoderKL):
         self.decoder = Half(vae.decoder, recipe)
         self.quant_conv = vae.quant_conv
         self.post_quant_conv = vae.post_quant_conv
+
+    def compile(self) -> None:
+        """Trace both halves' steps; see ``Half.compiled_for``."""
+        for half in (self.encoder, self.decoder):
+            half.compiled_for = half.conv_in.weight.dtype
 
 
 # Making ready ------------------------------------------------------------------------------------

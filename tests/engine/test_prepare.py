@@ -5,6 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from mlx.utils import tree_map
 from tiny_networks import CONTEXT, SD1, SMALL, XL, error, normal, unet, vae
 
 from mlx_maple.engine import prepare
@@ -409,7 +410,7 @@ HALVES = ("encoder", "decoder")
 @pytest.mark.parametrize("half", HALVES)
 @pytest.mark.parametrize("in_stages", [False, True])
 def test_an_autoencoder(autoencoder, half, in_stages, monkeypatch):
-    ready = prepare_vae(autoencoder, RECIPE)
+    ready = prepare_vae(autoencoder, replace(RECIPE, has_phases=in_stages))
     waits = []
     evaluate = mx.async_eval
     monkeypatch.setattr(mx, "async_eval", lambda *made: (waits.append(made), evaluate(*made)))
@@ -439,6 +440,42 @@ def test_a_large_map_is_waited_for_when_others_are_under_way(autoencoder, monkey
         assert (max(longest) if longest else 0) == most
         assert len(longest) == (len(ready.decoder.steps) - 1 if most else 0)
         running.clear(), longest.clear()
+
+
+@pytest.mark.parametrize("has_phases", [False, True])
+def test_steps_of_an_autoencoder_are_traced_once_for_a_size(autoencoder, has_phases, monkeypatch):
+    ready, traced = prepare_vae(autoencoder, replace(RECIPE, has_phases=has_phases)), []
+    ready.compile()
+    described = prepare.Half._step
+    monkeypatch.setattr(
+        prepare.Half,
+        "_step",
+        lambda half, *given: (traced.append(given), described(half, *given))[1],
+    )
+    steps = len(ready.decoder.steps)
+    sizes = [(1, 8, 10), (1, 8, 10), (1, 10, 8), (2, 8, 10), (1, 10, 8)]  # of as many pixels, too
+    for size, count in zip(sizes, (1, 1, 2, 3, 3), strict=True):
+        latents = normal(*size, 4, seed=4)
+        assert error(ready.decode(latents), autoencoder.decode(latents)) < SAME
+        assert len(traced) == count * steps
+    monkeypatch.setattr(prepare, "TRACES", len(ready.decoder._traced))
+    ready.decode(normal(1, 6, 6, 4))
+    assert len(ready.decoder._traced) == steps
+    for half in HALVES:
+        assert error(coded(ready, half), coded(autoencoder, half)) < SAME
+
+
+def test_other_weights_for_a_while_are_not_those_that_were_traced(autoencoder):
+    ready = prepare_vae(autoencoder, RECIPE)
+    ready.set_dtype(mx.float16)
+    ready.compile()
+    latents = normal(1, 8, 10, 4, seed=4)
+    before, kept = ready.decode(latents), ready.parameters()
+    ready.update(tree_map(lambda weight: 2 * weight.astype(mx.float32), kept))
+    wide = ready.decode(latents)
+    assert wide.dtype == mx.float32 and error(wide, before.astype(mx.float32)) > OTHER
+    ready.update(kept)
+    assert mx.array_equal(ready.decode(latents), before)
 
 
 def test_a_doubling_is_part_of_its_convolution(autoencoder):
