@@ -4,9 +4,12 @@
 
 Float16, random weights, one network after the other on the same card in one run. Every rival has a
 process of its own. A figure is the median of 20 calls that were each waited for, after 5 that were
-not counted; `in a row` is the time a call takes when 20 are made without a wait between them. The
-cases are those of mlx_maple/cli/_bench_cases.py, and `start`: a process on a converted folder of
-SD 1.5's size, from its start to the first step begun, with the files in the page cache.
+not counted; `in a row` is the time a call takes when 20 are made without a wait between them. With
+--rounds the rivals take turns so many times, and a figure is the median of its rounds': a host that
+others share is up to twice as slow for some seconds, and MLX, unlike torch's CUDA graphs, needs it
+for every kernel. The cases are those of mlx_maple/cli/_bench_cases.py, and `start`: a process on a
+converted folder of SD 1.5's size, from its start to the first step begun, with the files in the
+page cache.
 
 Results are kept in one JSON file: a run replaces the rows of the same device, rival and case, and
 leaves the others. torch.compile's kernels are built beforehand, all cases at once (--no-prebuild
@@ -22,6 +25,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -282,6 +286,21 @@ def keep(path: Path, known: list[dict[str, Any]], row: dict[str, Any]) -> None:
     part.replace(path)
 
 
+def middle(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """One row of several rounds': the median of each figure, and what the medians were."""
+    good = [row for row in rounds if "error" not in row]
+    if len(rounds) == 1 or not good:
+        return rounds[-1]
+    names = [name for name in good[-1] if name.endswith("_s") and name != "parts_s"]
+    figures = {
+        name: statistics.median(values)
+        for name in names
+        if (values := [row[name] for row in good if isinstance(row.get(name), float)])
+    }
+    figures["peak_bytes"] = max(row.get("peak_bytes") or 0 for row in good)
+    return good[-1] | figures | {"rounds_s": [row["median_s"] for row in good]}
+
+
 def show(row: dict[str, Any]) -> None:
     """One line of the table, in milliseconds."""
 
@@ -312,6 +331,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=5)
     parser.add_argument("--runs", type=int, default=20)
     parser.add_argument("--rows", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="turns that the rivals take")
     parser.add_argument("--folder", type=Path, help="where the folder for `start` is made")
     parser.add_argument("--no-prebuild", action="store_true", help="see above")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -335,11 +355,13 @@ def main() -> None:
     known: list[dict[str, Any]] = []
     if args.output.is_file():
         known = json.loads(args.output.read_text())["rows"]
-    for name in names:
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for turn, name in ((turn, name) for turn in range(args.rounds) for name in names):
         cases = [case for case in wanted if case.split("-")[0] in RIVALS[name].kinds]
-        alone = "start" in cases and RIVALS[name].kind == "maple"
+        alone = "start" in cases and RIVALS[name].kind == "maple" and not turn
         cases = [case for case in cases if case != "start"]
-        if RIVALS[name].kind == "torch" and RIVALS[name].options and not args.no_prebuild:
+        is_built = bool(turn) or args.no_prebuild
+        if RIVALS[name].kind == "torch" and RIVALS[name].options and not is_built:
             begun = time.perf_counter()
             prebuild(args, [case for case in cases if not case.startswith("image")])
             print(f"torch.compile built its kernels in {time.perf_counter() - begun:.0f} s")
@@ -349,8 +371,14 @@ def main() -> None:
         for rows in produced:
             for row in rows:
                 row = {"rival": name, **row, **{"device": run["device"], "facts": run}}
-                keep(args.output, known, row)
                 show(row)
+                rounds = found.setdefault((name, row["case"]), [])
+                rounds.append(row)
+                keep(args.output, known, middle(rounds))
+    if args.rounds > 1:
+        print("the middle of all rounds")
+        for rounds in found.values():
+            show(middle(rounds))
 
 
 if __name__ == "__main__":
