@@ -5,6 +5,7 @@ with diffusers at true size (tests/parity/true_sizes.py, whose networks these ar
 the networks' plain form; 16 bits in the form that this device draws with, and its checked kernels.
 """
 
+import json
 import sys
 import time
 import zlib
@@ -46,7 +47,6 @@ KINDS: dict[str, tuple[type, type]] = {
 BARS = {"float16": 0.9999, "bfloat16": 0.999}  # of the cosine; bfloat16 has 8 digits for 11
 CELLS = {"sd2": 96, "sdxl": 128}  # latents along a side, of the sizes that the families draw
 VAE_CELLS = 64  # the plain autoencoder in float32 does not fit 80 GB at 1024x1024, on CUDA
-MEMORY = 32 << 30  # that MLX waits at
 NET = "sdxl-vae, which overflows"
 
 
@@ -60,8 +60,6 @@ def rows(
         networks: component, family, parameters and config by name.
         cells: latents along a side; None is as the family draws.
     """
-    mx.set_memory_limit(MEMORY)
-    mx.set_cache_limit(1 << 30)
     for name, (component, family, _, config) in networks.items():
         usual = VAE_CELLS if component == "vae" else CELLS[family]
         side = usual if cells is None else cells
@@ -204,3 +202,10 @@ def safety_net(config: Mapping[str, Any], latents: mx.array) -> dict[str, Any]:
         "notes": notes,
         "seconds": round(time.perf_counter() - start, 3),
     }
+
+
+if __name__ == "__main__":
+    network, *side = sys.argv[1:]
+    chosen = {network: true_sizes.NETWORKS[network]}
+    for each in rows(chosen, cells=int(side[0]) if side else None):
+        print(json.dumps(each), flush=True)

@@ -157,8 +157,9 @@ class Quantizer:
 def quantized(weight: mx.array, group_size: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
     """A matrix (O, n) as words, scales and biases; both of the latter in its dtype.
 
-    Found in float32, whatever the dtype: in float16 MLX's backends round a group's step otherwise,
-    and one number of 500 comes out another on a GPU than on a CPU.
+    Found in float32, whatever the dtype: in float16 MLX's backends round a group's step otherwise.
+    What lies halfway between two steps goes up on CUDA and down on a CPU still: one of 1000 numbers
+    of float16 (MLX 0.32.4).
     """
     words, *others = mx.quantize(weight.astype(mx.float32), group_size, bits)
     scales, biases = (other.astype(weight.dtype) for other in others)
