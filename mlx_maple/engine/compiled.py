@@ -20,6 +20,7 @@ from mlx_maple.engine.kernels import Size
 from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, PreparedVAE, Recipe, prepare_unet
 from mlx_maple.engine.prepared_control import prepare_controlnet
 from mlx_maple.engine.prepared_forms import set_form
+from mlx_maple.engine.traced import Traced
 from mlx_maple.models import AutoencoderKL, ControlNet, UNet
 from mlx_maple.sampling.denoiser import rescale
 
@@ -60,7 +61,7 @@ class GuidedSteps:
         self.one_by_one = one_by_one
         self.in_parts = in_parts and not one_by_one
         self.cached: Any = None  # engine.deep_cache's form of them
-        wrap: Callable[[Any], Any] = mx.compile if compiles else lambda function: function
+        wrap: Callable[[Any], Any] = Traced if compiles else lambda function: function
         self._whole = wrap(self._step)
         self.begin = wrap(self._begun)
         self._finish = wrap(self._finished)

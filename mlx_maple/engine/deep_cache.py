@@ -17,6 +17,7 @@ import mlx.nn as nn
 from mlx_maple.engine.compiled import GuidedSteps, Step, away, guided_sum, halves, twice
 from mlx_maple.engine.prepare import Keys, Map, PreparedUNet, Resnet, Transformer
 from mlx_maple.engine.prepared_forms import set_form
+from mlx_maple.engine.traced import Traced
 from mlx_maple.models import UNet
 from mlx_maple.models.deep_cache import full, place, shallow
 from mlx_maple.models.unet import as_times, check_guidance, check_inputs
@@ -154,7 +155,7 @@ class CachedSteps:
     def __init__(self, steps: GuidedSteps, branch: int) -> None:
         self.branch = branch
         self._steps = steps
-        wrap: Callable[[Any], Any] = mx.compile if steps.compiles else lambda function: function
+        wrap: Callable[[Any], Any] = Traced if steps.compiles else lambda function: function
         self._full = wrap(partial(self._step, None))
         self._finish = wrap(self._finished)
         self._shallow = wrap(lambda deep, *given: self._step(deep, *given)[0])

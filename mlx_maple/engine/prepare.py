@@ -31,6 +31,7 @@ from mlx_maple.engine.attention import METAL_WIDTHS, SCORE_BYTES, running_backen
 from mlx_maple.engine.edges import around, neighbours
 from mlx_maple.engine.kernels import Kernels, Norm, Plain, Size, kernels_for
 from mlx_maple.engine.quantize import QuantizedConv2d, matmul
+from mlx_maple.engine.traced import Traced
 from mlx_maple.models import AutoencoderKL, UNet
 from mlx_maple.models.attention import LAYER_NORM_EPS, SpatialTransformer, TransformerBlock
 from mlx_maple.models.forms import PLAIN
@@ -1048,7 +1049,7 @@ class Half(nn.Module):
             def run(parts: list[mx.array], size: Size = x.size) -> list[mx.array]:
                 return self._step(index, Map.of(parts, size)).parts
 
-            self._traced[key] = mx.compile(run)
+            self._traced[key] = Traced(run)
         parts = self._traced[key](x.parts)
         step, size = self.steps[index], x.size
         if isinstance(step, Resample | Doubling):

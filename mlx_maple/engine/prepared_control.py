@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_maple.engine.prepare import Keys, PreparedUNet, Product, Recipe, Resnet, Transformer
+from mlx_maple.engine.traced import Traced
 from mlx_maple.models import ControlNet
 from mlx_maple.models.controlnet import check_hint
 from mlx_maple.models.unet import as_times, check_inputs
@@ -57,7 +58,7 @@ class PreparedControlNet(nn.Module):
 
     def compile(self) -> None:
         """Trace the maps of a size once, and run that again; the weights stay as they are."""
-        self._maps = mx.compile(self.maps)
+        self._maps = Traced(self.maps)
 
     def fix(self) -> None:
         """Evaluate the weights, and what a step would otherwise make of them each time."""
