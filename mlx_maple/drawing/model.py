@@ -192,6 +192,7 @@ class DiffusionModel:
         components = {part: _component(module) for part, module in present.items()}
         self._compiles = compile
         self._form = PLAIN  # that networks have just now
+        self.worn_by: object = None  # the drawing whose LoRAs and words are put on just now
         self._thread = threading.current_thread()  # that what was not read yet is bound to
         self._has_moved = False  # from there to others: nothing is bound any longer
         reload = dict(reload or {})

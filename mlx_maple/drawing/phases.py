@@ -26,7 +26,7 @@ from mlx_maple.drawing.model import DiffusionModel
 from mlx_maple.drawing.previews import Previews
 from mlx_maple.drawing.results import Progress, Result
 from mlx_maple.drawing.starts import Outside, Streams, content_noise, start, streams_of
-from mlx_maple.drawing.worn import put_on
+from mlx_maple.drawing.worn import is_on, put_on
 from mlx_maple.engine.compiled import room
 from mlx_maple.forms import PLAIN
 from mlx_maple.guidance import Prompts
@@ -53,6 +53,7 @@ def run(sd: DiffusionModel, job: Job) -> Generator[Progress, None, None]:
             for model in (sd, job.refiner):
                 if model is not None:
                     model.set_form(PLAIN)
+                    model.worn_by = None  # or the drawing's pictures would stay in memory
             sd.networks.release(*sd.configs)
             if job.refiner is not None:
                 job.refiner.networks.release(*job.refiner.configs)
@@ -68,17 +69,22 @@ def _room(sd: DiffusionModel, job: Job) -> int | None:
 def _in_its_form(
     sd: DiffusionModel, job: Job, phases: Generator[Progress, None, None]
 ) -> Generator[Progress, None, None]:
-    """The phases, each step of which finds the networks in the drawing's own form.
+    """The phases, each step of which finds the networks in the drawing's own form, with its LoRAs.
 
     Drawings of one model may go on in turn, and each leaves the networks in its form meanwhile. A
-    refiner merges tokens, and takes no other form.
+    refiner merges tokens, and takes no other form. What a LoRA changes is read again for each turn
+    where the drawings' LoRAs are not the same.
     """
+    was_put_on = False
     with closing(phases):
         while True:
+            if was_put_on and not is_on(sd, job):
+                put_on(sd, job, [])
             if job.refiner is not None and job.refiner is not sd:
                 job.refiner.set_form(Form(merging=job.form.merging))
             sd.set_form(job.form)
             progress = next(phases, None)
+            was_put_on = was_put_on or is_on(sd, job)
             if progress is None:
                 return
             yield progress

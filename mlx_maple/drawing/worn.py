@@ -12,6 +12,8 @@ from mlx_maple.drawing.model import DiffusionModel
 
 def put_on(sd: DiffusionModel, job: Job, notes: list[str]) -> None:
     """Have all that draws carry the drawing's LoRAs and know the learned words of its texts."""
+    for model in _models(sd, job):
+        model.worn_by = job
     words: list[Word] = []
     if sd.adapters is not None and job.loras is not None:
         _wear(sd, job, job.loras, [], notes)
@@ -38,6 +40,15 @@ def put_on(sd: DiffusionModel, job: Job, notes: list[str]) -> None:
     for word in words:
         if word.name not in {each.name for each in refiner.adapters.words}:
             notes.append(f"the word {word.name} is plain text to the refiner")
+
+
+def is_on(sd: DiffusionModel, job: Job) -> bool:
+    """Whether what this drawing put on is what is worn: another may have had its turn since."""
+    return all(model.worn_by is job for model in _models(sd, job))
+
+
+def _models(sd: DiffusionModel, job: Job) -> list[DiffusionModel]:
+    return [sd] if job.refiner is None else [sd, job.refiner]
 
 
 def _wear(

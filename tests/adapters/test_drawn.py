@@ -14,6 +14,8 @@ from maple_convert.errors import UnreadableFile, UnsupportedCheckpoint
 from maple_convert.layouts import LAYOUTS
 from mlx_maple import images
 from mlx_maple.cli import main
+from mlx_maple.engine import attention, compiled, prepare
+from mlx_maple.engine.prepare import PreparedUNet
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 STYLE, WORD = DATA / "adapters" / "blueprint.safetensors", DATA / "adapters" / "noctia.safetensors"
@@ -97,6 +99,13 @@ def plain(sd):
     return sd(LEAF, **QUICK)
 
 
+def as_on_a_gpu(monkeypatch):
+    """What is loaded is made ready as where there is a GPU, without its kernels."""
+    for module in (attention, compiled, prepare):
+        monkeypatch.setattr(module, "running_backend", lambda: "metal", raising=False)
+    monkeypatch.setenv("MAPLE_KERNELS", "0")
+
+
 def parameters(module):
     return {name: np.array(value) for name, value in tree_flatten(module.parameters())}
 
@@ -138,6 +147,40 @@ def test_an_unchanged_choice_reads_nothing_anew(sd, lora):
     assert (sd.unet, sd.text_encoder) == networks
     sd(LEAF, loras=[f"{lora}:unet=1,te=0.5"], **QUICK)  # another text encoder, the same UNet
     assert sd.unet is networks[0] and sd.text_encoder is not networks[1]
+
+
+def in_turn(*drawings):
+    """The results of drawings that go on step by step, one after the other."""
+    results = [None] * len(drawings)
+    while any(result is None for result in results):
+        for i, drawing in enumerate(drawings):
+            if (progress := next(drawing, None)) is not None:
+                results[i] = progress.result
+    return results
+
+
+@pytest.mark.parametrize("is_ready", [False, True], ids=["as-read", "made-ready"])
+def test_drawings_in_turn_have_each_its_own(lora, word, monkeypatch, is_ready):
+    """Bit for bit those alone, whichever began last, and with forms of their own beside."""
+    if is_ready:
+        as_on_a_gpu(monkeypatch)
+    model = maple.load(TINY, embeddings=[word], dtype="float32", compile=False)
+    # Between the picture's encoding and the first step the others have a turn.
+    steps = {**QUICK, "steps": 3, "image": np.full((64, 64, 3), 90, np.uint8)}
+    asked = (
+        {"prompt": LEAF, **steps},
+        {"prompt": LEAF, "loras": [lora], "tile": "x", **steps},
+        {"prompt": f"{LEAF}, noctia", "loras": [f"{lora}:0.5"], **steps, "steps": 4},
+    )
+    alone = [model(**each) for each in asked]
+    for found, expected in zip(
+        in_turn(*(model.generate(**each) for each in asked)), alone, strict=True
+    ):
+        assert np.array_equal(found.latents, expected.latents)
+        assert found.notes == expected.notes
+    assert np.array_equal(model(**asked[0]).latents, alone[0].latents)  # nothing is left behind
+    assert not np.allclose(alone[1].latents, alone[2].latents, atol=0.05)  # the control
+    assert model.worn_by is None  # nor held
 
 
 def test_two_loras_add_up(sd, lora, tmp_path):
@@ -187,15 +230,11 @@ def test_in_low_memory_mode_it_is_the_same(sd, lora, word):
 
 def test_networks_made_ready_for_a_gpu_carry_it_and_lose_it(sd, lora, monkeypatch):
     """Their weights are joined and rearranged: the difference goes in before, and out with them."""
-    from mlx_maple.engine import attention, compiled, prepare
-
-    for module in (attention, compiled, prepare):
-        monkeypatch.setattr(module, "running_backend", lambda: "metal", raising=False)
-    monkeypatch.setenv("MAPLE_KERNELS", "0")
+    as_on_a_gpu(monkeypatch)
     ready = maple.load(TINY, dtype="float32", compile=False)
     plain = ready(LEAF, **QUICK)
     styled = ready(LEAF, loras=[lora], **QUICK)
-    assert type(ready.unet) is prepare.PreparedUNet
+    assert type(ready.unet) is PreparedUNet
     assert np.array_equal(ready(LEAF, **QUICK).latents, plain.latents)
     monkeypatch.undo()
     assert np.allclose(styled.latents, sd(LEAF, loras=[lora], **QUICK).latents, atol=5e-3)
