@@ -326,7 +326,8 @@ def test_presets_are_bounded(client):
         client.delete(f"/api/v1/presets/{name}")
 
 
-def test_the_history_pages_and_forgets(client, drawn):
+def test_the_history_pages_and_forgets(client, drawn, finished):
+    finished(submitted(client))
     page = client.get("/api/v1/pictures?limit=1").json()
     assert len(page["pictures"]) == 1 and page["next"]
     rest = client.get(f"/api/v1/pictures?limit=200&before={page['next']}").json()
