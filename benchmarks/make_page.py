@@ -112,6 +112,7 @@ guidance too, reads the prompt once beforehand, and is one compiled function."""
         if ratios:
             found.append("How many times ours they take, both waited for:")
             found.append(table(["", *others], ratios))
+        found.append(_turns(by))
         found.append(_whole(by))
         facts = list(dict.fromkeys(_facts(row["facts"]) for row in rows))
         found.append("Measured with " + "; and with ".join(facts) + ".")
@@ -122,6 +123,21 @@ guidance too, reads the prompt once beforehand, and is one compiled function."""
         )
     )
     return "\n\n".join(part for part in found if part)
+
+
+def _turns(by: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
+    """The rounds of those that took turns, of which the tables have the middle."""
+    said: dict[str, list[str]] = {}
+    for (rival, case), row in by.items():
+        if row.get("rounds_s"):
+            rounds = ", ".join(ms(seconds) for seconds in row["rounds_s"])
+            said.setdefault(case, []).append(f"{rival} {rounds}")
+    lines = [f"- {WORDS.get(case, case)}: {'; '.join(each)}" for case, each in said.items()]
+    told = (
+        "The rivals took turns, for a host that others share is slower for seconds at a time, and "
+    )
+    told += "the tables have the middle of"
+    return f"{told}\n\n" + "\n".join(lines) if lines else ""
 
 
 def _whole(by: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:

@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import gpu_networks  # noqa: E402
 import make_page  # noqa: E402
 
 
@@ -58,7 +59,28 @@ def test_a_gpus_table_holds_times_and_ratios(tmp_path):
     assert "| guided step, 512x512 | 5.00 (4.50) | 7.50 |" in page
     assert "| guided step, 512x512 | 1.50 |" in page
     assert "| decoding to 512x512 | 10.0 | failed |" in page
-    assert "commit abc1234" in page
+    assert "commit abc1234" in page and "took turns" not in page
+
+
+def test_the_rounds_of_rivals_that_took_turns_are_told():
+    rounds = [[0.006, 0.005, 0.007], [0.008, 0.0079, 0.0081]]
+    rows = [
+        gpu_row(rival, "vae-512", each[0], rounds_s=each)
+        for rival, each in zip(("mlx-maple", "torch compiled"), rounds, strict=True)
+    ]
+    line = "- decoding to 512x512: mlx-maple 6.00, 5.00, 7.00; torch compiled 8.00, 7.90, 8.10"
+    assert line in make_page.gpu_networks({"rows": rows})
+
+
+def test_rounds_come_to_the_middle_of_each_figure():
+    ours = [
+        gpu_row("mlx-maple", "vae-512", s, fastest_s=s / 2, peak_bytes=p, parts_s={"a": 1.0})
+        for s, p in ((0.006, 5), (0.005, 7), (0.009, 6))
+    ]
+    found = gpu_networks.middle([ours[0], {"case": "vae-512", "error": "no"}, *ours[1:]])
+    assert (found["median_s"], found["fastest_s"], found["peak_bytes"]) == (0.006, 0.003, 7)
+    assert found["rounds_s"] == [0.006, 0.005, 0.009]
+    assert gpu_networks.middle(ours[:1]) == ours[0]  # no turns
 
 
 def test_switches_are_set_against_none(tmp_path):
