@@ -202,7 +202,8 @@ class StableDiffusion(DiffusionModel):
                 leaves it: "original", "fill" (its surroundings, blurred), "noise" or "nothing".
             only_masked: draw the masked part alone, with so many pixels around it, at the size
                 (``width`` x ``height``, by default the model's own) of a whole drawing, and put it
-                back into the picture, which keeps its own size; None draws the whole picture.
+                back into the picture, which keeps its own size; None draws the whole picture, and
+                so it is without a mask.
             image_guidance_scale: how far an edit stays with ``image``, for models that change a
                 picture by instruction; None is 1.5.
             depth_image: a depth map, bright is near, for models that follow one.
@@ -278,16 +279,17 @@ class StableDiffusion(DiffusionModel):
                 raise ValueError("tile does not go with a refiner, whose edges stay open.")
         if mask is not None and image is None:
             raise ValueError("a mask needs the image that it covers.")
+        notes: list[str] = []
         if only_masked is not None:
             only_masked = whole("only_masked", only_masked)
-            if mask is None:
-                raise ValueError("only_masked needs a mask.")
+            if mask is None:  # as a picture's settings are without its mask
+                only_masked = None
+                notes.append("only_masked is left out: there is no mask")
         content = one_of("mask_content", mask_content, MASK_CONTENTS)
         if sample_posterior and (variation_strength or ensd):
             raise ValueError("sample_posterior does not go with variation_strength or ensd.")
         if hires_scale is not None and (image is not None or step_noise is not None):
             raise ValueError("hires_scale goes with neither an image nor step_noise.")
-        notes: list[str] = []
         use = use_of_channels(self.configs["unet"])
         picture = None if image is None else images.to_rgb(image)
         for name, value, wanted in (

@@ -196,7 +196,8 @@ class Worker:
         if refiner is not None:
             opened["refiner"] = self._model(refiner)
         sd = self._model(model)
-        size = _bounded_size(sd, opened.get("image"), arguments)
+        is_part = "mask" in opened and arguments.get("only_masked") is not None
+        size = _bounded_size(sd, None if is_part else opened.get("image"), arguments)
         self._look(None)
         drawing = sd.generate(**arguments, **opened)
         _memory.check(sd, {**arguments, **opened, **size})
@@ -439,8 +440,7 @@ def _bounded_size(
 
     width, height = arguments.get("width"), arguments.get("height")
     own = sd.defaults["width"], sd.defaults["height"]
-    is_whole = arguments.get("only_masked") is None
-    if picture is not None and is_whole and (width is None or height is None):
+    if picture is not None and (width is None or height is None):
         largest = int(LARGEST_SHARE * own[0] * own[1])
         if (width is None) != (height is None):
             largest = 1  # it follows the side that is named

@@ -183,6 +183,16 @@ def test_a_black_mask_changes_nothing(sd):
     assert any("nothing is redrawn" in note for note in result.notes)
 
 
+def test_without_a_mask_it_is_left_out(sd):
+    """A picture's settings are drawn again whether or not its mask is at hand."""
+    for more in ({}, {"image": photo(64, 64)}):
+        result = sd("a", only_masked=8, steps=1, seed=1, **more)
+        assert result.settings[0].only_masked is None
+        assert "only_masked is left out: there is no mask" in result.notes
+        plain = sd("a", steps=1, seed=1, **more)
+        assert np.array_equal(result.latents, plain.latents) and plain.notes == []
+
+
 def test_a_mask_of_another_size_covers_the_same_part():
     area = masked_area(photo(200, 160), painted(100, 80, 45, 30, 65, 42), 0, (64, 64), 0)
     left, top, right, bottom = masked_box(area.mask, 0)
@@ -200,8 +210,6 @@ def test_pictures_that_steer_are_cut_alike():
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"image": photo(64, 64), "only_masked": 8}, "only_masked needs a mask"),
-        ({"only_masked": 8}, "only_masked needs a mask"),
         (
             {"image": photo(64, 64), "mask": photo(64, 64), "only_masked": -1},
             "only_masked must be a whole number from 0",
