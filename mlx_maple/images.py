@@ -384,9 +384,35 @@ def fitted(image: Image.Image, width: int, height: int, fit: str = "stretch") ->
     is_wider = width * image.height > height * image.width
     full_width = width if is_wider else max(width, image.width * height // image.height)
     full_height = max(height, image.height * width // image.width) if is_wider else height
-    whole = image.resize((full_width, full_height), Image.Resampling.LANCZOS)
     left, top = full_width // 2 - width // 2, full_height // 2 - height // 2
-    return whole.crop((left, top, left + width, top + height))
+    kept = left, top, left + width, top + height
+    if full_width * full_height > MAX_PIXELS:
+        return _enlarged_part(image, (full_width, full_height), kept)
+    return image.resize((full_width, full_height), Image.Resampling.LANCZOS).crop(kept)
+
+
+def _enlarged_part(
+    image: Image.Image, full: tuple[int, int], kept: tuple[int, int, int, int]
+) -> Image.Image:
+    """A box of the picture at a larger size; only what is seen there is ever made.
+
+    Within rounding it is what cutting the whole gives. A strip of one pixel by thousands would
+    take gigabytes for that.
+    """
+    across, down = image.width / full[0], image.height / full[1]
+    seen = [side * scale for side, scale in zip(kept, (across, down) * 2, strict=True)]
+    reach = 4  # pixels beside it; Lanczos looks at three
+    left, top = (max(int(side) - reach, 0) for side in seen[:2])
+    right, bottom = (
+        min(int(side) + 1 + reach, most) for side, most in zip(seen[2:], image.size, strict=True)
+    )
+    box = (
+        *(seen[0] - left, seen[1] - top),
+        *(min(seen[2] - left, right - left), min(seen[3] - top, bottom - top)),
+    )
+    size = kept[2] - kept[0], kept[3] - kept[1]
+    part = image.crop((left, top, right, bottom))
+    return part.resize(size, Image.Resampling.LANCZOS, box=box)
 
 
 def size_like(

@@ -356,6 +356,34 @@ def test_an_unknown_fit_is_refused():
         images.fitted(ramp(), 64, 64, "fill")
 
 
+@pytest.mark.parametrize("size", [(512, 64), (64, 512), (512, 512), (64, 2048)])
+@pytest.mark.parametrize("own", [(1, 16_384), (16_384, 1), (3, 9_999), (1, 1)])
+def test_of_a_strip_only_what_is_kept_is_made(monkeypatch, own, size):
+    """All of it would take gigabytes: 1x16384 for 512x64 is 512x8388608."""
+    resize = Image.Image.resize
+
+    def bounded(image, wanted, *arguments, **more):
+        assert wanted[0] * wanted[1] <= images.MAX_PIXELS, wanted
+        return resize(image, wanted, *arguments, **more)
+
+    monkeypatch.setattr(Image.Image, "resize", bounded)
+    found = images.fitted(Image.new("RGB", own, "red"), *size, "crop")
+    assert found.size == size and found.getcolors() == [(size[0] * size[1], (255, 0, 0))]
+
+
+@pytest.mark.parametrize(
+    ("own", "size"),
+    [((40, 24), (64, 64)), ((24, 40), (97, 64)), ((7, 90), (120, 33)), ((90, 7), (33, 120))],
+)
+def test_and_it_is_that_part_of_the_whole(monkeypatch, own, size):
+    image = ramp(*own)
+    whole = np.asarray(images.fitted(image, *size, "crop")).astype(int)
+    monkeypatch.setattr(images, "MAX_PIXELS", 0)
+    part = np.asarray(images.fitted(image, *size, "crop")).astype(int)
+    assert np.abs(part - whole).max() <= 1  # rounded once otherwise
+    assert np.abs(np.roll(part, 2, (0, 1)) - whole).max() > 1  # the control
+
+
 @pytest.mark.parametrize(
     ("own", "given", "size"),
     [
