@@ -32,6 +32,7 @@ FITS = ("stretch", "crop")
 MASK_BLUR = 4.0  # pixels; A1111's default
 # Pixels that surroundings spread into what is masked, and how often each lies over those before.
 FILL_BLURS = ((256, 1), (64, 1), (16, 2), (4, 4), (2, 2))
+BAND = 64  # rows or columns of a picture that are worked on at once in floating point
 QUALITY = 95  # of JPEG and WebP
 
 _USER_COMMENT = int(ExifTags.Base.UserComment)
@@ -465,10 +466,12 @@ def _smoothed(values: NDArray[np.float64], taps: NDArray[np.float64]) -> NDArray
     """Each column convolved with ``taps``."""
     rows, reach = len(values), len(taps) // 2
     margin = ((reach, reach), (0, 0))
-    padded = np.pad(values, margin, mode="reflect" if rows > 1 else "edge")
     total = np.zeros_like(values)
-    for i, tap in enumerate(taps):
-        total += tap * padded[i : i + rows]
+    for start in range(0, values.shape[1], BAND):  # of a large photograph some at a time
+        band = slice(start, start + BAND)
+        padded = np.pad(values[:, band], margin, mode="reflect" if rows > 1 else "edge")
+        for i, tap in enumerate(taps):
+            total[:, band] += tap * padded[i : i + rows]
     return total
 
 
@@ -506,9 +509,14 @@ def filled(image: Image.Image, mask: FloatArray) -> Image.Image:
 
 def composited(drawn: Image.Image, original: Image.Image, mask: FloatArray) -> Image.Image:
     """``drawn`` where the mask (H, W) is 1, ``original`` bit for bit where it is 0."""
-    new, old = (np.asarray(image, np.float32) for image in (drawn, original))
-    mixed = old + mask[..., None] * (new - old)
-    return Image.fromarray(np.clip(mixed, 0, 255).round().astype(np.uint8))
+    result = np.empty((original.height, original.width, 3), np.uint8)
+    for start in range(0, original.height, BAND):  # of a large photograph some rows at a time
+        band = slice(start, start + BAND)
+        rows = 0, start, original.width, min(start + BAND, original.height)
+        new, old = (np.asarray(image.crop(rows), np.float32) for image in (drawn, original))
+        mixed = old + mask[band, :, None] * (new - old)
+        result[band] = np.clip(mixed, 0, 255).round()
+    return Image.fromarray(result)
 
 
 # Previews ----------------------------------------------------------------------------------------

@@ -463,6 +463,21 @@ def test_a_masks_transparent_parts_are_black():
     assert grey[1, 1] == 255 and grey.sum() == 255
 
 
+def test_what_is_worked_on_in_bands_is_that_of_the_whole(monkeypatch):
+    generator = np.random.default_rng(1)
+    mask = Image.fromarray(generator.integers(0, 256, (90, 70), np.uint8))
+    drawn, original = (
+        Image.fromarray(generator.integers(0, 256, (90, 70, 3), np.uint8)) for _ in range(2)
+    )
+    found = []
+    for band in (7, 64, 1000):
+        monkeypatch.setattr(images, "BAND", band)
+        values = images.blurred(mask, 3)
+        found.append((values, np.asarray(images.composited(drawn, original, values))))
+    for values, mixed in found[:-1]:
+        assert np.array_equal(values, found[-1][0]) and np.array_equal(mixed, found[-1][1])
+
+
 # Previews ----------------------------------------------------------------------------------------
 
 
