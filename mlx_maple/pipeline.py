@@ -311,7 +311,9 @@ class StableDiffusion(DiffusionModel):
         if picture is not None and mask is not None and only_masked is not None:
             blur = check_number("mask_blur", mask_blur)
             area = masked_area(picture, mask, only_masked, size, blur)
-            control_image, depth_image = area.parts(control_image), area.parts(depth_image)
+            control_image = area.parts(control_image)
+            if depth_image is not None:
+                depth_image = area.part(images.to_grey(depth_image))
         factor = self.configs["vae"].downscale
         count = whole("count", count)
         shape = count, height // factor, width // factor, self.configs["vae"].latent_channels

@@ -8,11 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny_model
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from maple_convert.errors import ConvertError
 from maple_convert.layouts import LAYOUTS
 from mlx_maple import images, load
+from mlx_maple.control import input_channels, read_hint
+from mlx_maple.drawing import denoise
+from mlx_maple.drawing.masked_area import masked_area
 from mlx_maple.engine.kernels import Plain
 from mlx_maple.engine.prepare import PreparedUNet, Recipe, prepare_unet
 from mlx_maple.loading import NoModel
@@ -180,6 +184,46 @@ def test_a_network_made_ready_for_a_gpu_is_shown_the_same(kind):
     ready = sd("a", **arguments).latents
     assert isinstance(sd.unet, PreparedUNet)
     assert np.abs(ready - plain).max() < 2e-3 * np.abs(plain).max()
+
+
+@pytest.mark.parametrize("kind", ["control", "inpainting", "depth"])
+def test_of_a_masked_part_alone_all_that_is_shown_is_the_part(kind, monkeypatch):
+    """What is transparent of a depth map is far away, here as of a whole one."""
+    across, down = np.meshgrid(np.arange(120), np.arange(96))
+    photo = Image.fromarray(np.stack([across, down, across + down], -1).astype(np.uint8))
+    mask = Image.new("L", photo.size)
+    mask.paste(255, (60, 30, 80, 50))
+    depth = photo.convert("RGBA")
+    depth.putalpha(mask)
+    area = masked_area(photo, mask, 8, (64, 64), 0)
+    shown = {}
+
+    def channels(*arguments, **given):
+        shown.update(given)
+        return input_channels(*arguments, **given)
+
+    def hint(network, picture):
+        shown["hint"] = picture
+        return read_hint(network, picture)
+
+    monkeypatch.setattr(denoise, "input_channels", channels)
+    monkeypatch.setattr(denoise, "read_hint", hint)
+    more, expected = {}, {"picture": area.part(photo), "mask": area.drawn_mask}
+    if kind == "control":
+        sd = load(tiny_model.maple_folder(), controlnet=tiny_model.folder() / "control.safetensors")
+        more, expected["hint"] = {"control_image": photo}, area.part(photo)
+    elif kind == "depth":
+        sd = wide(5)
+        more, expected["depth"] = {"depth_image": depth}, area.part(images.to_grey(depth))
+    else:
+        sd = wide(9)
+    given = {"image": photo, "mask": mask, "mask_blur": 0, "only_masked": 8, **more}
+    result = sd("a", steps=1, **given, **SMALL)
+    for name, value in expected.items():
+        assert np.array_equal(np.asarray(shown[name]), np.asarray(value)), name
+    drawn, own = np.asarray(result.images[0]), np.asarray(photo)
+    assert np.array_equal(drawn[area.mask == 0], own[area.mask == 0])
+    assert (drawn[area.mask == 1] != own[area.mask == 1]).any(-1).mean() > 0.5
 
 
 def test_sizes_that_a_network_cannot_steer_are_refused_at_once():
