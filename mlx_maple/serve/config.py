@@ -25,6 +25,7 @@ class Limits:
         prompt: characters of a prompt.
         upload: bytes of a request's body.
         upload_pixels: of a picture that comes in.
+        whole_pixels: of all pictures of one job whose masked part alone is drawn.
         queued: jobs that wait, of all clients.
         queued_each: jobs that wait, of one peer (address).
         body_seconds: until a request's body must be there.
@@ -49,6 +50,7 @@ class Limits:
     prompt: int = 20_000
     upload: int = 32 << 20
     upload_pixels: int = 40_000_000
+    whole_pixels: int = 160_000_000
     queued: int = 64
     queued_each: int = 32
     body_seconds: float = 30.0

@@ -197,6 +197,8 @@ class Worker:
             opened["refiner"] = self._model(refiner)
         sd = self._model(model)
         is_part = "mask" in opened and arguments.get("only_masked") is not None
+        if is_part:
+            _check_whole(opened["image"], arguments.get("count") or 1)
         size = _bounded_size(sd, None if is_part else opened.get("image"), arguments)
         self._look(None)
         drawing = sd.generate(**arguments, **opened)
@@ -453,6 +455,14 @@ def _bounded_size(
         what = f"{count} pictures of {width}x{height}" if count > 1 else f"{width}x{height}"
         raise ValueError(f"{what} ({pixels:,} pixels) would be drawn: name a smaller size.")
     return {"width": width, "height": height}
+
+
+def _check_whole(picture: "Image.Image", count: int) -> None:
+    """Refuse more pixels than the pictures may have into which a part is put back."""
+    pixels = count * picture.width * picture.height
+    if pixels > LIMITS.whole_pixels:
+        what = f"{count} pictures of {picture.width}x{picture.height}"
+        raise ValueError(f"{what} ({pixels:,} pixels) would come back: draw fewer at once.")
 
 
 def _saved(path: Path, image: "Image.Image", settings: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from known import QUICK, TINY
 from PIL import Image
 
+from mlx_maple.serve.config import Limits
 from mlx_maple.serve.worker import OTHERS, ServerGone, Worker, _key
 
 HOW = {"source": str(TINY), "dtype": None, "quantize": None, "low_memory": False}
@@ -76,6 +77,24 @@ def test_a_drawing_writes_its_picture_whole(line, tmp_path):
     done = told(ours)[-1]
     assert done["kind"] == "done" and done["pictures"][0]["settings"]["seed"] == 7
     assert [path.name for path in tmp_path.iterdir()] == [f"{'0' * 24}-0.png"]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_pictures_that_a_part_is_put_back_into_are_bounded(line, tmp_path, monkeypatch, count):
+    """They are as large as what was sent, whatever the size that is drawn."""
+    monkeypatch.setattr("mlx_maple.serve.worker.LIMITS", Limits(whole_pixels=2 * 40 * 30))
+    for name, colour in (("image", "red"), ("mask", "white")):
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
+    inputs = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask")}
+    worker, ours = line
+    arguments = {**QUICK, "only_masked": 0, "count": count}
+    worker._on_draw(**order(tmp_path, inputs=inputs, arguments=arguments))
+    last = told(ours)[-1]
+    if count == 2:
+        assert [(each["width"], each["height"]) for each in last["pictures"]] == [(40, 30)] * 2
+    else:
+        assert last["error"]["code"] == "invalid"
+        assert "3 pictures of 40x30 (3,600 pixels) would come back" in last["error"]["message"]
 
 
 def test_a_word_to_cancel_counts_for_its_own_job_only(line, tmp_path):
