@@ -584,6 +584,8 @@ def from_parameters(text: str) -> Recipe:
         used.add(_AREA)
         values.setdefault("only_masked", 0)
         values.setdefault("mask_blur", 0.0)  # A1111 does not say that there is none
+    else:  # a padding that went unused
+        values.pop("only_masked", None)
     if "mask_blur" in values:
         theirs = {label: ours for ours, label in _MASKED.items()}
         values["mask_content"] = theirs.get(pairs.get("Masked content", ""), "original")

@@ -241,5 +241,12 @@ def test_it_is_written_and_read_in_a1111s_words():
     recipe = metadata.from_parameters(theirs)
     assert (recipe.settings.only_masked, recipe.settings.mask_blur) == (0, 0)
     assert not any("not read" in note for note in recipe.notes)
-    whole = metadata.from_parameters("a\nSteps: 4, Denoising strength: 0.5, Mask blur: 4")
-    assert whole.settings.only_masked is None
+    for area in (
+        "",
+        ", Masked area padding: 32",
+        ", Inpaint area: Whole picture, Masked area padding: 32",
+    ):
+        whole = metadata.from_parameters(
+            f"a\nSteps: 4, Denoising strength: 0.5, Mask blur: 4{area}"
+        )
+        assert whole.settings.only_masked is None and whole.settings.mask_blur == 4
