@@ -65,12 +65,12 @@ export function elapsed(job) {
 /** What people look for first. */
 const FIRST = [
   ...["prompt", "negative_prompt", "model", "seed", "size", "steps", "guidance_scale"],
-  ...["sampler", "schedule", "strength", "loras", "control"],
+  ...["sampler", "schedule", "strength", "loras", "control", "only_masked"],
 ];
 /** Shown among the first where they are not nothing. */
 const TELLING = [
   ...["vae", "variation_strength", "variation_seed", "hires_scale", "hires_strength", "fit"],
-  ...["hires_upscaler", "mask_blur", "only_masked", "refiner", "refiner_start", "guidance_rescale", "tile"],
+  ...["hires_upscaler", "mask_blur", "refiner", "refiner_start", "guidance_rescale", "tile"],
 ];
 
 /**

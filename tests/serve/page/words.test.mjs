@@ -60,6 +60,7 @@ test("settings, the usual ones first, empty ones not at all", () => {
     hires_scale: null,
     variation_strength: 0,
     mask_blur: 4,
+    only_masked: 0, // which is something
     guidance_scale: 0,
     seed: 0,
     prompt: "a leaf",
@@ -75,6 +76,7 @@ test("settings, the usual ones first, empty ones not at all", () => {
     ["Seed", "0"],
     ["Size", "64 × 128"],
     ["Guidance", "0"],
+    ["Mask's padding", "0"],
     ["Mask's blur", "4"],
   ]);
   assert.deepEqual(rest, [
