@@ -25,6 +25,8 @@ def encode(sd: DiffusionModel, picture: Image.Image, notes: list[str]) -> tuple[
 def moments(sd: DiffusionModel, values: FloatArray, notes: list[str]) -> tuple[mx.array, mx.array]:
     """The same of pixels (H, W, 3) in [-1, 1]."""
     pixels = mx.array(values)[None]
+    if isinstance(sd.vae, PreparedVAE):
+        sd.vae.encoder.wait(sd.max_memory is not None)
 
     def moments() -> tuple[mx.array, mx.array]:
         vae: Any = sd.vae

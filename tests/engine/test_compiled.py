@@ -291,8 +291,19 @@ def test_an_autoencoder_is_made_ready_unless_memory_matters_more(gpu):
     assert isinstance(found, PreparedVAE)
     assert found.encoder.in_stages and found.decoder.in_stages
     assert isinstance(found.decoder._recipe.kernels, Plain)
+    assert found.encoder.compiled_for == found.decoder.compiled_for == mx.float32
     x = normal(1, 8, 8, 4)
     assert error(found.decode(x), network.decode(x)) < SAME
+
+
+def test_an_autoencoder_is_traced_only_where_that_is_wanted_and_works(gpu, monkeypatch):
+    def halves(**options):
+        found = made_ready(vae(), **options)
+        return [found.encoder.compiled_for, found.decoder.compiled_for]
+
+    assert halves() == [mx.float32] * 2 and halves(compiles=False) == [None] * 2
+    monkeypatch.setattr(compiled, "compile_works", lambda backend: (False, "it does not"))
+    assert halves() == [None] * 2
 
 
 def test_what_has_been_made_ready_and_other_networks_stay(gpu, plain):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_maple import images
 from mlx_maple.drawing.arguments import MASK_CONTENTS
-from mlx_maple.drawing.autoencode import encode
+from mlx_maple.drawing.autoencode import decode, encode
 from mlx_maple.drawing.denoise import encode_prompts, guided_unet
 from mlx_maple.drawing.starts import Outside
 from mlx_maple.engine.compiled import GuidedSteps
@@ -720,6 +720,26 @@ def test_a_failed_encode_is_repeated_in_float32(half, monkeypatch):
     assert result.notes == ["encoding the image overflowed float16: done in float32"]
     assert np.isfinite(result.latents).all()
     assert {dtype for _, dtype, _ in weights(half)} == {mx.float16}
+
+
+def test_an_autoencoder_waits_at_every_map_where_memory_is_bounded(build, monkeypatch):
+    """Both halves, and only as long as it is."""
+    sd = build()
+    ready, waits = prepare_vae(sd.vae), []
+    ready.encoder.in_stages = ready.decoder.in_stages = True
+    sd.vae = ready
+    evaluate = mx.eval
+    for bound in (1 << 30, None):
+        sd.max_memory = bound
+        for half in (ready.encoder, ready.decoder):
+            with monkeypatch.context() as patch:
+                patch.setattr(mx, "eval", lambda *made: (waits.append(made), evaluate(*made))[1])
+                if half is ready.encoder:
+                    encode(sd, picture(64), [])
+                else:
+                    decode(sd, mx.zeros((1, 8, 8, 4)), [])
+            assert len(waits) > len(half.steps) if bound else len(waits) == 1
+            waits.clear()
 
 
 # Half precision, and the way of a GPU ------------------------------------------------------------
