@@ -123,8 +123,10 @@ def guided_unet(
     settings = job.settings[0]
     share = settings.guidance_rescale or 0.0
     # A window's spread is not the picture's. And on a CPU pictures stay what they were: there BLAS
-    # rounds both halves in one batch otherwise than each alone.
-    is_within = prompts.is_single and settings.window is None and not sd.is_on_cpu
+    # rounds both halves in one batch otherwise than each alone. But DeepCache counts the calls of
+    # what is avoided with each prompt's, as without rescaling.
+    is_in_batch = not sd.is_on_cpu or settings.deep_cache is not None
+    is_within = prompts.is_single and settings.window is None and is_in_batch
     within, behind = (share, 0.0) if is_within else (0.0, share)
 
     def pair(positive: Conditioning, negative: Conditioning | None, scale: float) -> Model:

@@ -74,10 +74,11 @@ def test_so_they_are_on_a_gpu(build, monkeypatch):
     [
         {**FREEU, "prompt": "a [leaf|snow] AND rain", "count": 2},
         {"tile": "y", "deep_cache": 2, "steps": 4, **FREEU},
+        {"prompt": "a [leaf|snow]", "deep_cache": 2, "steps": 4, "guidance_rescale": 0.7, **FREEU},
         {"tile": "xy", "hires_scale": 2, "hires_steps": 1, "hires_upscaler": "lanczos"},
         {**ALL, "guidance_rescale": 0.7, "image": np.full((64, 64, 3), 90, np.uint8)},
     ],
-    ids=["prompts", "deep-cache", "hires", "image"],
+    ids=["prompts", "deep-cache", "rescaled", "hires", "image"],
 )
 def test_networks_made_ready_draw_the_same(build, monkeypatch, more):
     arguments = {"prompt": "a leaf", **SMALL, **more}
