@@ -231,6 +231,20 @@ def test_an_autoencoder_is_closed(tile, has_phases, monkeypatch):
     assert all(error(a, b) < SAME for a, b in zip(coded(ready), before, strict=True))
 
 
+def test_a_traced_autoencoder_is_closed_and_opened_again():
+    plain, latents = vae(), normal(1, 4, 5, 4, seed=4)
+    ready = prepare_vae(plain, replace(RECIPE, has_phases=True))
+    ready.compile()
+    wanted = {
+        tile: in_form(plain, Form(tile=tile), lambda network: network.decode(latents))
+        for tile in (None, "x")
+    }
+    assert error(wanted[None], wanted["x"]) > OTHER  # the control
+    for tile in (None, "x", None):
+        set_form(ready, Form(tile=tile))
+        assert error(ready.decode(latents), wanted[tile]) < SAME
+
+
 @pytest.mark.parametrize("closed", [(False, True), (True, False), (True, True)])
 def test_neighbours_are_those_of_the_map_with_its_edges(closed):
     x = normal(2, 3, 4, 5)
