@@ -530,7 +530,14 @@ def _recipe(request: Request) -> Recipe:
         kernels = Plain()
     score_bytes = LOW_MEMORY_SCORE_BYTES if request.low_memory else SCORE_BYTES
     unfold_pixels = UNFOLD_PIXELS.get(backend, 0)
-    return Recipe(backend, kernels, score_bytes, unfold_pixels, merges_outputs=kernels.has_gate)
+    return Recipe(
+        backend,
+        kernels,
+        score_bytes,
+        unfold_pixels,
+        merges_outputs=kernels.has_gate,
+        has_phases=backend == "cuda",
+    )
 
 
 @contextmanager

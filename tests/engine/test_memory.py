@@ -12,7 +12,8 @@ from PIL import Image
 
 import mlx_maple as maple
 from mlx_maple.cli import _plan
-from mlx_maple.engine import memory
+from mlx_maple.engine import memory, prepare
+from mlx_maple.engine.kernels import kernels_of
 from mlx_maple.engine.memory import Plan, Request, advice, peak_of
 from mlx_maple.models import (
     TAESD,
@@ -238,6 +239,17 @@ def test_the_published_model_in_half_precision(backend):
     assert low.peak < 1.9 * GB < normal.peak
     assert Plan(replace(request, low_memory=True, bits=4)).peak < 1.2 * GB
     assert Plan(replace(request, low_memory=True, width=1024, height=1024)).peak < 3 * GB
+
+
+@pytest.mark.parametrize("backend", ["cuda", "metal"])
+def test_networks_are_planned_as_they_are_made_ready(backend, monkeypatch):
+    kernels = kernels_of(backend, lambda **making: None)
+    monkeypatch.setattr(prepare, "running_backend", lambda: backend)
+    monkeypatch.setattr(prepare, "kernels_for", lambda *told: (kernels, ""))
+    request = Request(configs=SD15, width=512, height=512, dtype=mx.float16, backend=backend)
+    planned, made = memory._recipe(request), prepare.Recipe.usual(mx.float16)
+    assert made.has_phases is made.merges_outputs is (backend == "cuda")
+    assert replace(planned, kernels=kernels) == made
 
 
 def test_a_plan_reads_and_keeps_no_weights():
