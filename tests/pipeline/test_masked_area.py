@@ -59,6 +59,8 @@ def test_the_box_is_the_masked_part_and_some_around_it(box, padding, expected):
         ((10, 0, 30, 300), (512, 256), (100, 300), (0, 0, 100, 300)),
         # Twice as wide as high; 2 * 64 - 50 = 78 more columns.
         ((200, 100, 250, 164), (512, 256), (600, 600), (161, 100, 289, 164)),
+        # Rows are counted down: 10 / 1.5 is 6.
+        ((0, 50, 10, 55), (96, 64), (100, 100), (0, 50, 10, 56)),
         # In proportion already.
         ((10, 10, 50, 30), (128, 64), (100, 100), (10, 10, 50, 30)),
     ],
@@ -136,6 +138,8 @@ def test_what_is_missing_of_the_proportions_is_filled_with_edges():
     untouched = np.ones((90, 30), bool)
     untouched[40:80, 5:20] = False
     assert np.array_equal(back[untouched], np.asarray(area.picture)[untouched])
+    same = np.asarray(area.pasted(Image.fromarray(part))).astype(int)  # what was filled is cut off
+    assert np.abs(same - np.asarray(area.picture)).max() <= 4
 
 
 @pytest.mark.parametrize("blur", [0, 3])
@@ -205,6 +209,8 @@ def test_pictures_that_steer_are_cut_alike():
     for cut in (area.parts(whole), area.parts([whole])[0], area.parts(np.asarray(whole))):
         assert np.array_equal(np.asarray(cut), np.asarray(area.part(whole)))
     assert area.parts(None) is None
+    larger = area.parts(whole.resize((400, 320), Image.Resampling.LANCZOS))  # shows the same
+    assert np.abs(np.asarray(larger, int) - np.asarray(area.part(whole), int)).max() <= 4
 
 
 @pytest.mark.parametrize(

@@ -97,6 +97,18 @@ def test_pictures_that_a_part_is_put_back_into_are_bounded(line, tmp_path, monke
         assert "3 pictures of 40x30 (3,600 pixels) would come back" in last["error"]["message"]
 
 
+def test_of_a_part_the_size_is_not_the_pictures(line, tmp_path):
+    """As a whole this one would be 64 wide and thousands high."""
+    for name, colour in (("image", "red"), ("mask", "white")):
+        Image.new("RGB", (2, 400), colour).save(tmp_path / f"{name}.png")
+    inputs = {name: str(tmp_path / f"{name}.png") for name in ("image", "mask")}
+    worker, ours = line
+    arguments = {name: value for name, value in QUICK.items() if name != "height"}
+    for more, kind in (({"only_masked": 0}, "done"), ({}, "failed")):
+        worker._on_draw(**order(tmp_path, inputs=inputs, arguments={**arguments, **more}))
+        assert told(ours)[-1]["kind"] == kind
+
+
 def test_a_word_to_cancel_counts_for_its_own_job_only(line, tmp_path):
     worker, ours = line
     for job, kind in (("1" * 24, "done"), ("0" * 24, "cancelled")):
