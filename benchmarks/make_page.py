@@ -261,7 +261,12 @@ def memory_plan(report: Mapping[str, Any]) -> str:
     missing = dict.fromkeys(
         n for row in report["cases"] if not row["measured"] for n in row["notes"]
     )
-    commit = f", commit {first['commit']}" if "commit" in first else ""
+
+    def place(row: Mapping[str, Any]) -> str:
+        commit = f", commit {row['commit']}" if "commit" in row else ""
+        return f"{row['device']}, MLX {row['mlx']} ({row['backend']}){commit}"
+
+    others = [row for row in report["cases"] if place(row) != place(first)]
     return "\n\n".join(
         [
             """## Memory
@@ -271,7 +276,8 @@ count, against what `maple doctor --plan` says beforehand; the plan's constants 
 these figures. GB are 1e9 bytes.""",
             table(["", "planned", "measured", "off by", "target"], rows),
             *(f"Where no figure stands: {note}." for note in missing),
-            f"{first['device']}, MLX {first['mlx']} ({first['backend']}){commit}.",
+            f"{place(first)}.",
+            *(f"{row['case']}: {place(row)}." for row in others),
             command("python benchmarks/memory_plan.py", "a GPU, or minutes"),
         ]
     )
@@ -327,6 +333,7 @@ is. Where weights are random there are times alone."""
             f"{run['steps']} steps of {run['sampler']} ({run['schedule']}), {run['prompts']} "
             f"prompts, seconds {run['seconds']}; MLX {run['mlx']}, commit {run['commit']}, "
             f"{run['date']}.",
+            *(f"{note[0].upper()}{note[1:]}." for note in run.get("notes", ())),
         ]
     again = """python benchmarks/switches.py
 python benchmarks/switches.py --size sd15"""
