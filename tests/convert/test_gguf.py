@@ -13,7 +13,7 @@ from gguf_files import F16, IQ4_NL, Q4_0, Q4_K, Q8_0
 from maple_convert import convert, open_model
 from maple_convert.errors import InvalidCheckpoint, LayoutMismatch, UnsupportedCheckpoint
 from maple_convert.layouts import LAYOUTS
-from maple_convert.readers import open_checkpoint
+from maple_convert.readers import gguf, open_checkpoint
 from maple_convert.readers.encodings import EIGHT_BITS, GGML
 
 # SHA-256 of what the gguf package (0.19) makes of random_blocks, float32; the comparison itself is
@@ -119,6 +119,22 @@ def test_folded_weights(tmp_path):
         part = np.empty((3, 4, 3, 3), np.float32)
         checkpoint.read_elements(checkpoint.places["w"], 5 * 36, part)
         assert np.array_equal(part, expected["w"][5:8])
+
+
+@pytest.mark.parametrize("window", [8, 9, 41, 1 << 10, 1 << 20])
+def test_strings_are_passed_over_wherever_a_window_ends(tmp_path, window, monkeypatch):
+    monkeypatch.setattr(gguf, "WINDOW", window)
+    lengths = np.random.default_rng(0).integers(0, 60, 400)
+    words = ["x" * length for length in [*lengths, 2000, 0, 0, 7]]
+    path, state = tmp_path / "model.gguf", {"w": np.arange(32, dtype=np.float32)}
+    gguf_files.save(path, state, settings={"words": words, "after": "it", "none": [""]})
+    with open_checkpoint(path) as checkpoint:
+        assert checkpoint.metadata["after"] == "it"
+        assert np.array_equal(checkpoint.read("w").array, state["w"])
+    cut = path.read_bytes()
+    path.write_bytes(cut[: cut.index(b"after") - 20])
+    with pytest.raises(InvalidCheckpoint, match="truncated"):
+        open_checkpoint(path)
 
 
 def test_converted_and_drawn_from(tmp_path):

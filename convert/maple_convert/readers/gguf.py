@@ -88,6 +88,7 @@ NOT_READ = {
 ARCHITECTURE = "general.architecture"
 ALIGNMENT = "general.alignment"
 FOLDED = "comfy.gguf.orig_shape."
+LENGTH = struct.Struct("<Q")  # of a string, before it
 OURS = frozenset({"", "sd1", "sd2", "sdxl"})  # architectures; stable-diffusion.cpp states none
 
 
@@ -211,12 +212,27 @@ class _Header:
         self._elements += count
         if self._elements > MAX_ELEMENTS:
             raise InvalidCheckpoint(self.file.path, "has arrays of more elements than are read")
+        if kind == STRING:
+            self._pass_over_texts(count)
+            return None
         for _ in range(count):
-            if kind == STRING:
-                self.skip(self.number("<Q"))
-            else:
-                self._array(depth=depth + 1)
+            self._array(depth=depth + 1)
         return None
+
+    def _pass_over_texts(self, count: int) -> None:
+        """Strings of an array: a vocabulary has a hundred thousand, a hostile file two million."""
+        while count:
+            window, begin = self._window, self.at - self._start
+            last = len(window) - LENGTH.size
+            while count and begin <= last:
+                end = begin + LENGTH.size + LENGTH.unpack_from(window, begin)[0]
+                if end > len(window):
+                    break
+                begin, count = end, count - 1
+            self.at = self._start + begin
+            if count:  # one that ends beyond the window, or begins there
+                self.skip(self.number("<Q"))
+                count -= 1
 
 
 @dataclass(frozen=True)
