@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_maple.engine.kernels import kernels_of
-from mlx_maple.engine.prepare import UNFOLD_PIXELS, Recipe
+from mlx_maple.engine.prepare import Recipe
 
 # Primitives that only say how the same memory is to be seen, and start no kernel. (A reshape of
 # what does not lie in order copies; an honest count would have to know strides.)
@@ -100,13 +100,7 @@ def described_recipe(backend: str) -> Recipe:
         backend: "metal" or "cuda".
     """
     kernels = kernels_of(backend, described_kernel)
-    return Recipe(
-        backend,
-        kernels,
-        unfold_pixels=UNFOLD_PIXELS.get(backend, 0),
-        merges_outputs=kernels.has_gate,
-        has_phases=backend == "cuda",
-    )
+    return Recipe.of(backend, kernels)
 
 
 @contextmanager

@@ -35,7 +35,6 @@ from mlx_maple.engine.compiled import room
 from mlx_maple.engine.count import as_on_a_gpu
 from mlx_maple.engine.kernels import Kernels, Plain, kernels_for, kernels_of
 from mlx_maple.engine.prepare import (
-    UNFOLD_PIXELS,
     PreparedVAE,
     Recipe,
     prepare_unet,
@@ -68,7 +67,8 @@ BOUNDED_LAG = 20  # where a drawing waits for the device
 UNSEEN_LAG = 5
 # A batch also ends when its operations have read so many numbers.
 TOUCHED = {"cuda": 1000 << 20, "metal": 50 << 20}
-STAGE_LAG = 12  # of an autoencoder that works in stages: two residual blocks' operations
+# Of an autoencoder that works in stages, some maps ahead of the device: set by what was measured.
+STAGE_LAG = 12
 
 TOKENS = 77
 SIZE_STEP = 64  # pixels between the sizes that are tried
@@ -529,15 +529,7 @@ def _recipe(request: Request) -> Recipe:
     if backend == running_backend() and isinstance(kernels_for(backend, request.dtype)[0], Plain):
         kernels = Plain()
     score_bytes = LOW_MEMORY_SCORE_BYTES if request.low_memory else SCORE_BYTES
-    unfold_pixels = UNFOLD_PIXELS.get(backend, 0)
-    return Recipe(
-        backend,
-        kernels,
-        score_bytes,
-        unfold_pixels,
-        merges_outputs=kernels.has_gate,
-        has_phases=backend == "cuda",
-    )
+    return Recipe.of(backend, kernels, score_bytes)
 
 
 @contextmanager

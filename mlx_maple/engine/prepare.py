@@ -79,10 +79,15 @@ class Recipe:
         """What suits a backend; None is the one that runs, whose kernels are checked first."""
         running = running_backend()
         backend = running if backend is None else backend
-        kernels = kernels_for(backend, dtype)[0] if backend == running else Plain()
+        return cls.of(backend, kernels_for(backend, dtype)[0] if backend == running else Plain())
+
+    @classmethod
+    def of(cls, backend: str, kernels: Kernels | Plain, score_bytes: int = SCORE_BYTES) -> "Recipe":
+        """What suits a backend with these kernels."""
         return cls(
             backend,
             kernels,
+            score_bytes,
             unfold_pixels=UNFOLD_PIXELS.get(backend, 0),
             merges_outputs=kernels.has_gate,
             has_phases=backend == "cuda",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from interleaved import in_turn
 from mlx.utils import tree_flatten
 from safetensors.numpy import load_file, save_file
 
@@ -147,16 +148,6 @@ def test_an_unchanged_choice_reads_nothing_anew(sd, lora):
     assert (sd.unet, sd.text_encoder) == networks
     sd(LEAF, loras=[f"{lora}:unet=1,te=0.5"], **QUICK)  # another text encoder, the same UNet
     assert sd.unet is networks[0] and sd.text_encoder is not networks[1]
-
-
-def in_turn(*drawings):
-    """The results of drawings that go on step by step, one after the other."""
-    results = [None] * len(drawings)
-    while any(result is None for result in results):
-        for i, drawing in enumerate(drawings):
-            if (progress := next(drawing, None)) is not None:
-                results[i] = progress.result
-    return results
 
 
 @pytest.mark.parametrize("is_ready", [False, True], ids=["as-read", "made-ready"])

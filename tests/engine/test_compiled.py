@@ -20,12 +20,7 @@ SAME, OTHER = 1e-4, 1e-2
 TIMES = [801.0, 400.5, 13.0]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.Device(mx.DeviceType.cpu))
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(autouse=True)

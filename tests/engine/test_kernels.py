@@ -24,12 +24,7 @@ BACKENDS = ("cuda", "metal")
 PLAIN = Plain()
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.Device(mx.DeviceType.cpu))
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -25,12 +25,7 @@ RECIPE = Recipe("cpu", Plain())
 SAME, OTHER = 3e-5, 5e-3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.Device(mx.DeviceType.cpu))
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def inputs(batch=1, rows=16, columns=16, tokens=11):

@@ -26,12 +26,7 @@ FREEU = Form(freeu=Factors(1.5, 1.6, 0.9, 0.2))
 SAME, OTHER = 3e-5, 5e-3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.Device(mx.DeviceType.cpu))
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,7 @@ from mlx_maple.models.token_merging import match, set_token_merging
 SAME, OTHER = 1e-4, 1e-2
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _on_the_cpu():
-    before = mx.default_device()
-    mx.set_default_device(mx.Device(mx.DeviceType.cpu))
-    yield
-    mx.set_default_device(before)
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 
 def inputs():

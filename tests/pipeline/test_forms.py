@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import tiny_model
+from interleaved import in_turn
 
 from mlx_maple import images, load
 from mlx_maple.engine.compiled import GuidedSteps
@@ -23,16 +24,6 @@ def as_on_a_gpu(sd, monkeypatch):
     sd.unet, sd.vae = ready, prepare_vae(sd.vae)
     monkeypatch.setattr(StableDiffusion, "is_on_cpu", False)
     return sd
-
-
-def in_turn(*drawings):
-    """The results of drawings that go on step by step, one after the other."""
-    results = [None] * len(drawings)
-    while any(result is None for result in results):
-        for i, drawing in enumerate(drawings):
-            if (progress := next(drawing, None)) is not None:
-                results[i] = progress.result
-    return results
 
 
 def is_same(found, expected):
