@@ -17,6 +17,15 @@ from dataclasses import dataclass
 # The dialects ------------------------------------------------------------------------------------
 
 
+# One pixel's numbers added to a group's sum and squares, both from ``origin``.
+MOMENTS = """$unroll
+        for (int i = 0; i < V; ++i) {
+          const float d = float(v[k].at[i]) + owed.at[i] - origin;
+          sum += d;
+          squares += d * d;
+        }"""
+
+
 @dataclass(frozen=True)
 class Dialect:
     """What differs between two languages.
@@ -194,12 +203,7 @@ class Form:
       $unroll
       for (int k = 0; k < AHEAD; ++k) if (n + k * R < {end}) {{
         {kept}
-        $unroll
-        for (int i = 0; i < V; ++i) {{
-          const float d = float(v[k].at[i]) + owed.at[i] - origin;
-          sum += d;
-          squares += d * d;
-        }}
+        {MOMENTS}
       }}
     }}"""
 
@@ -230,12 +234,7 @@ class Form:
     $unroll
     for (int k = 0; k < HELD; ++k) if ({begin} + k * R < {end}) {{
       {kept}
-      $unroll
-      for (int i = 0; i < V; ++i) {{
-        const float d = float(v[k].at[i]) + owed.at[i] - origin;
-        sum += d;
-        squares += d * d;
-      }}
+      {MOMENTS}
     }}"""
 
     def normalise(self, begin: str, end: str, c: str) -> str:
